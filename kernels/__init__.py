@@ -1,0 +1,24 @@
+"""Fused operations, one file each: the definition in plain PyTorch and the function that picks an implementation.
+
+Dimension key: B batch, L video tokens, S text tokens, D width, N heads, K head size, M modulation groups
+(L is a multiple of M; consecutive L/M tokens share one modulation vector), C channels, T H W time, height, width.
+"""
+
+from .attention import attention
+from .causal_conv3d import causal_conv3d
+from .gate_residual import gate_residual, gate_residual_modulate
+from .mlp import mlp
+from .modulate import modulate
+from .norm_silu import norm_silu
+from .qk_norm_rope import qk_norm_rope
+
+__all__ = [
+    "attention",
+    "causal_conv3d",
+    "gate_residual",
+    "gate_residual_modulate",
+    "mlp",
+    "modulate",
+    "norm_silu",
+    "qk_norm_rope",
+]

@@ -1,0 +1,28 @@
+"""Argument checks shared by the operations: each failure names the argument, what was given and what is expected."""
+
+from __future__ import annotations
+
+import torch
+
+
+def expect_shape(name: str, tensor: torch.Tensor, expected: tuple[int | None, ...]) -> None:
+    """Raise ValueError unless `tensor` has shape `expected`; None in `expected` stands for any extent."""
+    given = tuple(tensor.shape)
+    if len(given) != len(expected) or any(e is not None and g != e for g, e in zip(given, expected, strict=True)):
+        wanted = "[" + ", ".join("any" if e is None else str(e) for e in expected) + "]"
+        raise ValueError(f"{name} has shape {list(given)}; expected {wanted}")
+
+
+def expect_floating(name: str, tensor: torch.Tensor) -> None:
+    """Raise ValueError unless `tensor` holds floating-point numbers."""
+    if not tensor.is_floating_point():
+        raise ValueError(f"{name} has dtype {tensor.dtype}; expected a floating-point dtype")
+
+
+def expect_groups(name: str, vector: torch.Tensor, x: torch.Tensor) -> None:
+    """Raise ValueError unless `vector` [1 or B, M, D] modulates `x` [B, L, D] in M equal groups of tokens."""
+    rows, length, width = x.shape
+    if vector.dim() != 3 or vector.shape[0] not in (1, rows) or vector.shape[2] != width or length % vector.shape[1]:
+        raise ValueError(
+            f"{name} has shape {list(vector.shape)}; expected [1 or {rows}, M, {width}] with M a divisor of {length}"
+        )

@@ -1,0 +1,46 @@
+"""dit-runtime: from a prompt to a video with a Sora-style video diffusion transformer.
+
+    import runtime
+    model = runtime.load("demo")
+    video = runtime.generate(model, runtime.Request(prompt="a red ball rolls left over green grass", seed=7))
+    video.save("ball.mp4")
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from runtime.decoding import decode, encode
+    from runtime.denoising import Cancelled
+    from runtime.model import Model, load
+    from runtime.pipeline import generate
+    from runtime.receipt import Receipt
+    from runtime.request import Request
+    from runtime.video import Video
+
+# Names are handed out at first use, so that a process which only serves HTTP never imports torch.
+_HOMES = {
+    "Cancelled": "denoising",
+    "Model": "model",
+    "Receipt": "receipt",
+    "Request": "request",
+    "Video": "video",
+    "decode": "decoding",
+    "encode": "decoding",
+    "generate": "pipeline",
+    "load": "model",
+}
+
+__all__ = ["Cancelled", "Model", "Receipt", "Request", "Video", "decode", "encode", "generate", "load"]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _HOMES:
+        return getattr(import_module(f"runtime.{_HOMES[name]}"), name)
+    raise AttributeError(f"module 'runtime' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

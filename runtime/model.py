@@ -1,0 +1,150 @@
+"""Model = text encoder + transformer(s) + VAE + spec, placed on a device."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from runtime import weights
+from runtime.engines import engine as find_engine
+from runtime.models import open_checkpoint, repository
+from runtime.models.spec import Checkpoint, ModelSpec
+from runtime.trace import Stages, recording, span
+
+DEMO = Path(__file__).parent / "demo"
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+@dataclass
+class Model:
+    """A loaded model; the text encoder is read only when a prompt is not in the text cache."""
+
+    checkpoint: Checkpoint
+    transformers: tuple[nn.Module, ...]
+    vae: Any
+    device: torch.device
+    dtype: torch.dtype
+    engine: str
+    load_stages: Stages = field(default_factory=dict)
+
+    @property
+    def spec(self) -> ModelSpec:
+        """The model's facts and defaults."""
+        return self.checkpoint.spec
+
+    @cached_property
+    def text_encoder(self) -> Any:
+        """The text encoder, loaded at first use, on the model's device in its dtype."""
+        with span("load/text_encoder"):
+            return weights.load(self.checkpoint.text_encoder, self.device, self.dtype)
+
+    @cached_property
+    def tokenizer(self) -> Any:
+        """The tokenizer that the checkpoint brings."""
+        from transformers import AutoTokenizer
+
+        return AutoTokenizer.from_pretrained(self.checkpoint.tokenizer, local_files_only=True)
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """A hash of the weights that make the video: transformers and VAE."""
+        return weights.fingerprint(
+            tuple(file for part in (*self.checkpoint.transformers, self.checkpoint.vae) for file in part.files)
+        )
+
+    @cached_property
+    def text_fingerprint(self) -> str:
+        """A hash of the text encoder's weights; where they are only sampled, of their times of change too."""
+        files = self.checkpoint.text_encoder.files
+        found = weights.fingerprint(files)
+        if found.startswith("sampled"):
+            found += ":" + ",".join(str(file.stat().st_mtime_ns) for file in files)
+        return found
+
+
+def locate(name_or_path: str | Path) -> Path:
+    """Return the folder of a model: "demo", a folder, a published name, or a repository id in the local cache.
+
+    Raises FileNotFoundError where there is none.
+    """
+    if str(name_or_path) == "demo":
+        return DEMO
+    folder = Path(name_or_path).expanduser()
+    if folder.is_dir():
+        return folder
+    if folder.exists():
+        raise ValueError(f"{folder} is a file; legal: a model's folder, so name the folder that holds model_index.json")
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
+
+    name = repository(str(name_or_path))
+    try:
+        return Path(snapshot_download(name, local_files_only=True))
+    except (LocalEntryNotFoundError, HFValidationError):
+        raise FileNotFoundError(
+            f"there is no model {str(name_or_path)!r}: no such folder, and no such repository in the local Hugging "
+            f"Face cache. Legal: 'demo', a folder, or a cached repository; fetch it with: hf download {name}"
+        ) from None
+
+
+def choose_device(device: str | torch.device) -> torch.device:
+    """Return the device asked for, "auto" meaning a GPU if there is one; ValueError where it is not there."""
+    available = torch.cuda.is_available()
+    if device == "auto":
+        return torch.device("cuda" if available else "cpu")
+    try:
+        chosen = torch.device(device)
+    except RuntimeError:
+        chosen = torch.device("meta")
+    if chosen.type not in ("cpu", "cuda"):
+        raise ValueError(f"device is {str(device)!r}; legal: auto, cpu, cuda, cuda:N")
+    count = torch.cuda.device_count() if available else 0
+    if chosen.type == "cuda" and (chosen.index or 0) >= count:
+        raise ValueError(
+            f"device is {str(device)!r}, but this machine shows {count} NVIDIA GPUs to PyTorch {torch.__version__}; "
+            "take --device cpu, or install the driver and a CUDA build of PyTorch"
+        )
+    return chosen
+
+
+def choose_dtype(dtype: str | torch.dtype, device: torch.device) -> torch.dtype:
+    """Return the dtype asked for, "auto" meaning bfloat16 on a GPU and float32 on a CPU; ValueError for others."""
+    if dtype == "auto":
+        return torch.bfloat16 if device.type == "cuda" else torch.float32
+    found = DTYPES.get(dtype) if isinstance(dtype, str) else dtype
+    if found not in DTYPES.values():
+        raise ValueError(f"dtype is {dtype!r}; legal: auto, {', '.join(DTYPES)}")
+    return found
+
+
+def load(
+    name_or_path: str | Path,
+    *,
+    device: str | torch.device = "auto",
+    dtype: str | torch.dtype = "auto",
+    engine: str = "eager",
+) -> Model:
+    """Load a model: "demo", a folder in a published layout, or a repository id in the local Hugging Face cache.
+
+    `dtype` is the transformer's and the text encoder's; the VAE computes in float32, as published. Raises ValueError
+    or FileNotFoundError with what is wrong and what to do.
+    """
+    place = choose_device(device)
+    kind = choose_dtype(dtype, place)
+    find_engine(engine)
+    checkpoint = open_checkpoint(locate(name_or_path))
+    if checkpoint.missing:
+        more = f" and {len(checkpoint.missing) - 5} more" if len(checkpoint.missing) > 5 else ""
+        raise FileNotFoundError(
+            f"the model in {checkpoint.folder} lacks {', '.join(checkpoint.missing[:5])}{more}; fetch it again whole"
+        )
+    stages: Stages = {}
+    with recording(stages), span("load", memory=True):
+        transformers = tuple(weights.load(part, place, kind) for part in checkpoint.transformers)
+        vae = weights.load(checkpoint.vae, place, torch.float32)
+    return Model(checkpoint, transformers, vae, place, kind, engine, stages)

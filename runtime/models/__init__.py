@@ -1,0 +1,51 @@
+"""One family per folder; `open_checkpoint` asks each in turn whether a folder is its own."""
+
+from __future__ import annotations
+
+from dataclasses import fields, replace
+from importlib import import_module
+from pathlib import Path
+from types import ModuleType
+
+from runtime.models.spec import Checkpoint, Defaults
+from runtime.weights import read_json
+
+FAMILIES = ("wan",)
+
+
+def families() -> list[ModuleType]:
+    """Return the family packages; each has `recognise(folder)`, `open_checkpoint(folder)` and `REPOSITORIES`."""
+    return [import_module(f"{__name__}.{name}") for name in FAMILIES]
+
+
+def repository(name: str) -> str:
+    """Return the repository id of a published model's short name, or the name itself."""
+    return next((f.REPOSITORIES[name] for f in families() if name in f.REPOSITORIES), name)
+
+
+def open_checkpoint(folder: Path) -> Checkpoint:
+    """Describe the checkpoint in a folder from its configs alone; ValueError where no family knows it."""
+    for family in families():
+        if family.recognise(folder):
+            return _with_own_settings(family.open_checkpoint(folder))
+    raise ValueError(
+        f"{folder} is not a model of a known family ({', '.join(FAMILIES)}): expected model_index.json of a supported "
+        "diffusers pipeline, or the original repository's files. Check the path, or convert the model with diffusers"
+    )
+
+
+def _with_own_settings(checkpoint: Checkpoint) -> Checkpoint:
+    """Apply the folder's runtime.json, if there is one: {"name", "text_length", "defaults": {...}}."""
+    file = checkpoint.folder / "runtime.json"
+    if not file.exists():
+        return checkpoint
+    settings = read_json(file)
+    own = settings.pop("defaults", {})
+    known = {f.name for f in fields(Defaults)}
+    if unknown := sorted(settings.keys() - {"name", "text_length"}) + sorted(own.keys() - known):
+        raise ValueError(
+            f"{file} has keys that are not known: {', '.join(unknown)}; legal: name, text_length, and in defaults "
+            f"{', '.join(sorted(known))}"
+        )
+    spec = checkpoint.spec
+    return replace(checkpoint, spec=replace(spec, **settings, defaults=replace(spec.defaults, **own)))

@@ -1,0 +1,134 @@
+"""What a model is, as data: its numbers, its published defaults, its networks and where their weights lie."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+
+from runtime.weights import Component
+
+
+@dataclass(frozen=True, kw_only=True)
+class Defaults:
+    """What a request gets where it says nothing: the model's own published settings."""
+
+    width: int
+    height: int
+    num_frames: int
+    fps: float
+    steps: int
+    guidance: float
+    shift: float
+    guidance_2: float | None = None  # the second expert's; None: the same as `guidance`
+    sampler: str = "unipc"
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelSpec:
+    """The facts about a model that the stations between prompt and video need; numbers come from published configs."""
+
+    family: str
+    name: str
+    latent_channels: int
+    stride: tuple[int, int, int]  # pixels per latent cell in (time, height, width)
+    patch: tuple[int, int, int]  # latent cells per token in (time, height, width)
+    text_length: int  # tokens that the text is cut or zero-padded to
+    max_positions: int  # rotary table length per axis, in tokens
+    schedule: str  # a key of schedules.SCHEDULES
+    sampler_options: Mapping[str, Any]
+    defaults: Defaults
+    boundary: float | None = None  # sigma at and above which the first of two experts works
+
+    @property
+    def size_multiple(self) -> tuple[int, int]:
+        """Pixels that (height, width) must be multiples of."""
+        return self.stride[1] * self.patch[1], self.stride[2] * self.patch[2]
+
+    def latent_shape(self, num_frames: int, height: int, width: int) -> tuple[int, int, int, int]:
+        """Return [C, T, H, W] of the latents of a clip."""
+        t, h, w = self.stride
+        return self.latent_channels, (num_frames - 1) // t + 1, height // h, width // w
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A model on disk, described from its configs alone; nothing of its weights has been read."""
+
+    folder: Path
+    spec: ModelSpec
+    transformers: tuple[Component, ...]  # one, or two experts: high noise first
+    vae: Component
+    text_encoder: Component
+    tokenizer: Path  # a folder that transformers' AutoTokenizer reads
+    missing: tuple[str, ...] = ()  # files that the layout asks for and that are not there
+
+    @property
+    def components(self) -> tuple[Component, ...]:
+        """All networks, in the order a request meets them."""
+        return (self.text_encoder, *self.transformers, self.vae)
+
+
+@dataclass(frozen=True)
+class Projected:
+    """What one transformer reads of the context at every step: its own projections of the text, and positions.
+
+    A row is one prompt; the unconditional row comes first where there is guidance.
+    """
+
+    keys: tuple[torch.Tensor, ...]  # per block [R, S, N, K]
+    values: tuple[torch.Tensor, ...]  # per block [R, S, N, K]
+    bias: torch.Tensor | None  # [R, 1, 1, S], added to the scores; None: all zero
+    rope: torch.Tensor  # [L, K/2, 2] float32, (cos, sin)
+
+    def row(self, index: int) -> Projected:
+        """Return the same for one prompt alone."""
+        pick = slice(index, index + 1)
+        return replace(
+            self,
+            keys=tuple(k[pick] for k in self.keys),
+            values=tuple(v[pick] for v in self.values),
+            bias=None if self.bias is None else self.bias[pick],
+        )
+
+
+@dataclass(frozen=True)
+class Context:
+    """Everything that stays the same over the steps of one request, per expert."""
+
+    experts: tuple[Projected, ...]
+
+    @property
+    def rows(self) -> int:
+        """How many prompts it holds: 2 with guidance (unconditional, conditional), else 1."""
+        return self.experts[0].keys[0].shape[0]
+
+    def row(self, index: int) -> Context:
+        """Return the context of one prompt alone."""
+        return Context(tuple(projected.row(index) for projected in self.experts))
+
+
+class Denoiser(Protocol):
+    """The one callable between sampler and network."""
+
+    def __call__(self, x: torch.Tensor, sigma: torch.Tensor, context: Context) -> torch.Tensor:
+        """Return the velocity [R, C, T, H, W] float32 of x [B, C, T, H, W] at sigma [B] or [B, T] (float64).
+
+        R is the context's rows; B is R or 1 (one x under several prompts).
+        """
+        ...
+
+
+def config_from(cls: type, given: Mapping[str, Any], what: str) -> dict[str, Any]:
+    """Return the entries of a published config that the dataclass `cls` has; ValueError names unknown ones.
+
+    Keys with a leading underscore are the publisher's own notes; lists become tuples.
+    """
+    known = {f.name for f in fields(cls)}
+    found = {key: value for key, value in given.items() if not key.startswith("_")}
+    if unknown := sorted(found.keys() - known):
+        raise ValueError(f"{what} has keys that are not known: {', '.join(unknown)}; known: {', '.join(sorted(known))}")
+    return {key: tuple(value) if isinstance(value, list) else value for key, value in found.items()}

@@ -1,0 +1,271 @@
+"""Wan's diffusion transformer: 3D patches, self-attention with 3D rotary positions, text by cross-attention, adaLN.
+
+Source of the architecture: the published configs and code of Wan 2.1 and 2.2. Three things are done once that the
+published code repeats: the text's keys and values are projected per request, not per step; identical padding tokens
+are folded into few; one x serves both guidance branches until the first cross-attention.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from runtime import kernels
+from runtime.models.layers import rotary_table, timestep_embedding
+from runtime.models.spec import Projected, config_from
+
+Attention = Callable[..., torch.Tensor]
+
+
+@dataclass(frozen=True, kw_only=True)
+class TransformerConfig:
+    """The published `transformer/config.json`; absent keys have the published code's defaults."""
+
+    patch_size: tuple[int, int, int] = (1, 2, 2)
+    num_attention_heads: int = 40
+    attention_head_dim: int = 128
+    in_channels: int = 16
+    out_channels: int = 16
+    text_dim: int = 4096
+    freq_dim: int = 256
+    ffn_dim: int = 13824
+    num_layers: int = 40
+    cross_attn_norm: bool = True
+    eps: float = 1e-6
+    rope_max_seq_len: int = 1024
+
+    @property
+    def width(self) -> int:
+        """Width of the residual stream, D."""
+        return self.num_attention_heads * self.attention_head_dim
+
+    @classmethod
+    def from_dict(cls, given: Mapping[str, Any]) -> TransformerConfig:
+        """Read a published config; ValueError for unknown keys and for variants that are not supported."""
+        given = dict(given)
+        for key, only in (
+            ("qk_norm", "rms_norm_across_heads"),
+            ("image_dim", None),
+            ("added_kv_proj_dim", None),
+            ("pos_embed_seq_len", None),
+        ):
+            if given.pop(key, only) != only:
+                raise ValueError(
+                    f"transformer config has {key} set, as image-to-video checkpoints have; supported is {only!r}: "
+                    "give a text-to-video checkpoint"
+                )
+        config = cls(**config_from(cls, given, "transformer config"))
+        if config.attention_head_dim % 2 or config.attention_head_dim < 6:
+            raise ValueError(f"transformer config has attention_head_dim {config.attention_head_dim}; legal: even, >= 6")
+        return config
+
+
+class WanTransformer(nn.Module):
+    """Velocity of a noisy video latent, given sigma and the projected text."""
+
+    def __init__(
+        self, config: TransformerConfig, *, integer_time: bool = True, attention: Attention = kernels.attention
+    ) -> None:
+        super().__init__()
+        width = config.width
+        self.config = config
+        self.integer_time = integer_time  # the published UniPC rounds times down to whole thousandths
+        self.patch_embedding = nn.Linear(config.in_channels * math.prod(config.patch_size), width)
+        self.time_in = nn.Linear(config.freq_dim, width)
+        self.time_out = nn.Linear(width, width)
+        self.time_projection = nn.Linear(width, 6 * width)
+        self.text_in = nn.Linear(config.text_dim, width)
+        self.text_out = nn.Linear(width, width)
+        self.modulation = nn.Parameter(torch.empty(config.num_layers, 6, width))
+        self.blocks = nn.ModuleList(Block(config, attention) for _ in range(config.num_layers))
+        self.head_modulation = nn.Parameter(torch.empty(2, width))
+        self.head = nn.Linear(width, config.out_channels * math.prod(config.patch_size))
+
+    @staticmethod
+    def keep_float32(name: str) -> bool:
+        """Tell whether a parameter stays float32 in any dtype: the time path, modulation and norms, as published."""
+        return name.startswith("time_") or "modulation" in name or "norm" in name
+
+    def project(
+        self, texts: Sequence[torch.Tensor], text_length: int, latent_shape: tuple[int, int, int]
+    ) -> Projected:
+        """Project the text embeddings of R prompts, each [S_r, text_dim] without padding, once for all steps.
+
+        `text_length` is the length that the published model zero-pads to and attends to without a mask;
+        `latent_shape` is (T, H, W). All padding tokens are equal behind the text layers, so they are folded: a few
+        keys stand for all, their scores raised by the logarithm of how many they are.
+        """
+        device, dtype = self.head.weight.device, self.head.weight.dtype
+        folds = [fold_padding(text_length - len(text), dtype) for text in texts]
+        length = max(len(text) + len(fold) for text, fold in zip(texts, folds, strict=True))
+        padded = torch.zeros(len(texts), length, self.config.text_dim, device=device, dtype=dtype)
+        bias = torch.full((len(texts), 1, 1, length), -math.inf, dtype=torch.float32)
+        for row, (text, fold) in enumerate(zip(texts, folds, strict=True)):
+            padded[row, : len(text)] = text.to(device, dtype)
+            bias[row, ..., : len(text)] = 0.0
+            bias[row, ..., len(text) : len(text) + len(fold)] = torch.tensor(fold)
+        text = self.text_out(F.gelu(self.text_in(padded), approximate="tanh"))  # [R, S, D]
+        pairs = [block.cross_attention.project(text) for block in self.blocks]
+        grid = [n // p for n, p in zip(latent_shape, self.config.patch_size, strict=True)]
+        rope = rotary_table(self.config.attention_head_dim, grid, self.config.rope_max_seq_len)
+        return Projected(
+            keys=tuple(k for k, _ in pairs),
+            values=tuple(v for _, v in pairs),
+            bias=bias.to(device, dtype) if bias.any() else None,
+            rope=rope.to(device),
+        )
+
+    def forward(self, x: torch.Tensor, sigma: torch.Tensor, projected: Projected) -> torch.Tensor:
+        """Return the velocity [R, C, T, H, W] float32 of x [B, C, T, H, W] at sigma [B] or [B, T], B = R or 1."""
+        shape = x.shape
+        h = self.patch_embedding(self.patchify(x.to(self.head.weight.dtype)))  # [B, L, D]
+        modulation, head_modulation = self.modulate_time(sigma.view(len(sigma), -1))
+        for block, vectors, keys, values in zip(
+            self.blocks, modulation, projected.keys, projected.values, strict=True
+        ):
+            h = block(h, vectors, keys, values, projected.bias, projected.rope)
+        shift, scale = head_modulation.unbind(2)
+        h = self.head(kernels.modulate(h, scale, shift, eps=self.config.eps))
+        return self.unpatchify(h, shape).float()
+
+    def modulate_time(self, sigma: torch.Tensor) -> tuple[Sequence[torch.Tensor], torch.Tensor]:
+        """Turn sigma [B, M] into modulation vectors: per block [B, M, 6, D], for the head [B, M, 2, D]; float32."""
+        time = sigma * 1000.0
+        if self.integer_time:
+            time = time.floor()
+        t = timestep_embedding(time.flatten(), self.config.freq_dim).unflatten(0, sigma.shape)
+        t = self.time_out(F.silu(self.time_in(t)))  # [B, M, D]
+        vectors = self.time_projection(F.silu(t)).unflatten(2, (6, -1))  # [B, M, 6, D]
+        modulation = vectors + self.modulation[:, None, None]  # [blocks, B, M, 6, D]
+        return modulation.unbind(0), t.unsqueeze(2) + self.head_modulation
+
+    def patchify(self, x: torch.Tensor) -> torch.Tensor:
+        """[B, C, T, H, W] -> [B, L, C * pt * ph * pw], tokens in the order (t, h, w)."""
+        pt, ph, pw = self.config.patch_size
+        rows, channels, t, h, w = x.shape
+        x = x.view(rows, channels, t // pt, pt, h // ph, ph, w // pw, pw)
+        return x.permute(0, 2, 4, 6, 1, 3, 5, 7).reshape(rows, -1, channels * pt * ph * pw)
+
+    def unpatchify(self, h: torch.Tensor, shape: torch.Size) -> torch.Tensor:
+        """[R, L, pt * ph * pw * C] -> [R, C, T, H, W]."""
+        pt, ph, pw = self.config.patch_size
+        _, _, t, height, width = shape
+        h = h.view(h.shape[0], t // pt, height // ph, width // pw, pt, ph, pw, -1)
+        return h.permute(0, 7, 1, 4, 2, 5, 3, 6).reshape(h.shape[0], -1, t, height, width)
+
+
+class Block(nn.Module):
+    """Self-attention, cross-attention, feed-forward; each adds to the residual stream [B, L, D]."""
+
+    def __init__(self, config: TransformerConfig, attention: Attention) -> None:
+        super().__init__()
+        self.eps = config.eps
+        self.self_attention = SelfAttention(config, attention)
+        self.cross_attention = CrossAttention(config, attention)
+        self.cross_norm = LayerNormWeights(config.width) if config.cross_attn_norm else None
+        self.ffn_in = nn.Linear(config.width, config.ffn_dim)
+        self.ffn_out = nn.Linear(config.ffn_dim, config.width)
+
+    def forward(
+        self,
+        h: torch.Tensor,
+        modulation: torch.Tensor,
+        keys: torch.Tensor,
+        values: torch.Tensor,
+        bias: torch.Tensor | None,
+        rope: torch.Tensor,
+    ) -> torch.Tensor:
+        """h [B, L, D], modulation [B or 1, M, 6, D], keys and values [R, S, N, K]; returns [R, L, D]."""
+        shift1, scale1, gate1, shift2, scale2, gate2 = modulation.unbind(2)
+        y = self.self_attention(kernels.modulate(h, scale1, shift1, eps=self.eps), rope)
+        h = kernels.gate_residual(h, y, gate1)
+        cross = h
+        if self.cross_norm is not None:
+            cross = kernels.modulate(h, weight=self.cross_norm.weight, bias=self.cross_norm.bias, eps=self.eps)
+        y = self.cross_attention(cross, keys, values, bias)
+        h, x = kernels.gate_residual_modulate(h.expand_as(y), y, None, scale2, shift2, eps=self.eps)
+        y = kernels.mlp(x, self.ffn_in.weight, self.ffn_in.bias, self.ffn_out.weight, self.ffn_out.bias)
+        return kernels.gate_residual(h, y, gate2)
+
+
+class SelfAttention(nn.Module):
+    """Attention among the video tokens: q and k normed over the whole width, then rotated."""
+
+    def __init__(self, config: TransformerConfig, attention: Attention) -> None:
+        super().__init__()
+        self.heads, self.eps, self.attention = config.num_attention_heads, config.eps, attention
+        self.qkv = nn.Linear(config.width, 3 * config.width)
+        self.q_norm = nn.Parameter(torch.empty(config.width))
+        self.k_norm = nn.Parameter(torch.empty(config.width))
+        self.out = nn.Linear(config.width, config.width)
+
+    def forward(self, x: torch.Tensor, rope: torch.Tensor) -> torch.Tensor:
+        """x [B, L, D] -> [B, L, D]."""
+        qkv = self.qkv(x)
+        q, k, v = kernels.qk_norm_rope(qkv, self.q_norm, self.k_norm, rope, heads=self.heads, eps=self.eps)
+        return self.out(self.attention(q, k, v))
+
+
+class CrossAttention(nn.Module):
+    """Attention of the video tokens to the text; keys and values are projected once per request."""
+
+    def __init__(self, config: TransformerConfig, attention: Attention) -> None:
+        super().__init__()
+        self.heads, self.eps, self.attention = config.num_attention_heads, config.eps, attention
+        self.q = nn.Linear(config.width, config.width)
+        self.kv = nn.Linear(config.width, 2 * config.width)
+        self.q_norm = nn.Parameter(torch.empty(config.width))
+        self.k_norm = nn.Parameter(torch.empty(config.width))
+        self.out = nn.Linear(config.width, config.width)
+
+    def project(self, text: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """text [R, S, D] -> keys and values [R, S, N, K]."""
+        k, v = self.kv(text).chunk(2, dim=2)
+        return self.split_heads(self.normed(k, self.k_norm)), self.split_heads(v).contiguous()
+
+    def forward(
+        self, x: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, bias: torch.Tensor | None
+    ) -> torch.Tensor:
+        """x [B, L, D], keys and values [R, S, N, K] -> [R, L, D]; B is R or 1."""
+        q = self.split_heads(self.normed(self.q(x), self.q_norm)).expand(keys.shape[0], -1, -1, -1)
+        return self.out(self.attention(q, keys, values, bias))
+
+    def normed(self, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        """RMS norm over the whole width, float32 inside."""
+        return F.rms_norm(x.float(), (x.shape[-1],), weight, self.eps).to(x.dtype)
+
+    def split_heads(self, x: torch.Tensor) -> torch.Tensor:
+        """[R, S, D] -> [R, S, N, K]."""
+        return x.unflatten(2, (self.heads, -1))
+
+
+class LayerNormWeights(nn.Module):
+    """The affine weights of a layer norm that `kernels.modulate` applies."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(width))
+        self.bias = nn.Parameter(torch.empty(width))
+
+
+def fold_padding(count: int, dtype: torch.dtype) -> list[float]:
+    """Return score biases, exact in `dtype`, of few keys that together weigh as much as `count` equal ones.
+
+    One key with log(count) would do if the dtype held it; in bfloat16 that logarithm is off by up to 1.5 %, so each
+    next key carries what rounding down left over, until less than 1e-5 of the whole is missing.
+    """
+    biases: list[float] = []
+    left = float(count)
+    while left > 1e-5 * count:
+        bias = torch.tensor(math.log(left), dtype=torch.float64).to(dtype)
+        if math.exp(bias) > left * (1 + 1e-6):
+            bias = torch.nextafter(bias, torch.tensor(-math.inf, dtype=dtype))
+        biases.append(float(bias))
+        left -= math.exp(bias)
+    return biases

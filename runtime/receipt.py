@@ -1,0 +1,54 @@
+"""Receipt: what was done, truthfully: settings, approximations, seconds and bytes per stage."""
+
+from __future__ import annotations
+
+import json
+import platform
+from dataclasses import asdict, dataclass, field
+from datetime import UTC, datetime
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from runtime.trace import Stages
+
+PACKAGES = ("dit-runtime", "torch", "transformers", "av")
+
+
+@dataclass
+class Receipt:
+    """The record of one video; `stages` goes on filling while frames are decoded and written."""
+
+    request: dict[str, Any]  # as resolved: every default filled in
+    seed: int
+    model: str
+    model_hash: str
+    engine: str
+    device: str
+    dtype: str
+    approximations: list[str] = field(default_factory=list)  # empty: exact, reordered at most
+    notes: list[str] = field(default_factory=list)  # what the user should know, such as text that was cut
+    stages: Stages = field(default_factory=dict)
+    versions: dict[str, str] = field(default_factory=lambda: versions())
+    created: str = field(default_factory=lambda: datetime.now(UTC).isoformat(timespec="seconds"))
+
+    def to_json(self) -> str:
+        """Return the receipt as a JSON object."""
+        return json.dumps(asdict(self), indent=2, ensure_ascii=False)
+
+    def save(self, path: str | Path) -> Path:
+        """Write the receipt as JSON."""
+        path = Path(path)
+        path.write_text(self.to_json() + "\n", encoding="utf-8")
+        return path
+
+
+def versions() -> dict[str, str]:
+    """Return the versions of what makes the video."""
+    found = {"python": platform.python_version()}
+    for package in PACKAGES:
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            found[package] = "not installed"
+    return found

@@ -1,0 +1,130 @@
+"""Samplers: pure step functions over an explicit state, state -> velocity -> state.
+
+All take a flow-matching velocity: x = (1 - sigma) * video + sigma * noise, velocity = noise - video.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+
+LEGAL_OPTIONS = {"unipc": ("order", "solver", "skip_corrector"), "euler": ()}
+
+
+@dataclass(frozen=True)
+class SamplerState:
+    """All that a resume needs."""
+
+    step: int
+    x: torch.Tensor  # [B, C, T, H, W] float32
+    history: tuple[torch.Tensor, ...] = ()  # the last predictions of the clean video, newest first
+    corrected: torch.Tensor | None = None  # the x that the last step started from, after correction
+
+
+Step = Callable[[SamplerState, torch.Tensor, Sequence[float]], SamplerState]
+
+
+def euler(state: SamplerState, velocity: torch.Tensor, sigmas: Sequence[float]) -> SamplerState:
+    """One Euler step of the flow's ordinary differential equation."""
+    here, there = (float(np.float32(s)) for s in sigmas[state.step : state.step + 2])
+    return SamplerState(state.step + 1, torch.add(state.x, velocity, alpha=there - here))
+
+
+def unipc(
+    state: SamplerState,
+    velocity: torch.Tensor,
+    sigmas: Sequence[float],
+    *,
+    order: int = 2,
+    solver: str = "bh2",
+    skip_corrector: tuple[int, ...] = (),
+) -> SamplerState:
+    """One step of UniPC on the prediction of the clean video: correct where we stand, then predict the next x.
+
+    The order falls to 1 at both ends. Source: https://arxiv.org/abs/2302.04867, algorithms 5 to 8, B(h) as `solver`.
+    """
+    step, steps = state.step, len(sigmas) - 1
+    here = float(np.float32(sigmas[step]))
+    clean = torch.sub(state.x, velocity, alpha=here)
+    x = state.x
+    if state.corrected is not None and step - 1 not in skip_corrector:
+        used = effective_order(step - 1, steps, order)
+        x = _update(state.corrected, sigmas, step - 1, step, state.history, used, solver, newest=clean)
+    history = (clean, *state.history[: order - 1])
+    ahead = _update(x, sigmas, step, step + 1, history, effective_order(step, steps, order), solver)
+    return SamplerState(step + 1, ahead, history, x)
+
+
+def effective_order(step: int, steps: int, order: int) -> int:
+    """Return the order used at a step: it grows from 1 as history does, and falls to 1 at the end."""
+    return min(order, step + 1, steps - step)
+
+
+def _update(
+    x: torch.Tensor,
+    sigmas: Sequence[float],
+    start: int,
+    end: int,
+    history: tuple[torch.Tensor, ...],
+    order: int,
+    solver: str,
+    newest: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Move x from sigmas[start] to sigmas[end]; with `newest`, the prediction at `end`, as a corrector.
+
+    Scalars are float64, made from float32 sigmas; the result is one weighted sum of tensors.
+    """
+    level = [float(np.float32(s)) for s in sigmas]
+
+    def log_snr(i: int) -> float:
+        return math.log(1 - level[i]) - math.log(level[i]) if level[i] > 0 else math.inf
+
+    h = log_snr(end) - log_snr(start)
+    phi_1 = math.expm1(-h)
+    base = -h if solver == "bh1" else phi_1
+    ratios = [(log_snr(start - i) - log_snr(start)) / h for i in range(1, order)]
+    weights = _weights([*ratios, 1.0] if newest is not None else ratios, h, phi_1, base)
+    signal = 1 - level[end]
+    terms = [(history[i], -signal * base * w / r) for i, (w, r) in enumerate(zip(weights, ratios, strict=False), 1)]
+    if newest is not None:
+        terms.append((newest, -signal * base * weights[-1]))
+    out = x * (level[end] / level[start])
+    out.add_(history[0], alpha=-signal * phi_1 - sum(w for _, w in terms))
+    for tensor, weight in terms:
+        out.add_(tensor, alpha=weight)
+    return out
+
+
+def _weights(ratios: list[float], h: float, phi_1: float, base: float) -> list[float]:
+    """Solve UniPC's order conditions for the weights of the differences; order 1 has the published shortcut 1/2."""
+    if not ratios:
+        return []
+    if len(ratios) == 1:
+        return [0.5]
+    rows, right = [], []
+    phi, factorial = phi_1 / -h - 1, 1
+    for power in range(len(ratios)):
+        rows.append([r**power for r in ratios])
+        right.append(phi * factorial / base)
+        factorial *= power + 2
+        phi = phi / -h - 1 / factorial
+    return list(np.linalg.solve(np.array(rows), np.array(right)))
+
+
+def make_sampler(name: str, options: Mapping[str, Any] | None = None) -> Step:
+    """Return the step function called `name`, with those of `options` that it has; ValueError names the legal ones."""
+    if name not in LEGAL_OPTIONS:
+        raise ValueError(f"sampler {name!r} is not known; legal: {', '.join(sorted(LEGAL_OPTIONS))}")
+    chosen = {key: value for key, value in (options or {}).items() if key in LEGAL_OPTIONS[name]}
+    return partial({"unipc": unipc, "euler": euler}[name], **chosen)
+
+
+def start(noise: torch.Tensor) -> SamplerState:
+    """Return the state before the first step."""
+    return SamplerState(0, noise)

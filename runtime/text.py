@@ -1,0 +1,143 @@
+"""Prompt -> text embeddings, cached in memory and on disk; a hit never loads the text encoder."""
+
+from __future__ import annotations
+
+import hashlib
+import html
+import json
+import os
+import re
+import tempfile
+import warnings
+from collections import OrderedDict
+from dataclasses import dataclass
+from pathlib import Path
+
+import ftfy
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+from runtime.model import Model
+from runtime.request import Request
+from runtime.trace import span
+
+MEMORY_ENTRIES = 256
+DISK_ENTRIES = 4096
+
+
+@dataclass(frozen=True)
+class Embedding:
+    """The encoder's output for one text [S, text_dim], without padding, and the end of the text that did not fit."""
+
+    tokens: torch.Tensor
+    cut: str = ""
+
+
+_memory: OrderedDict[str, Embedding] = OrderedDict()
+
+
+def encode_prompt(model: Model, request: Request) -> tuple[list[torch.Tensor], list[str]]:
+    """Return (embeddings [S, text_dim] of negative prompt and prompt, or of the prompt alone without guidance; notes).
+
+    A note says what was cut from a text that is longer than the model takes.
+    """
+    texts = {"prompt": request.prompt}
+    if max(request.guidance or 0, request.guidance_2 or 0) > 1:
+        texts = {"negative_prompt": request.negative_prompt, "prompt": request.prompt}
+    found = {name: embedding(model, clean(text)) for name, text in texts.items()}
+    notes = [
+        f"the {name} is longer than {model.spec.text_length} tokens; this was cut: {entry.cut!r}"
+        for name, entry in found.items()
+        if entry.cut
+    ]
+    return [entry.tokens for entry in found.values()], notes
+
+
+def clean(text: str) -> str:
+    """Mend mojibake, unescape HTML twice and fold white space, as the published pipelines do."""
+    return re.sub(r"\s+", " ", html.unescape(html.unescape(ftfy.fix_text(text)))).strip()
+
+
+def embedding(model: Model, text: str) -> Embedding:
+    """Return the embedding of a cleaned text, from memory, from disk or from the encoder."""
+    key = cache_key(model, text)
+    if key in _memory:
+        _memory.move_to_end(key)
+        return _memory[key]
+    found = _read(key)
+    if found is None:
+        with span("text/encode"):
+            found = run_encoder(model, text)
+        _write(key, found)
+    _memory[key] = found
+    if len(_memory) > MEMORY_ENTRIES:
+        _memory.popitem(last=False)
+    return found
+
+
+@torch.inference_mode()
+def run_encoder(model: Model, text: str) -> Embedding:
+    """Encode a cleaned text: cut to the model's text length, without padding.
+
+    The published pipelines pad and mask; a masked token weighs exactly nothing, so leaving it out is the same.
+    """
+    ids = model.tokenizer(text).input_ids
+    cut = ""
+    if len(ids) > model.spec.text_length:
+        kept = model.tokenizer(text, truncation=True, max_length=model.spec.text_length).input_ids
+        specials = len(model.tokenizer("").input_ids)
+        cut = model.tokenizer.decode(ids[len(kept) - specials : len(ids) - specials])
+        ids = kept
+    given = torch.tensor([ids], device=model.device)
+    tokens = model.text_encoder(given, attention_mask=torch.ones_like(given)).last_hidden_state[0]
+    return Embedding(tokens.cpu().clone(), cut)
+
+
+def cache_key(model: Model, text: str) -> str:
+    """Return the key of an embedding: what encodes it, how, and the text."""
+    parts = [model.text_fingerprint, str(model.dtype), model.device.type, model.spec.text_length, text]
+    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
+
+
+def cache_folder() -> Path:
+    """Return the folder of cached embeddings, under $DIT_RUNTIME_CACHE or the user's cache folder."""
+    root = os.environ.get("DIT_RUNTIME_CACHE")
+    base = Path(root) if root else Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "dit-runtime"
+    return base / "text"
+
+
+def _read(key: str) -> Embedding | None:
+    file = cache_folder() / f"{key}.safetensors"
+    try:
+        with safe_open(file, framework="pt") as handle:
+            found = Embedding(handle.get_tensor("tokens").clone(), (handle.metadata() or {}).get("cut", ""))
+        os.utime(file)
+    except (FileNotFoundError, NotADirectoryError, PermissionError):
+        return None
+    except (SafetensorError, OSError) as error:
+        warnings.warn(f"{file} is damaged ({error}) and is made again", stacklevel=2)
+        return None
+    return found
+
+
+def _write(key: str, entry: Embedding) -> None:
+    """Publish an entry atomically; a cache that cannot be written costs time, not the video."""
+    folder = cache_folder()
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=folder) as scratch:
+            file = Path(scratch) / "entry"
+            save_file({"tokens": entry.tokens.contiguous()}, file, metadata={"cut": entry.cut})
+            file.replace(folder / f"{key}.safetensors")
+        _prune(folder)
+    except (OSError, SafetensorError) as error:
+        warnings.warn(f"the text cache in {folder} cannot be written ({error}); going on without", stacklevel=2)
+
+
+def _prune(folder: Path) -> None:
+    """Keep the most recently used entries."""
+    files = list(folder.glob("*.safetensors"))
+    if len(files) > DISK_ENTRIES:
+        for old in sorted(files, key=lambda file: file.stat().st_mtime)[: len(files) - DISK_ENTRIES]:
+            old.unlink(missing_ok=True)

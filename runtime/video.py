@@ -1,0 +1,510 @@
+"""Videos in and out: a lazy iterator of frames, written to mp4, webm, gif or png as the frames arrive.
+
+Every writer takes one frame at a time and publishes its file in one step: it writes beside the final name and renames
+when all is on disk, so a reader sees the whole video or none. The same frames give the same bytes.
+"""
+
+from __future__ import annotations
+
+import errno
+import math
+import os
+import secrets
+import shutil
+import tempfile
+from collections.abc import Callable, Generator, Iterable, Iterator
+from contextlib import closing, contextmanager, suppress
+from fractions import Fraction
+from functools import partial
+from itertools import chain
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
+
+import av
+import numpy as np
+from av.container import InputContainer, OutputContainer
+from av.video.reformatter import ColorRange, Colorspace, Interpolation, VideoReformatter
+
+if TYPE_CHECKING:
+    import torch
+
+Frames = Generator[np.ndarray, None, None]  # uint8 [H, W, 3] each
+
+KEEP_BYTES = 512 * 2**20  # a clip up to this size stays in memory after its first whole iteration
+MAX_PIXELS = 2**25  # of one frame that is read: 8K (7680x4320) just fits
+THREADS = 8  # fixed, because x264's output depends on the number of threads
+BT709 = 1  # the code for matrix, primaries and transfer in ITU-T H.273
+GIF_MAX_FPS = 50  # viewers slow frames shorter than 20 ms down to 100 ms
+
+
+class Encoding(NamedTuple):
+    """How a format with 4:2:0 colour is encoded; a higher quality number gives a smaller file."""
+
+    codec: str
+    container: str
+    quality: int
+    worst_quality: int
+    codec_options: dict[str, str]
+    container_options: dict[str, str]
+
+
+ENCODINGS = {
+    ".mp4": Encoding("libx264", "mp4", 18, 51, {"preset": "medium"}, {"movflags": "+faststart"}),
+    ".webm": Encoding("libvpx-vp9", "webm", 24, 63, {"b": "0", "deadline": "good", "cpu-used": "4", "row-mt": "1"}, {}),
+}
+SUFFIXES = (*ENCODINGS, ".gif", ".png")
+
+
+class Video:
+    """Iterator of uint8 frames [H, W, 3] with fps, latents and receipt; decodes lazily.
+
+    `source` is a uint8 array [F, H, W, 3], or a callable that returns a fresh iterator of uint8 frames [H, W, 3] (each
+    call decodes anew). The frames of a whole iteration are kept if the clip is at most `KEEP_BYTES`, so that a later
+    `frames` or `save` does not decode again. `latents` and `receipt` are only carried.
+
+    Raises ValueError for an illegal fps or size; iterating raises RuntimeError if the source yields other frames than
+    promised.
+    """
+
+    def __init__(
+        self,
+        source: np.ndarray | Callable[[], Iterable[np.ndarray]],
+        *,
+        fps: float,
+        num_frames: int,
+        height: int,
+        width: int,
+        latents: torch.Tensor | None = None,
+        receipt: Any = None,
+    ) -> None:
+        if not 0.01 <= fps <= 1000:  # also refuses NaN
+            raise ValueError(f"fps is {fps}; it must be between 0.01 and 1000")
+        shape = (int(num_frames), int(height), int(width), 3)
+        if min(shape) < 1:
+            raise ValueError(f"{num_frames} frames of {width}x{height} given; each number must be at least 1")
+        if isinstance(source, np.ndarray) and (source.shape != shape or source.dtype != np.uint8):
+            raise ValueError(f"source is {source.dtype} {list(source.shape)}; it must be uint8 {list(shape)}")
+        self.fps, (self.num_frames, self.height, self.width, _) = float(fps), shape
+        self.latents, self.receipt = latents, receipt
+        self._shape = shape
+        self._frames = source if isinstance(source, np.ndarray) else None
+        self._source = None if isinstance(source, np.ndarray) else source
+
+    def __len__(self) -> int:
+        return self.num_frames
+
+    def __repr__(self) -> str:
+        return f"Video({self.num_frames} frames, {self.width}x{self.height}, {self.fps:g} fps)"
+
+    def __iter__(self) -> Frames:
+        """Yield the frames, uint8 [H, W, 3], each as soon as it is decoded."""
+        return self._decode(keep=math.prod(self._shape) <= KEEP_BYTES)
+
+    @property
+    def frames(self) -> np.ndarray:
+        """All frames, uint8 [F, H, W, 3]; decoded on the first use and kept from then on, whatever their size."""
+        if self._frames is None:
+            for _ in self._decode(keep=True):
+                pass
+        assert self._frames is not None
+        return self._frames
+
+    def save(
+        self,
+        path: str | os.PathLike[str],
+        *,
+        quality: int | None = None,
+        on_frame: Callable[[int, int], None] | None = None,
+    ) -> Path:
+        """Write the video in the format that the suffix names, and return the path.
+
+        `.mp4` is H.264, `.webm` is VP9, `.gif` loops forever, `.png` holds a single frame; a folder (an existing empty
+        one, or a name that ends in "/" or has no suffix) gets numbered PNG files. `quality` is the encoder's CRF, lower
+        is better: 1 to 51 for mp4 (default 18), 1 to 63 for webm (default 24). `on_frame(done, total)` is called after
+        each frame written.
+
+        The file appears under its name only when complete; after any failure an older file of that name is still there.
+        Raises what `check_writable` raises, ValueError for an illegal quality, OSError (ENOSPC) when the disk is full.
+        """
+        check_writable(path, self.num_frames, self.height, self.width, self.fps)
+        target, kind = Path(path).absolute(), output_kind(path)
+        if quality is not None:
+            _check_quality(kind, quality)
+        reported = closing(self._reporting(on_frame))
+        with _explained_disk_full(target), _published(target) as unfinished, reported as frames:
+            if kind in ENCODINGS:
+                _write_encoded(unfinished, frames, self, ENCODINGS[kind], quality)
+            elif kind == ".gif":
+                _write_gif(unfinished, frames, self)
+            else:
+                _write_png(unfinished, frames, numbered=kind == "folder")
+        return Path(path)
+
+    def _decode(self, keep: bool) -> Frames:
+        if self._frames is not None:
+            yield from self._frames
+            return
+        assert self._source is not None
+        kept = np.empty(self._shape, np.uint8) if keep else None
+        decoded = iter(self._source())
+        done = 0
+        try:
+            for frame in decoded:
+                if done == self.num_frames:
+                    raise RuntimeError(f"the source yields more than the {self.num_frames} frames it promised")
+                if getattr(frame, "dtype", None) != np.uint8 or frame.shape != self._shape[1:]:
+                    given = f"{getattr(frame, 'dtype', type(frame).__name__)} {list(getattr(frame, 'shape', []))}"
+                    raise RuntimeError(f"frame {done} of the source is {given}, not uint8 {list(self._shape[1:])}")
+                if kept is not None:
+                    kept[done] = frame
+                done += 1
+                yield frame
+        finally:
+            if hasattr(decoded, "close"):
+                decoded.close()
+        if done < self.num_frames:
+            raise RuntimeError(f"the source ended after {done} of the {self.num_frames} frames it promised")
+        if kept is not None:
+            self._frames, self._source = kept, None  # lets go of the decoder and the model behind it
+
+    def _reporting(self, on_frame: Callable[[int, int], None] | None) -> Frames:
+        with closing(iter(self)) as frames:
+            for done, frame in enumerate(frames, 1):
+                yield frame
+                if on_frame is not None:
+                    on_frame(done, self.num_frames)
+
+
+def output_kind(path: str | os.PathLike[str]) -> str:
+    """The format a path names: ".mp4", ".webm", ".gif", ".png" or "folder"; ValueError if none."""
+    text, suffix = os.fspath(path), Path(path).suffix.lower()
+    if text.endswith("/"):
+        return "folder"
+    if suffix in SUFFIXES:
+        return suffix
+    if not suffix or Path(path).is_dir():
+        return "folder"
+    raise ValueError(f"{text}: unknown suffix {suffix}; use {', '.join(SUFFIXES)}, or a folder for numbered pictures")
+
+
+def check_writable(
+    path: str | os.PathLike[str],
+    num_frames: int | None = None,
+    height: int | None = None,
+    width: int | None = None,
+    fps: float | None = None,
+) -> None:
+    """Raise now what `Video.save` would raise about its target later; meant to be called before any model is loaded.
+
+    ValueError: suffix, size, frame count or rate that the format cannot hold, or a folder that is not empty.
+    FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError: a target that cannot be written.
+    """
+    target, kind = Path(path).absolute(), output_kind(path)
+    if kind in ENCODINGS:
+        _check_encodable(kind, height, width)
+    elif kind == ".gif" and fps is not None and fps > GIF_MAX_FPS:
+        raise ValueError(f"gif shows at most {GIF_MAX_FPS} frames per second, {fps:g} given; write .mp4 or .webm")
+    elif kind == ".png" and num_frames is not None and num_frames > 1:
+        folder = target.with_suffix("").name
+        raise ValueError(f"{path} holds one picture, {num_frames} frames given; name a folder, like {folder}/, or .mp4")
+
+    if kind != "folder" and target.is_dir():
+        raise IsADirectoryError(errno.EISDIR, f"{path} is a folder; name a file, or add a / for numbered pictures")
+    if kind == "folder" and target.exists():
+        if not target.is_dir():
+            raise NotADirectoryError(errno.ENOTDIR, f"{path} is a file without a legal suffix ({', '.join(SUFFIXES)})")
+        if any(target.iterdir()):
+            raise ValueError(f"{path} is not empty; name a new or an empty folder for the numbered pictures")
+        if target.is_symlink() or target.is_mount():
+            raise ValueError(f"{path} is a link or a mount point and cannot be replaced; name a new folder inside it")
+    _check_parent(target.parent)
+
+
+def _check_encodable(kind: str, height: int | None, width: int | None) -> None:
+    sizes = (("width", width), ("height", height))
+    odd = [f"{name} {size} (nearest {size - 1 or 2} and {size + 1})" for name, size in sizes if size and size % 2]
+    if odd:
+        raise ValueError(f"{kind} needs even sizes, given {' and '.join(odd)}; .gif and .png take any size")
+    codec = ENCODINGS[kind].codec
+    if codec not in av.codecs_available:
+        raise ValueError(f"this PyAV lacks {codec}, which writes {kind}; install PyAV's own wheel: pip install av")
+
+
+def _check_parent(folder: Path) -> None:
+    if not folder.is_dir():
+        raise FileNotFoundError(errno.ENOENT, f"the folder {folder} does not exist; create it, or write somewhere else")
+    with _explained_disk_full(folder):
+        try:
+            tempfile.TemporaryFile(dir=folder).close()  # only the file system knows: a superuser passes every access()
+        except OSError as error:
+            if error.errno in (errno.ENOSPC, errno.EDQUOT):
+                raise
+            message = f"the folder {folder} is not writable ({error.strerror}); choose another one"
+            raise PermissionError(errno.EACCES, message) from error
+
+
+def _check_quality(kind: str, quality: int) -> None:
+    if kind not in ENCODINGS:
+        raise ValueError(f"quality is for {' and '.join(ENCODINGS)}; {kind} is written without it")
+    worst = ENCODINGS[kind].worst_quality
+    if not 1 <= quality <= worst:
+        raise ValueError(f"quality is {quality}; for {kind} it must be between 1 (best) and {worst}")
+
+
+@contextmanager
+def _published(target: Path) -> Iterator[Path]:
+    """Yield a name beside `target` to write to; rename it to `target` on success, remove it on any exception."""
+    unfinished = target.with_name(f".{target.stem[:32]}.{secrets.token_hex(4)}.partial{target.suffix}")
+    try:
+        yield unfinished
+        if unfinished.is_file():
+            _sync(unfinished)
+        unfinished.replace(target)
+    except BaseException:
+        if unfinished.is_dir():
+            shutil.rmtree(unfinished)
+        else:
+            unfinished.unlink(missing_ok=True)
+        raise
+
+
+def _sync(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+@contextmanager
+def _explained_disk_full(target: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        folder = target if target.is_dir() else target.parent
+        free = shutil.disk_usage(folder).free / 1e6
+        raise OSError(
+            error.errno,
+            f"no space left on the disk: {target} needs more than the {free:.1f} MB free in {folder}; "
+            "make room there, or write to another disk",
+        ) from error
+
+
+def _write_encoded(
+    path: Path, frames: Iterable[np.ndarray], video: Video, encoding: Encoding, quality: int | None
+) -> None:
+    crf = encoding.quality if quality is None else quality
+    rate = exact_rate(video.fps)
+    reformatter = VideoReformatter()
+    with _open_for_writing(path, encoding.container, encoding.container_options) as container:
+        options = {"crf": str(crf), **encoding.codec_options}
+        stream = cast(av.VideoStream, container.add_stream(encoding.codec, rate=rate, options=options))
+        stream.width, stream.height, stream.pix_fmt = video.width, video.height, "yuv420p"
+        context = stream.codec_context
+        context.time_base, context.thread_count = 1 / rate, THREADS
+        context.colorspace = context.color_primaries = context.color_trc = BT709
+        context.color_range = ColorRange.MPEG
+        container.start_encoding()
+        for index, array in enumerate(frames):
+            frame = reformatter.reformat(
+                _rgb_frame(array),
+                format="yuv420p",
+                dst_colorspace=Colorspace.ITU709,
+                dst_color_range=ColorRange.MPEG,
+                interpolation=Interpolation.BICUBIC | Interpolation.ACCURATE_RND | Interpolation.FULL_CHR_H_INP,
+            )
+            frame.pts, frame.time_base, frame.duration = index, 1 / rate, 1
+            container.mux(stream.encode(frame))
+        container.mux(stream.encode(None))
+
+
+def _write_gif(path: Path, frames: Iterable[np.ndarray], video: Video) -> None:
+    rate, tick = exact_rate(video.fps), Fraction(1, 100)
+    starts = [round(index / rate / tick) for index in range(video.num_frames + 1)]
+    options = {"loop": "0", "final_delay": str(starts[-1] - starts[-2])}
+    graph = _palette_graph(video.width, video.height)
+    with _open_for_writing(path, "gif", options) as container:
+        stream = cast(av.VideoStream, container.add_stream("gif", rate=100))
+        stream.width, stream.height, stream.pix_fmt = video.width, video.height, "pal8"
+        stream.codec_context.time_base, stream.codec_context.thread_count = tick, 1
+        container.start_encoding()
+        for index, array in enumerate(chain(frames, [None])):
+            frame = None if array is None else _rgb_frame(array)
+            if frame is not None:
+                frame.pts, frame.time_base = starts[index], tick
+            graph.vpush(frame)
+            for painted in _pull(graph):
+                painted.time_base = tick
+                container.mux(stream.encode(painted))
+        container.mux(stream.encode(None))
+
+
+def _palette_graph(width: int, height: int) -> av.filter.Graph:
+    """Reduce each frame to a palette of its own: a common one would need every frame before the first is written."""
+    graph = av.filter.Graph()
+    source = graph.add("buffer", f"video_size={width}x{height}:pix_fmt=rgb24:time_base=1/100:pixel_aspect=1/1")
+    split, sink = graph.add("split"), graph.add("buffersink")
+    palette = graph.add("palettegen", "stats_mode=single:reserve_transparent=0")
+    paint = graph.add("paletteuse", "new=1:dither=bayer:bayer_scale=3")  # a fixed pattern: it does not crawl over time
+    source.link_to(split)
+    split.link_to(palette, 0, 0)
+    split.link_to(paint, 1, 0)
+    palette.link_to(paint, 0, 1)
+    paint.link_to(sink)
+    graph.configure()
+    return graph
+
+
+def _pull(graph: av.filter.Graph) -> Iterator[av.VideoFrame]:
+    while True:
+        try:
+            frame = graph.vpull()
+        except (av.BlockingIOError, av.EOFError):  # it wants more input, or has given all
+            return
+        yield frame
+
+
+def _write_png(path: Path, frames: Iterable[np.ndarray], numbered: bool) -> None:
+    if numbered:
+        path.mkdir()
+    for index, array in enumerate(frames):
+        context = av.CodecContext.create("png", "w")
+        context.width, context.height, context.pix_fmt = array.shape[1], array.shape[0], "rgb24"
+        context.time_base, context.thread_count = Fraction(1), 1
+        context.sample_aspect_ratio = Fraction(1)
+        context.options = {"pred": "mixed"}
+        data = b"".join(bytes(packet) for frame in (_rgb_frame(array), None) for packet in context.encode(frame))
+        with open(path / f"{index:05d}.png" if numbered else path, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+
+
+@contextmanager
+def _open_for_writing(path: Path, container_format: str, options: dict[str, str]) -> Iterator[OutputContainer]:
+    options = {"fflags": "+bitexact", **options}  # leaves out the library's version and random identifiers
+    container = av.open(str(path), "w", format=container_format, options=options)
+    try:
+        yield container
+    except BaseException:
+        with suppress(av.FFmpegError):  # closing a file that is being given up; the first exception is the cause
+            container.close()
+        raise
+    container.close()  # writes what is buffered: a full disk may show only here
+
+
+def _rgb_frame(array: np.ndarray) -> av.VideoFrame:
+    return av.VideoFrame.from_ndarray(np.ascontiguousarray(array), format="rgb24")
+
+
+def exact_rate(fps: float) -> Fraction:
+    """The exact frame rate that a rounded one stands for: 23.976 and 23.98 are 24000/1001, 12.5 is 25/2."""
+    for nominal in (24, 30, 48, 60, 120):
+        broadcast = Fraction(nominal * 1000, 1001)
+        if abs(fps - broadcast) < 0.005:
+            return broadcast
+    return Fraction(fps).limit_denominator(1001)
+
+
+def read_video(path: str | os.PathLike[str], *, fps: float = 24.0, max_pixels: int = MAX_PIXELS) -> Video:
+    """Open an mp4, webm, gif, png, or a folder of numbered PNG files; frames are decoded when asked for.
+
+    `fps` is the rate of a picture or a folder, which carry none. Transparency is dropped. Raises FileNotFoundError, and
+    ValueError for a file that is no video, is damaged, or has frames of more than `max_pixels` pixels.
+    """
+    path = Path(path)
+    if path.is_dir():
+        files = _numbered_files(path)
+        with _open_for_reading(files[0]) as container:
+            width, height = _frame_size(files[0], container, max_pixels)
+        frames = partial(_decode_files, files, width, height)
+        return Video(frames, fps=fps, num_frames=len(files), height=height, width=width)
+    with _open_for_reading(path) as container:
+        width, height = _frame_size(path, container, max_pixels)
+        stream = container.streams.video[0]
+        durations = [
+            packet.duration or 0 for packet in container.demux(stream) if packet.size and not packet.is_discard
+        ]
+        if container.format.name == "gif" and stream.time_base and sum(durations):
+            fps = float(len(durations) / (sum(durations) * stream.time_base))  # average_rate is a rough guess there
+        elif container.format.name != "png_pipe" and stream.average_rate:
+            fps = float(stream.average_rate)
+    num_frames = len(durations)
+    if num_frames == 0:
+        raise ValueError(f"{path} holds no frame")
+    frames = partial(_decode_file, path, width, height, num_frames)
+    return Video(frames, fps=fps, num_frames=num_frames, height=height, width=width)
+
+
+def _numbered_files(folder: Path) -> list[Path]:
+    files = sorted((file for file in folder.glob("*.png") if file.stem.isdecimal()), key=lambda file: int(file.stem))
+    if not files:
+        raise ValueError(f"{folder} holds no numbered PNG files (00000.png, 00001.png, ...)")
+    first = int(files[0].stem)
+    for number, file in enumerate(files, first):
+        if int(file.stem) != number:
+            raise ValueError(f"{folder} lacks frame {number}: after {files[number - first - 1].name} comes {file.name}")
+    return files
+
+
+@contextmanager
+def _open_for_reading(path: Path) -> Iterator[InputContainer]:
+    if not path.is_file():
+        raise FileNotFoundError(errno.ENOENT, f"{path} does not exist or is no file")
+    # a playlist could name other files and addresses: only containers, only from disk
+    options = {"format_whitelist": "mov,matroska,gif,png_pipe", "protocol_whitelist": "file"}
+    try:
+        container = av.open(str(path.absolute()), options=options)
+    except av.FFmpegError as error:
+        if isinstance(error, OSError):
+            raise
+        raise ValueError(f"{path} is no mp4, webm, gif or png that can be read ({error.strerror})") from error
+    with container:
+        if not container.streams.video:
+            raise ValueError(f"{path} has no video stream")
+        yield container
+
+
+def _frame_size(path: Path, container: InputContainer, max_pixels: int) -> tuple[int, int]:
+    context = container.streams.video[0].codec_context
+    if not 0 < context.width * context.height <= max_pixels:
+        raise ValueError(f"{path} has frames of {context.width}x{context.height}; at most {max_pixels} pixels are read")
+    return context.width, context.height
+
+
+def _decode_file(path: Path, width: int, height: int, num_frames: int = 1) -> Frames:
+    reformatter, done = VideoReformatter(), 0
+    with _open_for_reading(path) as container:
+        stream = container.streams.video[0]
+        stream.thread_type = "AUTO"
+        try:
+            for frame in container.decode(stream):
+                yield _to_rgb(reformatter, frame, width, height)
+                done += 1
+        except av.FFmpegError as error:
+            raise ValueError(f"{path} is damaged: frame {done} cannot be decoded ({error.strerror})") from error
+    if done < num_frames:
+        raise ValueError(f"{path} is damaged: only {done} of {num_frames} frames can be decoded")
+
+
+def _decode_files(files: list[Path], width: int, height: int) -> Frames:
+    for file in files:
+        yield from _decode_file(file, width, height)
+
+
+def _to_rgb(reformatter: VideoReformatter, frame: av.VideoFrame, width: int, height: int) -> np.ndarray:
+    matrix = None
+    if frame.colorspace == 2 and not frame.format.is_rgb:  # unspecified: the players' convention
+        matrix = Colorspace.ITU709 if frame.height >= 720 else Colorspace.ITU601
+    rgb = reformatter.reformat(
+        frame,
+        width=width,
+        height=height,
+        format="rgb24",
+        src_colorspace=matrix,
+        dst_color_range=ColorRange.JPEG,
+        interpolation=Interpolation.BICUBIC | Interpolation.ACCURATE_RND | Interpolation.FULL_CHR_H_INT,
+    )
+    return rgb.to_ndarray()

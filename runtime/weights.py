@@ -1,0 +1,220 @@
+"""Published weight files -> modules, by a key map: strict, memory-mapped, cast as they are placed.
+
+Only safetensors is read, and the two .pth files of the original Wan layout through torch's weights-only unpickler;
+any other pickle is refused, because unpickling runs whatever code the file carries.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import pickle
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import nn
+
+# How much of a file may stay mapped before it is reopened: mapped pages count as resident memory.
+MAPPED_BYTES = 128 << 20
+SAMPLE_BYTES = 1 << 16
+WHOLE_FILE_BYTES = 64 << 20
+
+
+@dataclass(frozen=True)
+class Slot:
+    """The place of one published tensor in our module: a parameter, or some of its leading rows."""
+
+    name: str
+    start: int | None = None  # first row; None: the whole parameter
+    stop: int | None = None
+    shape: tuple[int, ...] | None = None  # published shape where it differs from the place's by ones
+
+
+@dataclass(frozen=True)
+class Component:
+    """One network of a checkpoint: how it is built, where its weights lie and what they are called there."""
+
+    name: str
+    build: Callable[[], nn.Module]  # called under torch.device("meta")
+    files: tuple[Path, ...]
+    keys: Callable[[nn.Module], Mapping[str, Slot]]  # published name -> place
+    keep_float32: Callable[[str], bool] = lambda name: False  # parameters that stay float32 in any dtype
+    ignored: frozenset[str] = frozenset()  # published names with nothing to hold (duplicates of tied weights)
+    prepare: Callable[[nn.Module], None] = lambda module: None  # once, after loading: memory layouts
+
+
+def load(component: Component, device: torch.device, dtype: torch.dtype) -> nn.Module:
+    """Build a component's module and fill it from its files, on `device` in `dtype`.
+
+    Raises ValueError naming the first five missing, unexpected or misshapen tensors, or the damaged file.
+    """
+    with torch.device("meta"):
+        module = component.build()
+    module.requires_grad_(False).eval()
+    places = _allocate(module, component, device, dtype)
+    keys = component.keys(module)
+    wrong: list[str] = []
+    seen: set[str] = set()
+    for name, tensor in tensors(component.files):
+        slot = keys.get(name)
+        if slot is None:
+            if name not in component.ignored:
+                wrong.append(f"unexpected {name}")
+            continue
+        seen.add(name)
+        place = places[slot.name]
+        place = place if slot.start is None else place[slot.start : slot.stop]
+        if tuple(tensor.shape) != (slot.shape or tuple(place.shape)):
+            wrong.append(f"{name} has shape {list(tensor.shape)}, expected {list(slot.shape or place.shape)}")
+        elif not wrong:
+            # On a GPU the cast runs there: the host holds one tensor in its published dtype at most.
+            place.copy_(tensor.to(device).view(place.shape))
+    wrong += [f"missing {name}" for name in keys if name not in seen]
+    if wrong:
+        more = f" and {len(wrong) - 5} more" if len(wrong) > 5 else ""
+        raise ValueError(
+            f"the weights of {component.name} in {component.files[0].parent} do not fit its config.json: "
+            f"{'; '.join(wrong[:5])}{more}. The config belongs to other weights, or a file is of another version: "
+            "fetch both again from one revision"
+        )
+    component.prepare(module)
+    return module
+
+
+def _allocate(
+    module: nn.Module, component: Component, device: torch.device, dtype: torch.dtype
+) -> dict[str, torch.Tensor]:
+    """Replace the meta parameters by empty ones on `device`; return them by name (tied ones share memory)."""
+    made: dict[int, nn.Parameter] = {}
+    places: dict[str, torch.Tensor] = {}
+    for name, meta in list(module.named_parameters(remove_duplicate=False)):
+        if id(meta) not in made:
+            kind = torch.float32 if component.keep_float32(name) else dtype
+            empty = torch.empty(meta.shape, dtype=kind, device=device)
+            made[id(meta)] = nn.Parameter(empty, requires_grad=False)
+        owner, _, leaf = name.rpartition(".")
+        setattr(module.get_submodule(owner), leaf, made[id(meta)])
+        places[name] = made[id(meta)].data
+    return places
+
+
+def tensors(files: tuple[Path, ...]) -> Iterator[tuple[str, torch.Tensor]]:
+    """Yield (name, memory-mapped tensor) over all files; a tensor is valid until the next one is asked for."""
+    for file in files:
+        if file.suffix == ".safetensors":
+            yield from _safetensors(file)
+        elif file.suffix == ".pth":
+            yield from _original_pth(file).items()
+        else:
+            raise ValueError(refusal(file))
+
+
+def _safetensors(file: Path) -> Iterator[tuple[str, torch.Tensor]]:
+    names = list(header(file))
+    while names:
+        mapped = 0
+        with open_safetensors(file) as handle:
+            while names and mapped < MAPPED_BYTES:
+                tensor = handle.get_tensor(names[0])
+                mapped += tensor.nbytes
+                yield names.pop(0), tensor
+
+
+def _original_pth(file: Path) -> dict[str, torch.Tensor]:
+    try:
+        found = torch.load(file, map_location="cpu", mmap=True, weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
+        reason = str(error).splitlines()[0]
+        raise ValueError(
+            f"{file} cannot be read as plain tensors ({reason}); it is damaged or carries code. Legal: a .pth with "
+            "tensors only, or safetensors: fetch it again, or convert it where you trust it with "
+            "safetensors.torch.save_file(torch.load(FILE), NEW_FILE)"
+        ) from error
+    if not isinstance(found, dict) or not all(isinstance(t, torch.Tensor) for t in found.values()):
+        raise ValueError(f"{file} does not hold a dictionary of tensors; legal: the published state dictionary")
+    return found
+
+
+def refusal(file: Path) -> str:
+    """Say why a pickle is not read and how to convert it."""
+    return (
+        f"{file} is a pickle, which can run code when it is read; legal are safetensors files. Convert it where you "
+        "trust it: safetensors.torch.save_file(torch.load(FILE, weights_only=True), 'model.safetensors')"
+    )
+
+
+def open_safetensors(file: Path) -> Any:
+    """Open one file; ValueError for a truncated or damaged one."""
+    try:
+        return safe_open(file, framework="pt")
+    except SafetensorError as error:
+        raise ValueError(f"{file} is damaged or truncated ({error}); fetch it again") from error
+    except FileNotFoundError as error:
+        raise FileNotFoundError(f"{file} is missing; fetch the model again") from error
+
+
+def header(file: Path) -> dict[str, tuple[tuple[int, ...], str]]:
+    """Return name -> (shape, dtype) of a safetensors file, in the order of its bytes, without reading weights."""
+    with open_safetensors(file) as handle:
+        slices = {name: handle.get_slice(name) for name in handle.offset_keys()}
+        return {name: (tuple(part.get_shape()), part.get_dtype()) for name, part in slices.items()}
+
+
+def find(folder: Path, stem: str) -> tuple[tuple[Path, ...], tuple[str, ...]]:
+    """Return (files, missing file names) of weights called `stem` in a folder: one file, or shards with an index.
+
+    Raises ValueError for an index that names a file outside the folder, and where only a pickle is there.
+    """
+    index = folder / f"{stem}.safetensors.index.json"
+    if index.exists():
+        names = sorted(set(read_json(index).get("weight_map", {}).values()))
+        for name in names:
+            if not isinstance(name, str) or Path(name).name != name or name in ("", ".", ".."):
+                raise ValueError(
+                    f"{index} names the shard {name!r}, which is outside its folder; legal: plain file names. "
+                    "The index is not the published one: fetch it again"
+                )
+    else:
+        names = [f"{stem}.safetensors"]
+    missing = tuple(str(folder / name) for name in names if not (folder / name).exists())
+    if missing:
+        for pickled in (folder / f"{stem}.bin", folder / "pytorch_model.bin", folder / f"{stem}.pt"):
+            if pickled.exists():
+                raise ValueError(refusal(pickled))
+    return tuple(folder / name for name in names), missing
+
+
+def read_json(file: Path) -> dict[str, Any]:
+    """Read a JSON object; ValueError for anything else."""
+    try:
+        found = json.loads(file.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"{file} is not JSON ({error}); fetch it again") from error
+    if not isinstance(found, dict):
+        raise ValueError(f"{file} holds a JSON {type(found).__name__}; expected an object: fetch it again")
+    return found
+
+
+def fingerprint(files: Mapping[str, Path] | tuple[Path, ...]) -> str:
+    """Return a hash that tells weights apart: of whole files up to 64 MiB, of 64 evenly spread samples beyond.
+
+    The prefix says which: `sha256:` or `sampled-sha256:`.
+    """
+    digest, sampled = hashlib.sha256(), False
+    for file in files.values() if isinstance(files, Mapping) else files:
+        size = file.stat().st_size
+        digest.update(size.to_bytes(8, "little"))
+        with file.open("rb") as handle:
+            if size <= WHOLE_FILE_BYTES:
+                digest.update(handle.read())
+                continue
+            sampled = True
+            for i in range(64):
+                handle.seek(i * (size - SAMPLE_BYTES) // 63)
+                digest.update(handle.read(SAMPLE_BYTES))
+    return f"{'sampled-' if sampled else ''}sha256:{digest.hexdigest()[:32]}"
+

@@ -1,0 +1,5 @@
+"""Build hook; everything static stands in pyproject.toml."""
+
+from setuptools import setup
+
+setup()
