@@ -19,6 +19,8 @@ import torch.nn.functional as F
 
 from .checks import expect_floating, expect_shape
 
+LARGE_BLOCK = 2**25  # bytes; a larger block that is freed goes back to the system, and the next one is zeroed anew
+
 
 def causal_conv3d_ref(
     x: torch.Tensor,
@@ -69,12 +71,12 @@ def causal_conv3d_taps(
         newest = stride - taps + tap  # the frame that output 0 sees through this tap; negative: in the history
         inside = min(outputs, -(min(newest, 0) // stride))  # first output whose frame is in x
         if inside < outputs:
-            y[:, :, inside:] += _conv_frames(x[:, :, newest + inside * stride :: stride][:, :, : outputs - inside],
-                                             weight[:, :, tap])
+            _add_frames(y[:, :, inside:], x[:, :, newest + inside * stride :: stride], weight[:, :, tap])
         begin = max(0, -((past + newest) // stride))  # first output whose frame is not before the history
         if history is not None and begin < inside:
-            seen = history[:, :, past + newest + begin * stride :: stride][:, :, : inside - begin]
-            y[:, :, begin:inside] += _conv_frames(seen, weight[:, :, tap])
+            _add_frames(
+                y[:, :, begin:inside], history[:, :, past + newest + begin * stride :: stride], weight[:, :, tap]
+            )
     return y
 
 
@@ -84,6 +86,15 @@ def _conv_frames(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | Non
     frames = x.transpose(1, 2).flatten(0, 1)  # [B * T, C, H, W]
     y = F.conv2d(frames, weight, bias, padding=(rows // 2, columns // 2))
     return y.unflatten(0, (x.shape[0], x.shape[2])).transpose(1, 2)
+
+
+def _add_frames(y: torch.Tensor, x: torch.Tensor, weight: torch.Tensor) -> None:
+    """Add the convolution of the first frames of x to y in place, as many at once as make no large block."""
+    count = y.shape[2]
+    step = max(1, LARGE_BLOCK * count // (y.numel() * y.element_size()))
+    for start in range(0, count, step):
+        part = slice(start, min(start + step, count))
+        y[:, :, part] += _conv_frames(x[:, :, part], weight)
 
 
 def causal_conv3d(

@@ -20,21 +20,27 @@ from .checks import expect_floating
 SMALLEST_NORM = 1e-12
 
 
-def norm_silu_ref(x: torch.Tensor, gamma: torch.Tensor, silu: bool) -> torch.Tensor:
+def norm_silu_ref(x: torch.Tensor, gamma: torch.Tensor, silu: bool, inplace: bool) -> torch.Tensor:
     """The definition, float32 inside; few passes over memory."""
-    wide = x.float()
     channels = x.shape[1]
+    wide = x.float()
     norm = torch.linalg.vector_norm(wide, dim=1, keepdim=True).clamp_(min=SMALLEST_NORM)
-    scale = gamma.float().reshape(channels, *[1] * (x.dim() - 2))
-    h = (wide * norm.reciprocal_().mul_(math.sqrt(channels))).mul_(scale)
-    return (F.silu(h, inplace=True) if silu else h).to(x.dtype)
+    factor = norm.reciprocal_().mul_(math.sqrt(channels))
+    h = wide.mul_(factor) if inplace or wide is not x else wide * factor
+    h.mul_(gamma.float().reshape(channels, *[1] * (x.dim() - 2)))
+    if silu:
+        F.silu(h, inplace=True)
+    return x.copy_(h) if inplace and h is not x else h.to(x.dtype)
 
 
-def norm_silu(x: torch.Tensor, gamma: torch.Tensor, *, silu: bool = True) -> torch.Tensor:
-    """Return SiLU of x normalised over its channels, in x's shape; ValueError for shapes that do not fit together."""
+def norm_silu(x: torch.Tensor, gamma: torch.Tensor, *, silu: bool = True, inplace: bool = False) -> torch.Tensor:
+    """Return SiLU of x normalised over its channels, in x's shape; ValueError for shapes that do not fit together.
+
+    With `inplace` the result takes x's memory, and x is returned.
+    """
     expect_floating("x", x)
     if x.dim() < 2:
         raise ValueError(f"x has shape {list(x.shape)}; expected [B, C, ...]")
     if gamma.numel() != x.shape[1]:
         raise ValueError(f"gamma has shape {list(gamma.shape)}; expected {x.shape[1]} numbers, one per channel of x")
-    return norm_silu_ref(x, gamma, silu)
+    return norm_silu_ref(x, gamma, silu, inplace)

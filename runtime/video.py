@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, cast
 import av
 import numpy as np
 from av.container import InputContainer, OutputContainer
-from av.video.reformatter import ColorRange, Colorspace, Interpolation, VideoReformatter
+from av.video.reformatter import ColorRange, Colorspace, VideoReformatter
 
 if TYPE_CHECKING:
     import torch
@@ -34,6 +34,8 @@ KEEP_BYTES = 512 * 2**20  # a clip up to this size stays in memory after its fir
 MAX_PIXELS = 2**25  # of one frame that is read: 8K (7680x4320) just fits
 THREADS = 8  # fixed, because x264's output depends on the number of threads
 BT709 = 1  # the code for matrix, primaries and transfer in ITU-T H.273
+# swscale's flags (PyAV names them only from version 18): bicubic, accurate rounding, full chroma input or output
+RGB_TO_YUV, YUV_TO_RGB = 0x4 | 0x40000 | 0x4000, 0x4 | 0x40000 | 0x2000
 GIF_MAX_FPS = 50  # viewers slow frames shorter than 20 ms down to 100 ms
 
 
@@ -48,9 +50,12 @@ class Encoding(NamedTuple):
     container_options: dict[str, str]
 
 
+# no mbtree: with x264's AVX-512 code it gives other bytes from run to run (seen with PyAV 18; not up to AVX2)
+X264_OPTIONS = {"preset": "medium", "mbtree": "0"}
+VP9_OPTIONS = {"b": "0", "deadline": "good", "cpu-used": "4", "row-mt": "1"}
 ENCODINGS = {
-    ".mp4": Encoding("libx264", "mp4", 18, 51, {"preset": "medium"}, {"movflags": "+faststart"}),
-    ".webm": Encoding("libvpx-vp9", "webm", 24, 63, {"b": "0", "deadline": "good", "cpu-used": "4", "row-mt": "1"}, {}),
+    ".mp4": Encoding("libx264", "mp4", 18, 51, X264_OPTIONS, {"movflags": "+faststart"}),
+    ".webm": Encoding("libvpx-vp9", "webm", 24, 63, VP9_OPTIONS, {}),
 }
 SUFFIXES = (*ENCODINGS, ".gif", ".png")
 
@@ -313,7 +318,7 @@ def _write_encoded(
                 format="yuv420p",
                 dst_colorspace=Colorspace.ITU709,
                 dst_color_range=ColorRange.MPEG,
-                interpolation=Interpolation.BICUBIC | Interpolation.ACCURATE_RND | Interpolation.FULL_CHR_H_INP,
+                interpolation=RGB_TO_YUV,
             )
             frame.pts, frame.time_base, frame.duration = index, 1 / rate, 1
             container.mux(stream.encode(frame))
@@ -505,6 +510,6 @@ def _to_rgb(reformatter: VideoReformatter, frame: av.VideoFrame, width: int, hei
         format="rgb24",
         src_colorspace=matrix,
         dst_color_range=ColorRange.JPEG,
-        interpolation=Interpolation.BICUBIC | Interpolation.ACCURATE_RND | Interpolation.FULL_CHR_H_INT,
+        interpolation=YUV_TO_RGB,
     )
     return rgb.to_ndarray()

@@ -18,8 +18,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import nn
 
-# How much of a file may stay mapped before it is reopened: mapped pages count as resident memory.
-MAPPED_BYTES = 128 << 20
+# How much of a file is read between two openings: touched pages count as resident memory until the file is closed.
+WINDOW_BYTES = 8 << 20
 SAMPLE_BYTES = 1 << 16
 WHOLE_FILE_BYTES = 64 << 20
 
@@ -59,20 +59,22 @@ def load(component: Component, device: torch.device, dtype: torch.dtype) -> nn.M
     keys = component.keys(module)
     wrong: list[str] = []
     seen: set[str] = set()
-    for name, tensor in tensors(component.files):
+    for name, shape, first, piece in pieces(component.files):
         slot = keys.get(name)
         if slot is None:
-            if name not in component.ignored:
+            if name not in component.ignored and first == 0:
                 wrong.append(f"unexpected {name}")
             continue
         seen.add(name)
         place = places[slot.name]
         place = place if slot.start is None else place[slot.start : slot.stop]
-        if tuple(tensor.shape) != (slot.shape or tuple(place.shape)):
-            wrong.append(f"{name} has shape {list(tensor.shape)}, expected {list(slot.shape or place.shape)}")
+        if shape != (slot.shape or tuple(place.shape)):
+            if first == 0:
+                wrong.append(f"{name} has shape {list(shape)}, expected {list(slot.shape or place.shape)}")
         elif not wrong:
-            # On a GPU the cast runs there: the host holds one tensor in its published dtype at most.
-            place.copy_(tensor.to(device).view(place.shape))
+            place = place.view(shape)[first : first + len(piece)] if shape else place
+            # On a GPU the cast runs there: the host holds one piece in its published dtype at most.
+            place.copy_(piece.to(device))
     wrong += [f"missing {name}" for name in keys if name not in seen]
     if wrong:
         more = f" and {len(wrong) - 5} more" if len(wrong) > 5 else ""
@@ -102,29 +104,63 @@ def _allocate(
     return places
 
 
-def tensors(files: tuple[Path, ...]) -> Iterator[tuple[str, torch.Tensor]]:
-    """Yield (name, memory-mapped tensor) over all files; a tensor is valid until the next one is asked for."""
+def pieces(files: tuple[Path, ...]) -> Iterator[tuple[str, tuple[int, ...], int, torch.Tensor]]:
+    """Yield (name, full shape, first row, rows from there on) over all tensors of all files, a window at a time."""
     for file in files:
+        handle, opened = None, 0
+        for name, (shape, _) in shapes(file).items():
+            count = shape[0] if shape else 1
+            first = 0
+            while first == 0 or first < count:
+                if handle is None or opened >= WINDOW_BYTES:
+                    handle, opened = WeightFile(file), 0
+                piece = handle.rows(name, first, WINDOW_BYTES) if shape else handle.whole(name)
+                opened += piece.nbytes
+                yield name, shape, first, piece
+                first += max(len(piece), 1) if shape else 1
+
+
+class WeightFile:
+    """An open file of either kind, memory-mapped; ValueError where it is damaged or could run code."""
+
+    def __init__(self, file: Path) -> None:
         if file.suffix == ".safetensors":
-            yield from _safetensors(file)
+            self.slices = _open_safetensors(file)
+            self.tensors: dict[str, torch.Tensor] = {}
         elif file.suffix == ".pth":
-            yield from _original_pth(file).items()
+            self.tensors = _open_pth(file)
         else:
             raise ValueError(refusal(file))
 
+    def whole(self, name: str) -> torch.Tensor:
+        """Return one tensor."""
+        return self.tensors[name] if self.tensors else self.slices.get_tensor(name)
 
-def _safetensors(file: Path) -> Iterator[tuple[str, torch.Tensor]]:
-    names = list(header(file))
-    while names:
-        mapped = 0
-        with open_safetensors(file) as handle:
-            while names and mapped < MAPPED_BYTES:
-                tensor = handle.get_tensor(names[0])
-                mapped += tensor.nbytes
-                yield names.pop(0), tensor
+    def rows(self, name: str, first: int, most: int) -> torch.Tensor:
+        """Return rows of a tensor from `first` on, of at most `most` bytes, or one."""
+        tensor = self.tensors[name] if self.tensors else self.slices.get_slice(name)[first : first + 1]
+        count = max(most // max(tensor[:1].nbytes, 1), 1)
+        stop = first + count
+        return self.tensors[name][first:stop] if self.tensors else self.slices.get_slice(name)[first:stop]
+
+    def shapes(self) -> dict[str, tuple[tuple[int, ...], str]]:
+        """Return name -> (shape, dtype)."""
+        if self.tensors:
+            return {name: (tuple(t.shape), str(t.dtype).removeprefix("torch.")) for name, t in self.tensors.items()}
+        slices = {name: self.slices.get_slice(name) for name in self.slices.offset_keys()}
+        return {name: (tuple(part.get_shape()), _dtype_name(part.get_dtype())) for name, part in slices.items()}
 
 
-def _original_pth(file: Path) -> dict[str, torch.Tensor]:
+def _dtype_name(safetensors_name: str) -> str:
+    return {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}.get(safetensors_name, safetensors_name)
+
+
+def shapes(file: Path) -> dict[str, tuple[tuple[int, ...], str]]:
+    """Return name -> (shape, dtype) of a weight file of either kind, without reading weights."""
+    return WeightFile(file).shapes()
+
+
+def _open_pth(file: Path) -> dict[str, torch.Tensor]:
     try:
         found = torch.load(file, map_location="cpu", mmap=True, weights_only=True)
     except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
@@ -134,21 +170,12 @@ def _original_pth(file: Path) -> dict[str, torch.Tensor]:
             "tensors only, or safetensors: fetch it again, or convert it where you trust it with "
             "safetensors.torch.save_file(torch.load(FILE), NEW_FILE)"
         ) from error
-    if not isinstance(found, dict) or not all(isinstance(t, torch.Tensor) for t in found.values()):
+    if not isinstance(found, dict) or not found or not all(isinstance(t, torch.Tensor) for t in found.values()):
         raise ValueError(f"{file} does not hold a dictionary of tensors; legal: the published state dictionary")
     return found
 
 
-def refusal(file: Path) -> str:
-    """Say why a pickle is not read and how to convert it."""
-    return (
-        f"{file} is a pickle, which can run code when it is read; legal are safetensors files. Convert it where you "
-        "trust it: safetensors.torch.save_file(torch.load(FILE, weights_only=True), 'model.safetensors')"
-    )
-
-
-def open_safetensors(file: Path) -> Any:
-    """Open one file; ValueError for a truncated or damaged one."""
+def _open_safetensors(file: Path) -> Any:
     try:
         return safe_open(file, framework="pt")
     except SafetensorError as error:
@@ -157,11 +184,12 @@ def open_safetensors(file: Path) -> Any:
         raise FileNotFoundError(f"{file} is missing; fetch the model again") from error
 
 
-def header(file: Path) -> dict[str, tuple[tuple[int, ...], str]]:
-    """Return name -> (shape, dtype) of a safetensors file, in the order of its bytes, without reading weights."""
-    with open_safetensors(file) as handle:
-        slices = {name: handle.get_slice(name) for name in handle.offset_keys()}
-        return {name: (tuple(part.get_shape()), part.get_dtype()) for name, part in slices.items()}
+def refusal(file: Path) -> str:
+    """Say why a pickle is not read and how to convert it."""
+    return (
+        f"{file} is a pickle, which can run code when it is read; legal are safetensors files. Convert it where you "
+        "trust it: safetensors.torch.save_file(torch.load(FILE, weights_only=True), 'model.safetensors')"
+    )
 
 
 def find(folder: Path, stem: str) -> tuple[tuple[Path, ...], tuple[str, ...]]:

@@ -7,23 +7,24 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import MISSING, dataclass, fields, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from torch import nn
 
-from runtime.models.spec import Checkpoint, ModelSpec
+from runtime.models.spec import Checkpoint, ModelSpec, config_from
 from runtime.models.wan import weights as names
 from runtime.models.wan.specs import LATENT_STATISTICS, PUBLISHED, TEXT_LENGTH, VARIANTS
 from runtime.models.wan.transformer import TransformerConfig, WanTransformer
 from runtime.models.wan.vae import VAEConfig, WanVAE
-from runtime.weights import Component, find, header, read_json, tensors
+from runtime.weights import Component, find, read_json
+from runtime.weights import shapes as tensor_shapes
 
 EXPERT_FOLDERS = ("high_noise_model", "low_noise_model")  # of the original layout
 ORIGINAL_BOUNDARY = 0.875
-ORIGINAL_VAES = ("Wan2.1_VAE.pth", "Wan2.2_VAE.pth")
+ORIGINAL_VAES = {16: "Wan2.1_VAE.pth", 48: "Wan2.2_VAE.pth"}  # latent channels -> file
 ORIGINAL_TEXT_ENCODER = "models_t5_umt5-xxl-enc-bf16.pth"
 
 
@@ -32,7 +33,11 @@ def recognise(folder: Path) -> bool:
     index = folder / "model_index.json"
     if index.exists():
         return "Wan" in str(read_json(index).get("_class_name", ""))
-    return any((folder / name).exists() for name in (*ORIGINAL_VAES, *EXPERT_FOLDERS))
+    config = folder / "config.json"
+    if config.exists() and "WanModel" in str(read_json(config).get("_class_name", "")):
+        return True
+    parts = (*ORIGINAL_VAES.values(), ORIGINAL_TEXT_ENCODER, *EXPERT_FOLDERS)
+    return any((folder / name).exists() for name in parts)
 
 
 def open_checkpoint(folder: Path) -> Checkpoint:
@@ -43,7 +48,9 @@ def open_checkpoint(folder: Path) -> Checkpoint:
 def _open_diffusers(folder: Path) -> Checkpoint:
     index = read_json(folder / "model_index.json")
     if index["_class_name"] != "WanPipeline":
-        raise ValueError(f"{folder} holds a {index['_class_name']}; supported is WanPipeline: give a text-to-video model")
+        raise ValueError(
+            f"{folder} holds a {index['_class_name']}; supported is WanPipeline: give a text-to-video model"
+        )
     experts = [name for name in ("transformer", "transformer_2") if (index.get(name) or [None])[0] is not None]
     schedule, shift, options, sampler = _read_scheduler(folder / "scheduler" / "scheduler_config.json")
     missing: list[str] = []
@@ -97,7 +104,11 @@ def _config(file: Path) -> dict[str, Any]:
 
 def _vae(config: VAEConfig, files: tuple[Path, ...], keys: Any) -> Component:
     return Component(
-        name="vae", build=partial(WanVAE, config), files=files, keys=keys, prepare=lambda module: module.prepare()
+        name="vae",
+        build=partial(WanVAE, config),
+        files=files,
+        keys=keys,
+        prepare=lambda module: cast(WanVAE, module).prepare(),
     )
 
 
@@ -123,7 +134,7 @@ def _spec(
         family="wan",
         name=variant or folder_name,
         latent_channels=vae.z_dim,
-        stride=(vae.scale_factor_temporal, vae.scale_factor_spatial, vae.scale_factor_spatial),
+        stride=vae.stride,
         patch=first.patch_size,
         text_length=TEXT_LENGTH,
         max_positions=min(config.rope_max_seq_len for config in configs),
@@ -182,43 +193,104 @@ def _build_text_encoder(config: Mapping[str, Any]) -> nn.Module:
 def _tied_keys(files: tuple[Path, ...], module: nn.Module) -> Mapping[str, Any]:
     """The token table is published under either of its two names, or both."""
     keys = names.text_encoder_keys(module)
-    published = {name for file in files for name in header(file)}
+    published = {name for file in files for name in tensor_shapes(file)}
     if "shared.weight" not in published and "encoder.embed_tokens.weight" in published:
         keys["encoder.embed_tokens.weight"] = keys.pop("shared.weight")
     return keys
 
 
+@dataclass(frozen=True, kw_only=True)
+class OriginalConfig:
+    """The original repositories' `config.json`; keys that not every published one has are defaults of their code."""
+
+    dim: int
+    eps: float
+    ffn_dim: int
+    freq_dim: int
+    in_dim: int
+    num_heads: int
+    num_layers: int
+    out_dim: int
+    model_type: str = "t2v"
+    text_len: int = TEXT_LENGTH
+    text_dim: int = 4096
+    patch_size: tuple[int, int, int] = (1, 2, 2)
+    cross_attn_norm: bool = True
+    qk_norm: bool = True
+    window_size: tuple[int, int] = (-1, -1)
+
+    @classmethod
+    def from_file(cls, file: Path) -> OriginalConfig:
+        """Read a published config; ValueError for missing and unknown keys, and for variants not supported."""
+        given = _config(file)
+        if (kind := given.get("model_type", "t2v")) not in ("t2v", "ti2v"):
+            raise ValueError(f"{file} has model_type {kind!r}; supported: t2v, ti2v: give a text-to-video model")
+        if lacking := [f.name for f in fields(cls) if f.default is MISSING and f.name not in given]:
+            raise ValueError(f"{file} lacks {', '.join(lacking)}; it is not the published config: fetch it again")
+        config = cls(**config_from(cls, given, str(file)))
+        for key in (f.name for f in fields(cls) if f.type == "int"):
+            if type(number := getattr(config, key)) is not int or number < 1:
+                raise ValueError(f"{file} has {key} {number!r}; legal: a whole number above 0")
+        for key, only in (("qk_norm", True), ("window_size", (-1, -1))):
+            if getattr(config, key) != only:
+                raise ValueError(f"{file} has {key} {getattr(config, key)!r}; supported is {only!r}")
+        if config.dim % config.num_heads:
+            raise ValueError(f"{file} has dim {config.dim}; legal: a multiple of num_heads, {config.num_heads}")
+        if config.in_dim not in ORIGINAL_VAES:
+            raise ValueError(f"{file} has in_dim {config.in_dim}; supported: {', '.join(map(str, ORIGINAL_VAES))}")
+        return config
+
+    @property
+    def transformer(self) -> TransformerConfig:
+        """The same numbers by their names in the diffusers layout."""
+        return TransformerConfig.from_dict({
+            "num_attention_heads": self.num_heads,
+            "attention_head_dim": self.dim // self.num_heads,
+            "in_channels": self.in_dim,
+            "out_channels": self.out_dim,
+            "text_dim": self.text_dim,
+            "freq_dim": self.freq_dim,
+            "ffn_dim": self.ffn_dim,
+            "num_layers": self.num_layers,
+            "eps": self.eps,
+            "patch_size": self.patch_size,
+            "cross_attn_norm": self.cross_attn_norm,
+        })
+
+
 def _open_original(folder: Path) -> Checkpoint:
-    experts = [folder / name for name in EXPERT_FOLDERS if (folder / name).is_dir()] or [folder]
+    two = any((folder / name).is_dir() for name in EXPERT_FOLDERS)
+    places = [folder / name for name in EXPERT_FOLDERS] if two else [folder]
+    configs = [OriginalConfig.from_file(place / "config.json") for place in places]
     missing: list[str] = []
     transformers = []
-    for place in experts:
-        config = _original_config(_config(place / "config.json"))
+    for place, config in zip(places, configs, strict=True):
         files, gone = find(place, "diffusion_pytorch_model")
         missing += gone
-        transformers.append((config, Component(
-            name="transformer" if place == folder else place.name,
-            build=partial(WanTransformer, config),
+        transformers.append(Component(
+            name=place.name if two else "transformer",
+            build=partial(WanTransformer, config.transformer),
             files=files,
             keys=names.original_transformer_keys,
             keep_float32=WanTransformer.keep_float32,
-        )))
-    vae_file = next((folder / name for name in ORIGINAL_VAES if (folder / name).exists()), folder / ORIGINAL_VAES[0])
+        ))
+    vae_file = folder / ORIGINAL_VAES[configs[0].in_dim]
     text_file = folder / ORIGINAL_TEXT_ENCODER
     tokenizer = folder / "google" / "umt5-xxl"
     missing += [str(path) for path in (vae_file, text_file, tokenizer) if not path.exists()]
-    configs = [config for config, _ in transformers]
-    vae_config = _original_vae_config(vae_file)
+    vae_config = _original_vae_config(vae_file, configs[0].in_dim)
     options = {"order": 2, "solver": "bh2"}
-    spec = _spec(folder.name, configs, vae_config, "flow_linear", options, ORIGINAL_BOUNDARY)
+    spec = _spec(
+        folder.name, [config.transformer for config in configs], vae_config, "flow_linear", options, ORIGINAL_BOUNDARY
+    )
     return Checkpoint(
         folder=folder,
-        spec=spec,
-        transformers=tuple(component for _, component in transformers),
+        spec=replace(spec, text_length=configs[0].text_len),
+        transformers=tuple(transformers),
         vae=_vae(vae_config, (vae_file,), names.original_vae_keys),
         text_encoder=Component(
             name="text_encoder",
-            build=lambda: _build_text_encoder(_original_text_config(text_file)),
+            build=lambda: _build_text_encoder(_original_text_config(text_file)),  # the file is read only then
             files=(text_file,),
             keys=names.original_text_encoder_keys,
         ),
@@ -227,59 +299,50 @@ def _open_original(folder: Path) -> Checkpoint:
     )
 
 
-def _original_config(given: Mapping[str, Any]) -> TransformerConfig:
-    """Read the original repositories' transformer config."""
-    if given.get("model_type", "t2v") not in ("t2v", "ti2v"):
-        raise ValueError(f"the model is of type {given['model_type']!r}; supported: t2v, ti2v: give a text-to-video model")
-    return TransformerConfig(
-        num_attention_heads=given["num_heads"],
-        attention_head_dim=given["dim"] // given["num_heads"],
-        in_channels=given["in_dim"],
-        out_channels=given["out_dim"],
-        text_dim=given.get("text_dim", 4096),
-        freq_dim=given["freq_dim"],
-        ffn_dim=given["ffn_dim"],
-        num_layers=given["num_layers"],
-        eps=given["eps"],
-    )
-
-
-def _original_vae_config(file: Path) -> VAEConfig:
-    """Read the widths off the weights: the original layout has no VAE config."""
-    residual = file.name == "Wan2.2_VAE.pth"
-    fixed: dict[str, Any] = {"dim_mult": (1, 2, 4, 4), "temperal_downsample": (False, True, True)}
-    if residual:
-        fixed |= {"is_residual": True, "patch_size": 2, "in_channels": 12, "out_channels": 12,
-                  "scale_factor_spatial": 16, "temperal_downsample": (False, True, True)}
-    if not file.exists():
-        return VAEConfig()
-    shapes = {name: tuple(tensor.shape) for name, tensor in tensors((file,))}
-    z_dim = shapes["conv2.weight"][0]
+def _original_vae_config(file: Path, z_dim: int) -> VAEConfig:
+    """Read the widths off the weights where they are there: the original layout has no VAE config."""
     mean, std = LATENT_STATISTICS[z_dim]
-    return VAEConfig(
-        z_dim=z_dim,
-        base_dim=shapes["encoder.conv1.weight"][0],
-        decoder_base_dim=shapes["decoder.head.0.gamma"][0],
-        latents_mean=mean,
-        latents_std=std,
-        **fixed,
-    )
+    numbers: dict[str, Any] = {"z_dim": z_dim, "latents_mean": mean, "latents_std": std}
+    if z_dim == 48:
+        numbers |= {
+            "is_residual": True, "patch_size": 2, "in_channels": 12, "out_channels": 12, "scale_factor_spatial": 16,
+        }
+    if file.exists():
+        shapes = _shapes(file, {"encoder.conv1.weight": 5, "decoder.head.0.gamma": 4, "conv2.weight": 5})
+        if (found := shapes["conv2.weight"][0]) != z_dim:
+            raise ValueError(f"{file} has {found} latent channels, config.json in_dim {z_dim}: fetch both again")
+        numbers["base_dim"] = shapes["encoder.conv1.weight"][0]
+        numbers["decoder_base_dim"] = shapes["decoder.head.0.gamma"][0]
+    return VAEConfig(**numbers)
 
 
 def _original_text_config(file: Path) -> dict[str, Any]:
     """Read the encoder's numbers off the weights: the original layout has no config for it."""
-    shapes = {name: tuple(tensor.shape) for name, tensor in tensors((file,))}
-    buckets, heads = shapes["blocks.0.pos_embedding.embedding.weight"]
+    table, position = "token_embedding.weight", "blocks.0.pos_embedding.embedding.weight"
+    query, up = "blocks.0.attn.q.weight", "blocks.0.ffn.fc1.weight"
+    shapes = _shapes(file, {table: 2, position: 2, query: 2, up: 2})
+    buckets, heads = shapes[position]
     return {
         "model_type": "umt5",
-        "vocab_size": shapes["token_embedding.weight"][0],
-        "d_model": shapes["token_embedding.weight"][1],
-        "d_kv": shapes["blocks.0.attn.q.weight"][0] // heads,
-        "d_ff": shapes["blocks.0.ffn.fc1.weight"][0],
-        "num_layers": 1 + max(int(name.split(".")[1]) for name in shapes if name.startswith("blocks.")),
+        "vocab_size": shapes[table][0],
+        "d_model": shapes[table][1],
+        "d_kv": shapes[query][0] // heads,
+        "d_ff": shapes[up][0],
+        "num_layers": len({name.split(".")[1] for name in shapes if name.startswith("blocks.")}),
         "num_heads": heads,
         "relative_attention_num_buckets": buckets,
         "feed_forward_proj": "gated-gelu",
         "is_encoder_decoder": False,
         "use_cache": False,
     }
+
+
+def _shapes(file: Path, needed: Mapping[str, int]) -> dict[str, tuple[int, ...]]:
+    """Return the shape of every tensor in a file; ValueError unless those needed have so many dimensions, none 0."""
+    found = {name: shape for name, (shape, _) in tensor_shapes(file).items()}
+    for name, dimensions in needed.items():
+        shape = found.get(name, ())
+        if len(shape) != dimensions or 0 in shape:
+            state = f"has {name} of shape {list(shape)}" if name in found else f"lacks {name}"
+            raise ValueError(f"{file} {state}; it is not the published file: fetch it again")
+    return found

@@ -52,8 +52,8 @@ class VAEConfig:
     in_channels: int = 3
     out_channels: int = 3
     patch_size: int | None = None
-    scale_factor_temporal: int | None = None  # None: what temperal_downsample gives
-    scale_factor_spatial: int | None = None  # None: what dim_mult and patch_size give
+    scale_factor_temporal: int = 4
+    scale_factor_spatial: int = 8
 
     @classmethod
     def from_dict(cls, given: Mapping[str, Any]) -> VAEConfig:
@@ -67,18 +67,19 @@ class VAEConfig:
             raise ValueError(f"vae config has attn_scales {list(self.attn_scales)}; supported is none, as published")
         levels = len(self.dim_mult) - 1
         time, height, _ = self.stride
-        patch = self.patch_size or 1
         for key, value, expected, why in (
             ("temperal_downsample", len(self.temperal_downsample), levels, "entries, one less than dim_mult"),
             ("latents_mean", len(self.latents_mean), self.z_dim, "entries, as z_dim"),
             ("latents_std", len(self.latents_std), self.z_dim, "entries, as z_dim"),
-            ("scale_factor_temporal", self.scale_factor_temporal or time, time, "as temperal_downsample gives"),
-            ("scale_factor_spatial", self.scale_factor_spatial or height, height, "as dim_mult and patch_size give"),
-            ("in_channels", self.in_channels % patch**2, 0, f"as rest of the division by patch_size {patch} squared"),
-            ("out_channels", self.out_channels % patch**2, 0, f"as rest of the division by patch_size {patch} squared"),
+            ("scale_factor_temporal", self.scale_factor_temporal, time, "as temperal_downsample gives"),
+            ("scale_factor_spatial", self.scale_factor_spatial, height, "as dim_mult and patch_size give"),
         ):
             if value != expected:
                 raise ValueError(f"vae config has {key}: {value}; expected {expected} {why}")
+        cells = (self.patch_size or 1) ** 2
+        for key, value in (("in_channels", self.in_channels), ("out_channels", self.out_channels)):
+            if value % cells:
+                raise ValueError(f"vae config has {key}: {value}; expected a multiple of {cells}, patch_size squared")
 
     @property
     def stride(self) -> tuple[int, int, int]:
@@ -108,7 +109,7 @@ class WanVAE(nn.Module):
             if isinstance(module, CausalConv3d | UpsamplingConv2d):
                 module.prepare()
             elif isinstance(module, nn.Conv2d):
-                module.to(memory_format=torch.channels_last)
+                module.weight.data = module.weight.data.contiguous(memory_format=torch.channels_last)
 
     def decode_stream(self, latents: torch.Tensor) -> Iterator[torch.Tensor]:
         """Yield the clip of latents [B, C, T, H, W], normalised as the sampler has them, while it is decoded.
@@ -252,7 +253,7 @@ class Decoder(Streaming):
         x = self.mid_block(self.conv_in(z, history), history)
         for block in self.up_blocks:
             x = block(x, history, first)
-        return self.conv_out(norm_silu(x, self.norm_out.gamma), history)
+        return self.conv_out(norm_silu(x, self.norm_out.gamma, inplace=True), history)
 
 
 class Encoder(Streaming):
@@ -279,7 +280,7 @@ class Encoder(Streaming):
         for block in self.down_blocks:
             x = block(x, history, first)
         x = self.mid_block(x, history)
-        return self.conv_out(norm_silu(x, self.norm_out.gamma), history)
+        return self.conv_out(norm_silu(x, self.norm_out.gamma, inplace=True), history)
 
 
 class UpBlock(nn.Module):
@@ -293,7 +294,7 @@ class UpBlock(nn.Module):
         self.shortcut = config.is_residual and upsample
         self.time = 2 if time else 1
         if self.shortcut and (width % out or 4 * self.time % (width // out)):
-            raise ValueError(f"vae config leads from width {width} to {out}; supported are equal widths and 2, 4, 8 to 1")
+            raise ValueError(f"vae config leads from width {width} to {out}; supported: equal, or 2, 4 or 8 times less")
 
     def forward(self, x: torch.Tensor, history: History, first: bool) -> torch.Tensor:
         y = x
@@ -351,7 +352,7 @@ class ResidualBlock(nn.Module):
 
     def forward(self, x: torch.Tensor, history: History) -> torch.Tensor:
         h = self.conv1(norm_silu(x, self.norm1.gamma), history)
-        h = self.conv2(norm_silu(h, self.norm2.gamma), history)
+        h = self.conv2(norm_silu(h, self.norm2.gamma, inplace=True), history)
         return h.add_(x if self.conv_shortcut is None else pointwise(self.conv_shortcut, x))
 
 
@@ -366,8 +367,8 @@ class FrameAttention(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         qkv = pointwise(self.to_qkv, norm_silu(x, self.norm.gamma, silu=False))
-        tokens = qkv.permute(0, 2, 3, 4, 1).flatten(2, 3)  # [B, F, H * W, 3 C]
-        y = F.scaled_dot_product_attention(*tokens.chunk(3, dim=-1))
+        q, k, v = qkv.permute(0, 2, 3, 4, 1).flatten(2, 3).chunk(3, dim=-1)  # [B, F, H * W, C]
+        y = F.scaled_dot_product_attention(q, k, v)
         y = y.unflatten(2, x.shape[3:]).permute(0, 4, 1, 2, 3)  # [B, C, F, H, W]
         return pointwise(self.proj, y).add_(x)
 
@@ -404,13 +405,15 @@ class Downsampler(nn.Module):
         return self.time_conv.remember(y, history) if first else self.time_conv(y, history)
 
 
-class CausalConv3d(nn.Conv3d):
+class CausalConv3d(nn.Module):
     """A convolution over the chunk and the newest frames of the chunks before, kept in its slot of the history."""
 
     slot: int
 
     def __init__(self, width: int, out: int, kernel: tuple[int, int, int], time_stride: int = 1) -> None:
-        super().__init__(width, out, kernel)
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(out, width, *kernel))
+        self.bias = nn.Parameter(torch.empty(out))
         self.time_stride = time_stride
 
     def forward(self, x: torch.Tensor, history: History) -> torch.Tensor:
@@ -420,7 +423,7 @@ class CausalConv3d(nn.Conv3d):
 
     def remember(self, x: torch.Tensor, history: History) -> torch.Tensor:
         """Put the frames that the next chunk needs into the history; return x."""
-        keep = self.kernel_size[0] - self.time_stride
+        keep = self.weight.shape[2] - self.time_stride
         before = history[self.slot]
         if before is not None and x.shape[2] < keep:
             history[self.slot] = torch.cat([before, x], dim=2)[:, :, -keep:]
@@ -433,7 +436,7 @@ class CausalConv3d(nn.Conv3d):
         if self.weight.device.type == "cpu":
             self.weight.data = self.weight.data.permute(2, 0, 3, 4, 1).contiguous().permute(1, 4, 0, 2, 3)
         else:
-            self.to(memory_format=torch.channels_last_3d)
+            self.weight.data = self.weight.data.contiguous(memory_format=torch.channels_last_3d)
 
 
 class UpsamplingConv2d(nn.Module):

@@ -1,0 +1,183 @@
+"""The command line: python -m runtime generate | info.
+
+Exit codes: 0 done, 2 the request or its surroundings cannot work (one sentence says what to do), 1 a fault of ours,
+130 interrupted. No traceback without --debug, and no partial output file in any case.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+import traceback
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from runtime.video import Video
+
+PACKAGE = Path(__file__).parent
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command; return its exit code."""
+    options = parser().parse_args(arguments)
+    warnings.showwarning = show_warning
+    try:
+        options.run(options)
+    except KeyboardInterrupt:
+        print("\ninterrupted; nothing was written", file=sys.stderr)
+        return 130
+    except Exception as error:
+        if options.debug:
+            traceback.print_exc()
+        code, sentence = explain(error)
+        print(f"error: {sentence}", file=sys.stderr)
+        return code
+    return 0
+
+
+def parser() -> argparse.ArgumentParser:
+    """Return the parser of all commands."""
+    top = argparse.ArgumentParser(prog="python -m runtime", description="Video diffusion transformers, run truthfully.")
+    commands = top.add_subparsers(required=True, metavar="COMMAND")
+
+    shared = argparse.ArgumentParser(add_help=False)
+    shared.add_argument(
+        "--model", default="demo", metavar="NAME", help="demo, a folder, or a cached repository id (default: demo)"
+    )
+    shared.add_argument("--debug", action="store_true", help="show the traceback of an error")
+
+    make = commands.add_parser("generate", parents=[shared], help="make a video from a prompt")
+    make.set_defaults(run=generate)
+    make.add_argument("prompt", help="what the video shows")
+    make.add_argument("-o", "--output", default="video.mp4", metavar="PATH", help=".mp4 .webm .gif .png or a folder")
+    make.add_argument("--negative", default="", metavar="TEXT", help="what it must not show")
+    make.add_argument("--size", type=parse_size, metavar="WIDTHxHEIGHT", help="pixels, such as 832x480")
+    make.add_argument("--frames", type=int, metavar="N", help="number of frames, such as 81")
+    make.add_argument("--fps", type=float, metavar="F", help="frames per second")
+    make.add_argument("--steps", type=int, metavar="N", help="denoising steps")
+    make.add_argument("--guidance", type=float, metavar="G", help="guidance scale; 1 is none")
+    make.add_argument("--guidance-2", type=float, metavar="G", help="guidance scale of the second expert")
+    make.add_argument("--shift", type=float, metavar="S", help="how far the schedule leans to noise")
+    make.add_argument("--sampler", metavar="NAME", help="unipc or euler")
+    make.add_argument("--seed", type=int, metavar="N", help="the same seed makes the same video")
+    make.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:N (default: auto)")
+    make.add_argument("--dtype", default="auto", help="auto, float32, bfloat16, float16 (default: auto)")
+    make.add_argument("--engine", default="eager", help="eager (default)")
+    make.add_argument("--receipt", metavar="FILE", help="write what was done as JSON")
+    make.add_argument("--quiet", action="store_true", help="print nothing but errors")
+
+    tell = commands.add_parser("info", parents=[shared], help="say what a model is and what of it is missing")
+    tell.set_defaults(run=info)
+    return top
+
+
+def parse_size(text: str) -> tuple[int, int]:
+    """Return (width, height) of a text such as 832x480."""
+    width, x, height = text.lower().partition("x")
+    if not x or not width.isdecimal() or not height.isdecimal():
+        raise argparse.ArgumentTypeError(f"{text!r} is not a size; legal: WIDTHxHEIGHT in pixels, such as 832x480")
+    return int(width), int(height)
+
+
+def generate(options: argparse.Namespace) -> None:
+    """Make a video and write it."""
+    from runtime.progress import Progress
+    from runtime.request import Request
+    from runtime.video import check_writable
+
+    width, height = options.size or (None, None)
+    request = Request(
+        prompt=options.prompt, negative_prompt=options.negative, width=width, height=height,
+        num_frames=options.frames, fps=options.fps, steps=options.steps, guidance=options.guidance,
+        guidance_2=options.guidance_2, shift=options.shift, sampler=options.sampler, seed=options.seed,
+    )  # fmt: skip
+    check_writable(options.output)
+    if options.receipt:
+        check_receipt(options.receipt)
+
+    import runtime
+    from runtime.trace import recording, span
+
+    model = runtime.load(options.model, device=options.device, dtype=options.dtype, engine=options.engine)
+    resolved = request.resolved(model.spec)
+    check_writable(options.output, num_frames=resolved.num_frames, height=resolved.height, width=resolved.width)
+    with Progress("denoising", "step", quiet=options.quiet) as progress:
+        video = runtime.generate(model, resolved, on_step=progress)
+    for note in video.receipt.notes:
+        warnings.warn(note, stacklevel=1)
+    with Progress("decoding", "frame", quiet=options.quiet) as progress, recording(video.receipt.stages), span("save"):
+        path = video.save(options.output, on_frame=progress)
+    if options.receipt:
+        video.receipt.save(options.receipt)
+    if not options.quiet:
+        report(video, path)
+
+
+def report(video: Video, path: Path) -> None:
+    """Print where the video is and how long each stage took."""
+    stages = video.receipt.stages
+    decode = stages["decode"].seconds
+    seconds = {
+        "load": stages["load"].seconds,
+        "text": stages["text"].seconds,
+        "denoise": stages["denoise"].seconds,
+        "decode": decode,
+        "write": stages["save"].seconds - decode,
+    }
+    print(
+        f"{path}: {video.num_frames} frames, {video.width}x{video.height}, {video.fps:g} fps, "
+        f"seed {video.receipt.seed}, {video.receipt.model} on {video.receipt.device} in {video.receipt.dtype}"
+    )
+    print("seconds: " + ", ".join(f"{name} {value:.2f}" for name, value in seconds.items()))
+
+
+def check_receipt(path: str) -> None:
+    """Raise before any work where the receipt could not be written."""
+    parent = Path(path).resolve().parent
+    if Path(path).is_dir():
+        raise IsADirectoryError(f"the receipt {path} is a folder; legal: a file name, such as receipt.json")
+    if not parent.is_dir():
+        raise FileNotFoundError(f"the folder {parent} for the receipt does not exist; make it or name another")
+    if not os.access(parent, os.W_OK):
+        raise PermissionError(f"the folder {parent} for the receipt cannot be written; name another")
+
+
+def info(options: argparse.Namespace) -> None:
+    """Print what a model is."""
+    from runtime.info import describe
+    from runtime.model import locate
+    from runtime.models import open_checkpoint
+
+    print(describe(open_checkpoint(locate(options.model))))
+
+
+def explain(error: Exception) -> tuple[int, str]:
+    """Return (exit code, one sentence): 2 for what the user or the machine's state caused, 1 for our own faults."""
+    sentence = " ".join(str(error).split())
+    if isinstance(error, OSError) or (isinstance(error, ValueError) and raised_here(error)):
+        if isinstance(error, OSError) and error.strerror:
+            sentence = f"{error.strerror}: {error.filename}" if error.filename else error.strerror
+        return 2, sentence
+    if type(error).__name__ in ("OutOfMemoryError", "MemoryError"):
+        return 2, "out of memory; ask for a smaller --size or fewer --frames, or use a device with more memory"
+    return 1, f"{type(error).__name__}: {sentence} (a fault of dit-runtime: run again with --debug and report it)"
+
+
+def raised_here(error: Exception) -> bool:
+    """Tell whether our own checks raised it, not a library that we used wrongly."""
+    frames = traceback.extract_tb(error.__traceback__)
+    return bool(frames) and Path(frames[-1].filename).is_relative_to(PACKAGE)
+
+
+def show_warning(message: Warning | str, category: type[Warning], *_: object, **__: object) -> None:
+    """Print a warning of ours as one line."""
+    if issubclass(category, UserWarning):
+        print(f"note: {message}", file=sys.stderr)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
