@@ -133,4 +133,5 @@ def write(tiny: Tiny, folder: Path, **save: object) -> WanPipeline:
 def relative(ours: torch.Tensor, theirs: torch.Tensor) -> float:
     """Largest absolute difference, relative to the reference's largest value."""
     assert ours.shape == theirs.shape
+    ours, theirs = ours.detach(), theirs.detach()
     return float((ours.double() - theirs.double()).abs().max() / theirs.double().abs().max())

@@ -1,0 +1,194 @@
+"""The command line as a user meets it: processes, exit codes, sentences, files left behind."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import pty
+import signal
+import struct
+import subprocess
+import sys
+import termios
+import time
+from pathlib import Path
+
+import av
+import numpy as np
+import pytest
+from PIL import Image
+
+from runtime.__main__ import main
+
+QUICK = ["--frames", "5", "--steps", "2", "--seed", "7"]
+
+
+def run(*arguments: object) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "runtime", *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, timeout=120, env=os.environ.copy())
+
+
+def test_generate_writes_a_video_and_a_receipt(tmp_path: Path) -> None:
+    done = run("generate", "a red ball", "-o", tmp_path / "ball.mp4", *QUICK, "--fps", 12, "--receipt", tmp_path / "r.json")
+    assert done.returncode == 0, done.stderr
+    with av.open(str(tmp_path / "ball.mp4")) as file:
+        stream = file.streams.video[0]
+        assert (stream.codec_context.name, stream.width, stream.height, stream.frames) == ("h264", 64, 64, 5)
+        assert stream.average_rate == 12
+    assert "ball.mp4: 5 frames, 64x64, 12 fps, seed 7, demo on cpu in float32" in done.stdout
+    assert "seconds: load" in done.stdout
+    assert "denoising: step 2/2" in done.stderr
+    receipt = json.loads((tmp_path / "r.json").read_text())
+    assert receipt["request"]["fps"] == 12
+    assert {"load", "text", "denoise", "decode", "save"} <= receipt["stages"].keys()
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["ball.mp4", "r.json"]
+
+
+@pytest.mark.parametrize("name", ["clip.webm", "clip.gif", "frames", "still.png"])
+def test_other_formats(tmp_path: Path, name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    frames = "1" if name.endswith("png") else "5"
+    code = main(["generate", "a red ball", "-o", str(tmp_path / name), *QUICK, "--frames", frames, "--quiet"])
+    assert (code, *capsys.readouterr()) == (0, "", "")
+    assert (tmp_path / name).exists()
+    if name == "frames":
+        assert len(list((tmp_path / name).glob("*.png"))) == 5
+    if name == "still.png":
+        assert np.asarray(Image.open(tmp_path / name)).std() > 5
+
+
+def test_same_seed_same_file(tmp_path: Path) -> None:
+    for name in ("a.mp4", "b.mp4"):
+        assert main(["generate", "a red ball", "-o", str(tmp_path / name), *QUICK, "--quiet"]) == 0
+    assert (tmp_path / "a.mp4").read_bytes() == (tmp_path / "b.mp4").read_bytes()
+
+
+def test_info(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["info", "--model", "demo"]) == 0
+    told = capsys.readouterr().out
+    for line in ("family    wan", "8.06 M parameters, bfloat16", "width 64", "missing   nothing", "multiple of 16"):
+        assert line in told
+
+
+def test_info_names_what_is_missing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    import shutil
+
+    folder = shutil.copytree(Path(__file__).parent.parent / "runtime/demo", tmp_path / "model")
+    (folder / "vae/diffusion_pytorch_model.safetensors").unlink()
+    assert main(["info", "--model", str(folder)]) == 0
+    assert "vae/diffusion_pytorch_model.safetensors" in capsys.readouterr().out.splitlines()[-1]
+    assert main(["generate", "a", "--model", str(folder), "-o", str(tmp_path / "x.mp4")]) == 2
+    assert "lacks" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        ([""], "the prompt is empty"),
+        (["a", "--size", "65x64"], "take 64x64 or 80x64"),
+        (["a", "--frames", "6"], "take 5 or 9"),
+        (["a", "--guidance", "nan"], "guidance is nan"),
+        (["a", "--steps", "0"], "at least 1"),
+        (["a", "--device", "cuda:9"], "NVIDIA GPU"),
+        (["a", "--dtype", "int4"], "legal: auto"),
+        (["a", "--model", "no/such"], "there is no model"),
+        (["a", "-o", "missing/folder/x.mp4"], "missing/folder"),
+        (["a", "-o", "x.avi"], ".avi"),
+        (["a", "-o", "x.png"], "folder"),
+        (["a", "--frames", "5000"], "take 4997 or 5001"),
+        (["a", "--frames", "5001"], "4093 at most"),
+        (["a", "--receipt", "missing/r.json"], "receipt"),
+        (["a", "--guidance-2", "3"], "one expert"),
+    ],
+)
+def test_mistakes_end_with_one_sentence(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], arguments: list[str], sentence: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert main(["generate", *arguments]) == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert err.startswith("error: ")
+    assert err.count("\n") == 1
+    assert sentence in err
+    assert "Traceback" not in err
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_size_that_is_none() -> None:
+    done = run("generate", "a", "--size", "big")
+    assert done.returncode == 2
+    assert "legal: WIDTHxHEIGHT" in done.stderr
+
+
+def test_our_fault_is_exit_code_1(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.chdir(tmp_path)
+
+    def fail(*_: object, **__: object) -> None:
+        int("x")  # a ValueError, but a library's
+
+    monkeypatch.setattr("runtime.pipeline.plan_task", fail)
+    assert main(["generate", "a"]) == 1
+    told = capsys.readouterr().err
+    assert "a fault of dit-runtime" in told
+    assert "Traceback" not in told
+    assert main(["generate", "a", "--debug"]) == 1
+    assert "Traceback" in capsys.readouterr().err
+
+
+def test_out_of_memory(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    import torch
+
+    monkeypatch.chdir(tmp_path)
+
+    def fail(*_: object, **__: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr("runtime.pipeline.denoise", fail)
+    assert main(["generate", "a"]) == 2
+    assert "smaller --size" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("kind", ["mp4", "gif", "folder"])
+def test_interrupting_leaves_no_half_file(tmp_path: Path, kind: str) -> None:
+    target = tmp_path / ("frames" if kind == "folder" else f"ball.{kind}")
+    command = [sys.executable, "-u", "-m", "runtime", "generate", "a red ball", "-o", str(target), "--frames", "401", "--steps", "1"]
+    child = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=os.environ.copy())
+    deadline = time.monotonic() + 60
+    while time.monotonic() < deadline and not list(tmp_path.iterdir()):  # until the writer has begun
+        time.sleep(0.02)
+    assert list(tmp_path.iterdir())
+    child.send_signal(signal.SIGINT)
+    _, told = child.communicate(timeout=60)
+    assert child.returncode == 130
+    assert "interrupted" in told
+    assert "Traceback" not in told
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_bar_on_a_terminal(tmp_path: Path) -> None:
+    reader, terminal = pty.openpty()
+    fcntl.ioctl(terminal, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 80, 0, 0))
+    command = [sys.executable, "-m", "runtime", "generate", "a red ball", "-o", str(tmp_path / "x.mp4"), *QUICK]
+    child = subprocess.Popen(command, stderr=terminal, stdout=subprocess.DEVNULL, env=os.environ.copy())
+    os.close(terminal)
+    told = b""
+    while True:
+        try:
+            part = os.read(reader, 4096)
+        except OSError:
+            break
+        if not part:
+            break
+        told += part
+    assert child.wait(timeout=60) == 0
+    assert b"denoising: 100%" in told
+    assert b"2/2" in told
+    assert b"s/step" in told or b"step/s" in told
+
+
+def test_help_names_the_commands() -> None:
+    done = run("--help")
+    assert done.returncode == 0
+    assert "generate" in done.stdout
+    assert "info" in done.stdout

@@ -1,0 +1,131 @@
+"""Text: equal to the published pipeline's embeddings, encoded once, cached, cut with a note."""
+
+from __future__ import annotations
+
+import warnings
+from pathlib import Path
+
+import pytest
+import torch
+
+import runtime
+from runtime import text
+from runtime.denoising import prepare_context
+from runtime.models.wan.transformer import fold_padding
+from runtime.request import Request
+from tests.published import Tiny, pipeline, relative, write
+
+TINY = Tiny(text_length=16)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("text")
+    write(TINY, folder)
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def _empty_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(text, "_memory", type(text._memory)())
+
+
+@pytest.mark.parametrize(
+    "prompt",
+    ["a red ball", "", "  a  red\tball \n", "a &amp;amp; b", "sunâ€™s light", "red " * 40, "日本 ball"],
+)
+def test_equals_the_published_embeddings(folder: Path, prompt: str) -> None:
+    ours = text.embedding(runtime.load(folder), text.clean(prompt)).tokens
+    theirs = pipeline(TINY)._get_t5_prompt_embeds(prompt, max_sequence_length=TINY.text_length)[0]
+    assert relative(ours, theirs[: len(ours)]) <= 1e-5
+    assert not theirs[len(ours) :].any()
+
+
+def test_a_hit_never_loads_the_encoder(folder: Path) -> None:
+    request = Request(prompt="a red ball", negative_prompt="fog", guidance=4.0, steps=1, seed=0)
+    first = runtime.load(folder)
+    video = runtime.generate(first, request)
+    assert "text_encoder" in first.__dict__
+    assert "text/encode" in video.receipt.stages
+    for memory in (True, False):  # from memory, then from disk as a new process would
+        if not memory:
+            text._memory.clear()
+        model = runtime.load(folder)
+        again = runtime.generate(model, request)
+        assert "text_encoder" not in model.__dict__
+        assert "tokenizer" not in model.__dict__
+        assert "text/encode" not in again.receipt.stages
+        assert torch.equal(again.latents, video.latents)
+
+
+def test_other_weights_other_entry(folder: Path, tmp_path: Path) -> None:
+    write(Tiny(text_length=16, seed=99), tmp_path)
+    a, b = (text.embedding(runtime.load(place), "a red ball").tokens for place in (folder, tmp_path))
+    assert not torch.allclose(a, b, atol=1e-3)
+    half = runtime.load(folder, dtype="bfloat16")
+    assert text.embedding(half, "a red ball").tokens.dtype == torch.bfloat16
+
+
+def test_a_damaged_entry_is_made_again(folder: Path) -> None:
+    model = runtime.load(folder)
+    kept = text.embedding(model, "a red ball").tokens
+    (entry,) = text.cache_folder().glob("*.safetensors")
+    for content in (b"", b"garbage" * 9, entry.read_bytes()[:-5]):
+        entry.write_bytes(content)
+        text._memory.clear()
+        with pytest.warns(UserWarning, match="is damaged"):
+            assert torch.equal(text.embedding(model, "a red ball").tokens, kept)
+    text._memory.clear()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        text.embedding(model, "a red ball")
+
+
+def test_a_cache_that_cannot_be_written_costs_only_time(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("DIT_RUNTIME_CACHE", str(tmp_path / "file"))
+    with pytest.warns(UserWarning, match="cannot be written"):
+        assert len(text.embedding(runtime.load(folder), "a red ball").tokens)
+
+
+def test_old_entries_are_pruned(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(text, "DISK_ENTRIES", 3)
+    model = runtime.load(folder)
+    for word in ("red", "green", "blue", "white", "black"):
+        text.embedding(model, word)
+    assert len(list(text.cache_folder().glob("*.safetensors"))) == 3
+
+
+def test_what_is_cut_is_said(folder: Path) -> None:
+    model = runtime.load(folder)
+    prompt = "a red ball rolls left over green grass and then a blue cube falls on the sand"
+    for _ in range(2):  # computed, then from the cache
+        video = runtime.generate(model, Request(prompt=prompt, steps=1, seed=0))
+        (note,) = video.receipt.notes
+        assert "the prompt is longer than 16 tokens" in note
+        assert note.endswith("sand'")
+    kept = model.tokenizer(prompt, truncation=True, max_length=16).input_ids
+    assert len(text.embedding(model, prompt).tokens) == len(kept) == 16
+    assert not runtime.generate(model, Request(prompt="a red ball", steps=1, seed=0)).receipt.notes
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("count", [0, 1, 2, 7, 100, 490, 511, 512])
+def test_folded_padding_weighs_what_it_stands_for(dtype: torch.dtype, count: int) -> None:
+    biases = fold_padding(count, dtype)
+    assert torch.tensor(biases, dtype=torch.float64).exp().sum().item() == pytest.approx(count, rel=2e-5)
+    assert all(float(torch.tensor(b).to(dtype)) == b for b in biases)
+    assert len(biases) <= (1 if dtype == torch.float32 else 4)
+
+
+def test_projected_once(folder: Path) -> None:
+    """The keys and values of all steps come from one call per block."""
+    model = runtime.load(folder)
+    calls = []
+    for block in model.transformers[0].blocks:
+        block.cross_attention.kv.register_forward_hook(lambda *_: calls.append(1))
+    runtime.generate(model, Request(prompt="a red ball", steps=6, seed=0))
+    assert len(calls) == len(model.transformers[0].blocks)
+    context = prepare_context(model, [torch.randn(3, 16), torch.randn(5, 16)], (4, 2, 4, 4))
+    assert context.rows == 2
+    assert context.experts[0].keys[0].shape[1] == 6  # five tokens and one for all padding, not 16
