@@ -5,15 +5,14 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
-from torch import nn
 
 from runtime import weights
 from runtime.engines import engine as find_engine
 from runtime.models import open_checkpoint, repository
-from runtime.models.spec import Checkpoint, ModelSpec
+from runtime.models.spec import Autoencoder, Checkpoint, ModelSpec, Transformer
 from runtime.trace import Stages, recording, span
 
 DEMO = Path(__file__).parent / "demo"
@@ -25,8 +24,8 @@ class Model:
     """A loaded model; the text encoder is read only when a prompt is not in the text cache."""
 
     checkpoint: Checkpoint
-    transformers: tuple[nn.Module, ...]
-    vae: Any
+    transformers: tuple[Transformer, ...]
+    vae: Autoencoder
     device: torch.device
     dtype: torch.dtype
     engine: str
@@ -117,7 +116,7 @@ def choose_dtype(dtype: str | torch.dtype, device: torch.device) -> torch.dtype:
     if dtype == "auto":
         return torch.bfloat16 if device.type == "cuda" else torch.float32
     found = DTYPES.get(dtype) if isinstance(dtype, str) else dtype
-    if found not in DTYPES.values():
+    if found is None or found not in DTYPES.values():
         raise ValueError(f"dtype is {dtype!r}; legal: auto, {', '.join(DTYPES)}")
     return found
 
@@ -145,6 +144,6 @@ def load(
         )
     stages: Stages = {}
     with recording(stages), span("load", memory=True):
-        transformers = tuple(weights.load(part, place, kind) for part in checkpoint.transformers)
-        vae = weights.load(checkpoint.vae, place, torch.float32)
+        transformers = tuple(cast(Transformer, weights.load(part, place, kind)) for part in checkpoint.transformers)
+        vae = cast(Autoencoder, weights.load(checkpoint.vae, place, torch.float32))
     return Model(checkpoint, transformers, vae, place, kind, engine, stages)

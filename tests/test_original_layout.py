@@ -7,6 +7,7 @@ import itertools
 import json
 import math
 import os
+import random
 import re
 import shutil
 from dataclasses import dataclass
@@ -338,12 +339,13 @@ def test_whole_request_is_the_same(pair: tuple) -> None:
 
 # The published numbers, from the config alone.
 
-PUBLISHED = {  # dim, heads, blocks, ffn, channels, type, experts -> shift, text-guided defaults
+PUBLISHED = {  # dim, heads, blocks, ffn, channels, type, experts -> shift, stride
     "wan2.1-t2v-1.3b": (1536, 12, 30, 8960, 16, "t2v", 1, 5.0, (4, 8, 8)),
     "wan2.1-t2v-14b": (5120, 40, 40, 13824, 16, "t2v", 1, 5.0, (4, 8, 8)),
     "wan2.2-t2v-a14b": (5120, 40, 40, 13824, 16, "t2v", 2, 12.0, (4, 8, 8)),
     "wan2.2-ti2v-5b": (3072, 24, 30, 14336, 48, "ti2v", 1, 5.0, (4, 16, 16)),
 }
+VAE_NUMBERS = {16: (194, 126_892_531), 48: (196, 704_688_668)}  # tensors and parameters in the published files
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
@@ -374,7 +376,10 @@ def test_published_configs(tmp_path: Path, name: str) -> None:
         built = [part.build() for part in (*checkpoint.transformers, checkpoint.vae)]
     assert built[0].config.attention_head_dim == 128
     assert built[0].config.text_dim == 4096
-    assert (built[-1].config.base_dim, built[-1].config.decoder_base_dim) == widths
+    assert len(checkpoint.transformers[0].keys(built[0])) == 15 + 27 * blocks
+    vae = built[-1]
+    assert (vae.config.base_dim, vae.config.decoder_base_dim) == widths
+    assert (len(checkpoint.vae.keys(vae)), sum(p.numel() for p in vae.parameters())) == VAE_NUMBERS[channels]
     with pytest.raises(ValueError, match=T5):
         checkpoint.text_encoder.build()
 
@@ -501,6 +506,22 @@ def test_truncated_pth(folder: Path, file: str, keep: float) -> None:
     whole = (folder / file).read_bytes()
     (folder / file).write_bytes(whole[: int(keep * len(whole))])
     assert "fetch it again" in refuses(folder, file)
+
+
+def test_damaged_pth_is_read_or_refused(folder: Path) -> None:
+    """A changed byte in the pickled part: no other error than ValueError comes out, whatever the unpickler raises."""
+    file = folder / "Wan2.1_VAE.pth"
+    whole, generator, refusals = file.read_bytes(), random.Random(0), []
+    for _ in range(150):
+        damaged = bytearray(whole)
+        damaged[generator.randrange(2000)] = generator.randrange(256)
+        file.write_bytes(damaged)
+        try:
+            open_checkpoint(folder)
+        except ValueError as error:
+            refusals.append(str(error))
+    assert len(refusals) > 50
+    assert all(str(file) in said for said in refusals)
 
 
 @pytest.mark.parametrize("file", ["Wan2.1_VAE.pth", T5])

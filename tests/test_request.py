@@ -11,8 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import runtime
-from runtime.models import open_checkpoint
 from runtime.model import DEMO
+from runtime.models import open_checkpoint
 from runtime.request import Request
 
 SPEC = open_checkpoint(DEMO).spec

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import torch
 
-from runtime.models.spec import Context, Denoiser
+from runtime.models.spec import Context, Denoiser, Transformer
 
 
-def build(transformer: torch.nn.Module, expert: int) -> Denoiser:
+def build(transformer: Transformer, expert: int) -> Denoiser:
     """Return a Denoiser that calls the transformer with its own expert's part of the context."""
 
     def denoise(x: torch.Tensor, sigma: torch.Tensor, context: Context) -> torch.Tensor:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any, Protocol
@@ -111,10 +111,36 @@ class Context:
         return Context(tuple(projected.row(index) for projected in self.experts))
 
 
+class Transformer(Protocol):
+    """What the stations ask of a family's transformer."""
+
+    def project(
+        self, texts: Sequence[torch.Tensor], text_length: int, latent_shape: tuple[int, int, int]
+    ) -> Projected:
+        """Project the text embeddings of R prompts, each [S, text_dim], and positions of (T, H, W), for all steps."""
+        ...
+
+    def __call__(self, x: torch.Tensor, sigma: torch.Tensor, projected: Projected) -> torch.Tensor:
+        """Return the velocity [R, C, T, H, W] float32; the arguments are a Denoiser's."""
+        ...
+
+
+class Autoencoder(Protocol):
+    """What the stations ask of a family's video autoencoder; latents are normalised as the sampler sees them."""
+
+    def decode_stream(self, latents: torch.Tensor) -> Iterator[torch.Tensor]:
+        """Yield pixels [B, 3, F, H, W] in [-1, 1] of latents [B, C, T, H, W], one latent frame after the other."""
+        ...
+
+    def encode(self, frames: torch.Tensor) -> torch.Tensor:
+        """Return the latents [B, C, T, H, W] of pixels [B, 3, F, H, W] in [-1, 1]."""
+        ...
+
+
 class Denoiser(Protocol):
     """The one callable between sampler and network."""
 
-    def __call__(self, x: torch.Tensor, sigma: torch.Tensor, context: Context) -> torch.Tensor:
+    def __call__(self, x: torch.Tensor, sigma: torch.Tensor, context: Context, /) -> torch.Tensor:
         """Return the velocity [R, C, T, H, W] float32 of x [B, C, T, H, W] at sigma [B] or [B, T] (float64).
 
         R is the context's rows; B is R or 1 (one x under several prompts).

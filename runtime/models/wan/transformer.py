@@ -62,7 +62,7 @@ class TransformerConfig:
                 )
         config = cls(**config_from(cls, given, "transformer config"))
         if config.attention_head_dim % 2 or config.attention_head_dim < 6:
-            raise ValueError(f"transformer config has attention_head_dim {config.attention_head_dim}; legal: even, >= 6")
+            raise ValueError(f"transformer config has attention_head_dim {config.attention_head_dim}; legal: even, 6 or more")
         return config
 
 
@@ -83,7 +83,7 @@ class WanTransformer(nn.Module):
         self.text_in = nn.Linear(config.text_dim, width)
         self.text_out = nn.Linear(width, width)
         self.modulation = nn.Parameter(torch.empty(config.num_layers, 6, width))
-        self.blocks = nn.ModuleList(Block(config, attention) for _ in range(config.num_layers))
+        self.blocks: Sequence[Block] = nn.ModuleList(Block(config, attention) for _ in range(config.num_layers))  # type: ignore[assignment]
         self.head_modulation = nn.Parameter(torch.empty(2, width))
         self.head = nn.Linear(width, config.out_channels * math.prod(config.patch_size))
 

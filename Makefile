@@ -1,0 +1,34 @@
+# demo: a video from the built-in checkpoint.  test: all tests.  Both create .venv and install at first use.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+
+.PHONY: demo test lint clean
+
+demo: $(VENV)/installed
+	mkdir -p out
+	$(BIN)/python -m runtime generate "a red ball rolls left over green grass" -o out/demo.mp4 --seed 7
+
+test: $(VENV)/installed-tests
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports --no-cache
+	$(BIN)/python -m pytest --durations=15
+
+$(VENV)/bin/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
+	  echo "dit-runtime needs Python 3.11 or newer, and $(PYTHON) is $$($(PYTHON) --version); run: make PYTHON=/path/to/python3.11"; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/installed: $(VENV)/bin/python pyproject.toml setup.py constraints.txt
+	$(BIN)/pip install --disable-pip-version-check -q -c constraints.txt setuptools
+	$(BIN)/pip install --disable-pip-version-check -q -c constraints.txt torch
+	$(BIN)/pip install --disable-pip-version-check -q -c constraints.txt --no-build-isolation -e .
+	touch $@
+
+$(VENV)/installed-tests: $(VENV)/installed
+	$(BIN)/pip install --disable-pip-version-check -q -c constraints.txt --no-build-isolation -e ".[test]"
+	touch $@
+
+clean:
+	rm -rf $(VENV) build out *.egg-info
