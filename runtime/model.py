@@ -47,7 +47,12 @@ class Model:
         """The tokenizer that the checkpoint brings."""
         from transformers import AutoTokenizer
 
-        return AutoTokenizer.from_pretrained(self.checkpoint.tokenizer, local_files_only=True)
+        folder = self.checkpoint.tokenizer
+        try:
+            return AutoTokenizer.from_pretrained(folder, local_files_only=True)
+        except Exception as error:  # transformers fails with many kinds on an empty or damaged folder
+            reason = (str(error).splitlines() or [type(error).__name__])[0]
+            raise ValueError(f"the tokenizer in {folder} cannot be read ({reason}); fetch the model again") from error
 
     @cached_property
     def fingerprint(self) -> str:

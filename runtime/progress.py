@@ -16,10 +16,10 @@ class Progress:
         self.stage, self.unit, self.quiet = stage, unit, quiet
         self.stream = sys.stderr if stream is None else stream
         self.bar: Any = None
-        self.began = self.printed = time.monotonic()
+        self.first: float | None = None  # when the first unit was done: what came before it may be other work
+        self.printed = time.monotonic()
 
     def __enter__(self) -> Progress:
-        self.began = self.printed = time.monotonic()
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -30,22 +30,28 @@ class Progress:
         """Say that `done` of `total` units are there."""
         if self.quiet:
             return
+        if self.first is None:
+            self.first = time.monotonic()
         if self.stream.isatty():
             self._draw(done, total)
         elif done == total or time.monotonic() - self.printed >= LINE_SECONDS:
-            self._print(done, total)
+            self._print(done, total, self.first)
 
     def _draw(self, done: int, total: int) -> None:
         if self.bar is None:
             from tqdm import tqdm
 
-            self.bar = tqdm(total=total, desc=self.stage, unit=self.unit, file=self.stream, dynamic_ncols=True)
-            # The first unit was timed before the bar existed.
-            self.bar.start_t = self.bar.last_print_t = time.time() - (time.monotonic() - self.began)
+            self.bar = tqdm(
+                total=total, initial=done, desc=self.stage, unit=self.unit, file=self.stream, dynamic_ncols=True
+            )
         self.bar.update(done - self.bar.n)
 
-    def _print(self, done: int, total: int) -> None:
+    def _print(self, done: int, total: int, first: float) -> None:
         self.printed = time.monotonic()
-        each = (self.printed - self.began) / done
-        left = f", {each * (total - done):.0f} s left" if done < total else ""
-        print(f"{self.stage}: {self.unit} {done}/{total}, {each:.3g} s each{left}", file=self.stream, flush=True)
+        told = f"{self.stage}: {self.unit} {done}/{total}"
+        if done > 1:
+            each = (self.printed - first) / (done - 1)
+            told += f", {each:.3g} s each"
+            if done < total:
+                told += f", {each * (total - done):.0f} s left"
+        print(told, file=self.stream, flush=True)

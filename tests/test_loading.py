@@ -216,6 +216,13 @@ def test_peak_memory_of_loading(published: Path, tmp_path: Path, stored: str, wa
     assert 0.8 < float(run.stdout) <= 1.15
 
 
+def test_a_damaged_tokenizer_is_named(folder: Path) -> None:
+    for file in (folder / "tokenizer").iterdir():
+        file.write_text("{")
+    with pytest.raises(ValueError, match="the tokenizer in .* cannot be read"):
+        runtime.generate(runtime.load(folder), runtime.Request(prompt="a", steps=1))
+
+
 def test_names(published: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     assert runtime.load("demo").spec.name == "demo"
     with pytest.raises(FileNotFoundError, match="no model 'nobody/nothing'.*hf download nobody/nothing"):

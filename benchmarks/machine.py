@@ -1,0 +1,87 @@
+"""Which machine and which code: what stands over every table and in every file of results."""
+
+from __future__ import annotations
+
+import os
+import platform
+import re
+import subprocess
+from datetime import UTC, datetime
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+ROOT = Path(__file__).parent.parent
+PACKAGES = ("torch", "diffusers", "transformers", "numpy")
+
+
+def describe(device: torch.device) -> dict[str, Any]:
+    """Return name, cores, threads, versions and commit."""
+    cuda = device.type == "cuda"
+    return {
+        "name": torch.cuda.get_device_name(device) if cuda else cpu_name(),
+        "device": device.type,
+        "logical_cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "system": f"{platform.system()} {platform.release()} {platform.machine()}",
+        "python": platform.python_version(),
+        "versions": {name: found for name in PACKAGES if (found := installed(name))},
+        "commit": commit(),
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+    }
+
+
+def results_file(machine: dict[str, Any]) -> Path:
+    """Return a name that is still free: benchmarks/results/<device>/<date>-<commit>.json."""
+    name = machine["name"]
+    if machine["device"] == "cpu":
+        name = f"cpu {name} {machine['logical_cores']} cores"
+    folder = ROOT / "benchmarks" / "results" / slug(name)
+    stem = f"{machine['date'][:10]}-{machine['commit']}"
+    file, count = folder / f"{stem}.json", 1
+    while file.exists():
+        count += 1
+        file = folder / f"{stem}-{count}.json"
+    return file
+
+
+def slug(name: str) -> str:
+    """Return a name as lower-case words joined by dashes, without trade marks."""
+    return re.sub(r"[^a-z0-9]+", "-", re.sub(r"\((r|tm|c)\)", " ", name.lower())).strip("-")
+
+
+def cpu_name() -> str:
+    """Return the processor's model name, or its architecture where the system does not tell."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        lines = []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()
+
+
+def installed(package: str) -> str | None:
+    """Return a package's version, None where it is not installed."""
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
+def commit() -> str:
+    """Return the short commit of what is measured, with "-changed" where the files differ from it."""
+    paths = ["runtime", "kernels", "csrc", "benchmarks", ":!benchmarks/results"]
+    head = _git("rev-parse", "--short", "HEAD")
+    if head is None:
+        return "unknown"
+    return f"{head}-changed" if _git("status", "--porcelain", "--", *paths) else head
+
+
+def _git(*arguments: str) -> str | None:
+    try:
+        done = subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True, check=True)
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return done.stdout.strip()

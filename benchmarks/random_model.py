@@ -1,0 +1,54 @@
+"""A random Wan of 100 M transformer parameters, written by diffusers in the published layout: a model to time."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import torch
+
+from runtime.model import DEMO
+
+SETTINGS = {
+    "name": "random",
+    "defaults": {
+        "width": 128, "height": 128, "num_frames": 9, "fps": 16, "steps": 6, "guidance": 4.0, "shift": 3.0,
+    },
+}  # fmt: skip
+
+
+def write(folder: Path) -> None:
+    """Write the checkpoint; its weights are the same every time. Raises ImportError without diffusers."""
+    from diffusers import AutoencoderKLWan, UniPCMultistepScheduler, WanPipeline, WanTransformer3DModel
+    from transformers import AutoTokenizer, UMT5Config, UMT5EncoderModel
+
+    tokenizer = AutoTokenizer.from_pretrained(DEMO / "tokenizer")
+    text = UMT5Config(
+        vocab_size=len(tokenizer), d_model=256, d_kv=64, d_ff=512, num_layers=4, num_heads=4,
+        feed_forward_proj="gated-gelu", is_encoder_decoder=False, use_cache=False,
+    )  # fmt: skip
+    transformer = WanTransformer3DModel(
+        num_attention_heads=12, attention_head_dim=64, text_dim=256, ffn_dim=2048, num_layers=12
+    )
+    pipe = WanPipeline(
+        tokenizer=tokenizer,
+        text_encoder=randomised(UMT5EncoderModel(text), 1),
+        transformer=randomised(transformer, 2),
+        vae=randomised(AutoencoderKLWan(base_dim=32), 3),
+        scheduler=UniPCMultistepScheduler(
+            prediction_type="flow_prediction", use_flow_sigmas=True, num_train_timesteps=1000, flow_shift=3.0
+        ),
+    )
+    pipe.save_pretrained(folder)
+    (folder / "runtime.json").write_text(json.dumps(SETTINGS))
+
+
+def randomised(module: torch.nn.Module, seed: int) -> torch.nn.Module:
+    """Give every parameter values that keep the numbers' size from layer to layer, so that results can be compared."""
+    generator = torch.Generator().manual_seed(seed)
+    for name, parameter in module.named_parameters():
+        noise = torch.randn(parameter.shape, generator=generator)
+        gain = "gamma" in name or ("norm" in name and name.endswith("weight"))
+        matrix = parameter.dim() > 1 and not gain and "table" not in name
+        parameter.data = noise / parameter[0].numel() ** 0.5 if matrix else 0.2 * noise + float(gain)
+    return module.eval()

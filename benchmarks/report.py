@@ -1,0 +1,78 @@
+"""Results -> a Markdown table, ready for the README."""
+
+from __future__ import annotations
+
+import statistics
+from typing import Any
+
+LABELS = {
+    "request": "whole request",
+    "step": "one guided step",
+    "decode": "VAE decode",
+    "encode": "VAE encode",
+    "text": "text encoding",
+}
+NETWORKS = {"transformer": "DiT", "transformer_2": "second DiT", "vae": "VAE", "text_encoder": "text encoder"}
+
+
+def table(record: dict[str, Any]) -> str:
+    """Return the record of `stages` as Markdown: the machine, then a table per model, then how it was measured."""
+    machine, names = record["machine"], record["sides"]
+    packages = [f"{name} {machine['versions'][name]}" for name in ("torch", "diffusers") if name in machine["versions"]]
+    threads = f"{machine['logical_cores']} logical cores, {machine['threads']} threads"
+    where = ", ".join([machine["name"], threads, *packages, record["dtype"], f"commit {machine['commit']}"])
+    parts = [f"**{where}**"]
+    for model in record["models"]:
+        parts += [heading(model), "\n".join(rows(model, names))]
+    return "\n\n".join([*parts, method(names)])
+
+
+def heading(model: dict[str, Any]) -> str:
+    """Return what the model is, what was asked of it, and whether the sides agreed."""
+    request = model["request"]
+    sizes = ", ".join(f"{NETWORKS.get(name, name)} {count / 1e6:.2f} M" for name, count in model["parameters"].items())
+    asked = f"{request['width']}x{request['height']}, {request['num_frames']} frames, {request['steps']} steps"
+    text = f"{model['name']} ({sizes}): {asked}, guidance {request['guidance']:g}"
+    if model["difference"] is not None:
+        text += f"; largest difference of the frames {model['difference']:g} of 255"
+    return text
+
+
+def rows(model: dict[str, Any], names: list[str]) -> list[str]:
+    """Return the lines of one model's table."""
+    compared = len(names) > 1
+    lines = [_row(["", *names, *(["ratio"] if compared else [])]), _row(["---", *["---:"] * (len(names) + compared)])]
+    for stage, found in model["stages"].items():
+        cells = [duration(found["seconds"][name]) for name in names]
+        lines.append(_row([LABELS[stage], *cells, *([f"{found['ratio']:.2f}"] if compared else [])]))
+    for stage, found in model["memory"].items():
+        if None in found.values():
+            continue
+        grown = [found[name]["growth"] for name in names]
+        ratio = [f"{grown[1] / grown[0]:.2f}" if grown[0] else "-"] if compared else []
+        lines.append(_row([f"peak memory added, {LABELS[stage]}", *(f"{n / 2**20:.0f} MiB" for n in grown), *ratio]))
+    return lines
+
+
+def duration(samples: list[float]) -> str:
+    """Return "median (least to most)" in s or ms."""
+    scale, unit, digits = (1.0, "s", 2) if statistics.median(samples) >= 1 else (1e3, "ms", 1)
+    middle, least, most = (f"{n * scale:.{digits}f}" for n in (statistics.median(samples), min(samples), max(samples)))
+    return f"{middle} {unit} ({least} to {most})"
+
+
+def method(names: list[str]) -> str:
+    """Return how to read the numbers."""
+    text = (
+        "Median (least to most). Every whole request and text encoding has a prompt and a negative prompt that were not "
+        "seen before, so the text cache never helps; a request ends with uint8 frames in memory. Memory is the highest "
+        "resident memory during the first run after loading, less what was resident before, each in a process of its own"
+    )
+    if len(names) == 1:
+        return f"{text}."
+    ours, theirs = names
+    return f"{text}. Both take turns in one process; ratio is the median over pairs of {theirs} / {ours}."
+
+
+def _row(cells: list[str]) -> str:
+    return f"| {' | '.join(cells)} |"

@@ -1,0 +1,219 @@
+"""The sides that are measured: this runtime and diffusers, each doing the same stage from the same input.
+
+A stage is a method that takes the number of the take, which makes the prompts new each time, and returns its result.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+
+import runtime
+from benchmarks.machine import installed
+from runtime.denoising import compose, prepare_context
+from runtime.latents import draw_noise
+from runtime.models.spec import ModelSpec
+from runtime.request import Request
+from runtime.schedules import make_schedule
+from runtime.tasks import plan_task
+from runtime.text import encode_prompt
+
+
+@dataclass(frozen=True)
+class Case:
+    """One model and what is asked of it; `request` is resolved, its prompts change with each take."""
+
+    folder: Path
+    spec: ModelSpec
+    request: Request
+
+    def take(self, number: int) -> Request:
+        """Return the request with a prompt and a negative prompt of its own, so that no cache has them."""
+        return replace(
+            self.request,
+            prompt=f"a red ball rolls left over green grass, take {number}",
+            negative_prompt=f"blurry, take {number}",
+        )
+
+    @property
+    def latents(self) -> torch.Tensor:
+        """Latents [1, C, T, H, W], the same each time."""
+        return draw_noise(plan_task(self.request, self.spec).shape, seed=1)
+
+    @property
+    def frames(self) -> np.ndarray:
+        """Frames uint8 [F, H, W, 3], the same each time."""
+        size = (self.request.num_frames, self.request.height, self.request.width, 3)
+        return np.random.default_rng(1).integers(0, 256, size, dtype=np.uint8)  # type: ignore[arg-type]
+
+
+class Side(Protocol):
+    """Something that can make the whole request and each of its stages."""
+
+    name: str
+
+    def __init__(self, case: Case, device: torch.device) -> None: ...
+
+    @property
+    def networks(self) -> list[torch.nn.Module]:
+        """All networks, loaded."""
+
+    def request(self, take: int) -> np.ndarray:
+        """From new prompts to frames uint8 [F, H, W, 3] in memory."""
+
+    def text(self, take: int) -> list[torch.Tensor]:
+        """Encode new prompts: embeddings of negative prompt and prompt [S, text_dim]."""
+
+    def step(self, take: int) -> torch.Tensor:
+        """One guided velocity [1, C, T, H, W], halfway down the schedule."""
+
+    def decode(self, take: int) -> np.ndarray:
+        """From latents to frames uint8 [F, H, W, 3] in memory."""
+
+    def encode(self, take: int) -> torch.Tensor:
+        """From frames to normalised latents [C, T, H, W] in memory."""
+
+
+class Ours:
+    """This runtime, through its public functions; a step through the Denoiser that its sampler calls."""
+
+    name = "dit-runtime"
+
+    def __init__(self, case: Case, device: torch.device) -> None:
+        self.case, self.device = case, device
+        self.model = runtime.load(case.folder, device=device, dtype="float32")
+        assert self.model.tokenizer is not None  # read at first use, as the text encoder: not a part of any stage
+
+    @property
+    def networks(self) -> list[torch.nn.Module]:
+        return [self.model.text_encoder, *self.model.transformers, self.model.vae]
+
+    def request(self, take: int) -> np.ndarray:
+        return runtime.generate(self.model, self.case.take(take)).frames
+
+    def text(self, take: int) -> list[torch.Tensor]:
+        return encode_prompt(self.model, self.case.take(take))[0]
+
+    def step(self, take: int) -> torch.Tensor:
+        denoiser, *arguments = self._step
+        with torch.inference_mode():
+            return denoiser(*arguments)
+
+    @cached_property
+    def _step(self) -> tuple[Any, ...]:
+        case = self.case
+        shape, request = case.latents.shape[1:], case.request
+        assert request.steps is not None and request.shift is not None
+        with torch.inference_mode():
+            context = prepare_context(self.model, self.text(0), tuple(shape))
+        tokens = int(np.prod([n // p for n, p in zip(shape[1:], case.spec.patch, strict=True)]))
+        middle = request.steps // 2
+        sigma = make_schedule(case.spec.schedule, request.steps, request.shift)[middle : middle + 1]
+        return compose(self.model, request, tokens), case.latents.to(self.device), sigma, context
+
+    def decode(self, take: int) -> np.ndarray:
+        return runtime.decode(self.model, self.case.latents).frames
+
+    def encode(self, take: int) -> torch.Tensor:
+        return runtime.encode(self.model, self.case.frames)
+
+
+class Diffusers:
+    """diffusers' WanPipeline as published; parts of it are called as the pipeline calls them."""
+
+    name = "diffusers"
+
+    def __init__(self, case: Case, device: torch.device) -> None:
+        import transformers
+        from diffusers import WanPipeline
+        from diffusers.utils import logging
+
+        logging.disable_progress_bar()
+        transformers.utils.logging.disable_progress_bar()
+        self.case, self.device = case, device
+        self.pipe = WanPipeline.from_pretrained(case.folder, torch_dtype=torch.float32).to(device)
+        self.pipe.set_progress_bar_config(disable=True)
+        statistics = torch.tensor([self.pipe.vae.config.latents_mean, self.pipe.vae.config.latents_std], device=device)
+        self.mean, self.std = statistics.view(2, 1, -1, 1, 1, 1)
+
+    @property
+    def networks(self) -> list[torch.nn.Module]:
+        return [part for part in self.pipe.components.values() if isinstance(part, torch.nn.Module)]
+
+    def request(self, take: int) -> np.ndarray:
+        request = self.case.take(take)
+        assert request.seed is not None
+        video = self.pipe(
+            prompt=request.prompt,
+            negative_prompt=request.negative_prompt,
+            height=request.height,
+            width=request.width,
+            num_frames=request.num_frames,
+            num_inference_steps=request.steps,
+            guidance_scale=request.guidance,
+            guidance_scale_2=request.guidance_2,
+            max_sequence_length=self.case.spec.text_length,
+            generator=torch.Generator().manual_seed(request.seed),
+            output_type="pt",  # the type from which bytes are made fastest
+        ).frames[0]
+        return self._to_bytes(video)
+
+    @torch.no_grad()
+    def text(self, take: int) -> list[torch.Tensor]:
+        request = self.case.take(take)
+        prompt, negative = self.pipe.encode_prompt(
+            request.prompt, request.negative_prompt, max_sequence_length=self.case.spec.text_length, device=self.device
+        )
+        return [negative[0], prompt[0]]
+
+    @torch.no_grad()
+    def step(self, take: int) -> torch.Tensor:
+        x, time, negative, prompt = self._step
+        scale, network = self.case.request.guidance or 0.0, self.pipe.transformer
+        conditional = network(x, time, prompt, return_dict=False)[0]
+        if scale <= 1:
+            return conditional
+        unconditional = network(x, time, negative, return_dict=False)[0]
+        return unconditional + scale * (conditional - unconditional)
+
+    @cached_property
+    def _step(self) -> tuple[torch.Tensor, ...]:
+        x = self.case.latents.to(self.device)
+        self.pipe.scheduler.set_timesteps(self.case.request.steps, device=self.device)
+        time = self.pipe.scheduler.timesteps[len(self.pipe.scheduler.timesteps) // 2]
+        time = time.expand(1)
+        if self.pipe.config.expand_timesteps:  # then a time per token
+            _, patch_height, patch_width = self.pipe.transformer.config.patch_size
+            time = time.expand(1, x[0, 0, :, ::patch_height, ::patch_width].numel())
+        negative, prompt = self.text(0)
+        return x, time, negative[None], prompt[None]
+
+    @torch.no_grad()
+    def decode(self, take: int) -> np.ndarray:
+        latents = self.case.latents.to(self.device) * self.std + self.mean
+        video = self.pipe.vae.decode(latents, return_dict=False)[0]
+        return self._to_bytes(self.pipe.video_processor.postprocess_video(video, output_type="pt")[0])
+
+    @torch.no_grad()
+    def encode(self, take: int) -> torch.Tensor:
+        pixels = torch.from_numpy(self.case.frames).to(self.device).permute(3, 0, 1, 2).float().div_(127.5).sub_(1.0)
+        latents = self.pipe.vae.encode(pixels[None]).latent_dist.mode()
+        return ((latents - self.mean) / self.std)[0].cpu()
+
+    def _to_bytes(self, video: torch.Tensor) -> np.ndarray:
+        """[F, 3, H, W] in [0, 1] -> uint8 [F, H, W, 3]."""
+        return video.mul(255).round_().to(torch.uint8).permute(0, 2, 3, 1).contiguous().cpu().numpy()
+
+
+def rival(name: str | None) -> list[type[Side]]:
+    """Return the side called `name`, none for None; ValueError where it is not installed."""
+    if name is None:
+        return []
+    if installed("diffusers") is None:
+        raise ValueError("diffusers is not installed; install it with: pip install diffusers, or leave out --against")
+    return [Diffusers]

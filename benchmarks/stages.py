@@ -1,0 +1,187 @@
+"""The stages of a request, timed: whole request, one step, decoding, encoding, text; and the memory they add."""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import math
+import os
+import statistics
+import sys
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks import random_model, sides
+from benchmarks.machine import describe, installed, results_file
+from benchmarks.measure import alternate, check_equal, fresh_process, median_ratio, peak_growth
+from benchmarks.report import table
+from benchmarks.sides import Case, Ours, Side
+from runtime.model import choose_device, locate
+from runtime.models import open_checkpoint
+from runtime.request import Request
+from runtime.weights import shapes
+
+# How many samples a stage gets for each of the whole request: short ones scatter more and cost less.
+STAGES = {"request": 1, "step": 4, "decode": 2, "encode": 2, "text": 4}
+MEMORY = ("request", "decode")
+OVERRIDES = ("width", "height", "num_frames", "steps", "guidance")
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What holds for all models of one run."""
+
+    device: torch.device
+    threads: int
+    repeats: int
+    only: tuple[str, ...]
+
+
+def add_command(commands: Any) -> None:
+    """Add `stages` to the command line."""
+    parser = commands.add_parser("stages", help="a request and its stages, alone or beside diffusers")
+    parser.set_defaults(run=run)
+    parser.add_argument("--against", choices=["diffusers"], help="measure it in turns with this runtime")
+    parser.add_argument("--model", default="both", help="demo, random, both (default), a folder or a published name")
+    parser.add_argument("--only", type=_stages, default=tuple(STAGES), help=f"some of {','.join(STAGES)}")
+    parser.add_argument("--repeats", type=_count, default=9, help="samples of the whole request (default 9); "
+                        "of step and text 4 times as many, of decode and encode twice")  # fmt: skip
+    parser.add_argument("--threads", type=_count, help="threads on the CPU (default: as many as PyTorch takes)")
+    parser.add_argument("--device", default="cpu", help="cpu (default), cuda, cuda:N")
+    parser.add_argument("--width", type=_count, help="pixels, instead of the model's default; so the next four")
+    parser.add_argument("--height", type=_count)
+    parser.add_argument("--frames", type=_count, dest="num_frames")
+    parser.add_argument("--steps", type=_count)
+    parser.add_argument("--guidance", type=float)
+    parser.add_argument("--json", type=Path, help="file of results (default: benchmarks/results/<device>/"
+                        "<date>-<commit>.json)")  # fmt: skip
+
+
+def run(args: argparse.Namespace) -> None:
+    """Measure, write the results as JSON and print the table; Refused where the sides' results differ."""
+    both: list[type[Side]] = [Ours, *sides.rival(args.against)]
+    if args.model in ("random", "both") and installed("diffusers") is None:
+        raise ValueError("the random model is written by diffusers, which is not installed; take --model demo")
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    torch.backends.cudnn.allow_tf32 = False  # float32 means float32
+    settings = Settings(choose_device(args.device), torch.get_num_threads(), args.repeats, args.only)
+    machine = describe(settings.device)
+    with tempfile.TemporaryDirectory(prefix="benchmarks-") as scratch:
+        os.environ["DIT_RUNTIME_CACHE"] = scratch  # the user's own cache is neither read nor filled
+        models = [measure(case, both, settings) for case in cases(args, Path(scratch))]
+    record = {
+        "benchmark": "stages",
+        "machine": machine,
+        "dtype": "float32",
+        "repeats": args.repeats,
+        "sides": [side.name for side in both],
+        "models": models,
+    }
+    file = args.json or results_file(machine)
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    _say(f"samples: {file}")
+    print(table(record))
+
+
+def cases(args: argparse.Namespace, scratch: Path) -> Iterator[Case]:
+    """Yield the models that are asked for, each with its request."""
+    for name in ("demo", "random") if args.model == "both" else (args.model,):
+        folder = locate(name) if name != "random" else scratch / "random"
+        if name == "random":
+            _say("random: writing the checkpoint")
+            random_model.write(folder)
+        spec = open_checkpoint(folder).spec
+        chosen = {key: getattr(args, key) for key in OVERRIDES}
+        yield Case(folder, spec, Request(prompt="as the take says", seed=7, **chosen).resolved(spec))
+
+
+def measure(case: Case, both: list[type[Side]], settings: Settings) -> dict[str, Any]:
+    """Return everything measured of one model; first the sides must agree on the frames of a whole request."""
+    name = case.spec.name
+    _say(f"{name}: loading")
+    loaded = [side(case, settings.device) for side in both]
+    found: dict[str, Any] = {
+        "name": name,
+        "parameters": parameters(case.folder),
+        "request": {key: getattr(case.request, key) for key in (*OVERRIDES, "guidance_2", "shift", "sampler", "seed")},
+        "text_length": case.spec.text_length,
+        "stages": {},
+        "memory": {},
+    }
+    found["difference"] = warm_up("request", loaded, 1)
+    if len(both) > 1:
+        _say(f"{name}: largest difference of frames {found['difference']:g} of 255")
+    takes = itertools.count(2)  # a number is used once: each take brings new prompts
+    for stage in settings.only:
+        _say(f"{name}: {stage}")
+        difference = found["difference"] if stage == "request" else warm_up(stage, loaded, next(takes))
+        numbers = list(itertools.islice(takes, settings.repeats * STAGES[stage]))
+        seconds = alternate([getattr(side, stage) for side in loaded], numbers)
+        found["stages"][stage] = {
+            "difference": difference,
+            "seconds": dict(zip((side.name for side in both), seconds, strict=True)),
+            "median": {side.name: statistics.median(each) for side, each in zip(both, seconds, strict=True)},
+            "ratio": median_ratio(*seconds) if len(both) > 1 else None,
+        }
+    del loaded
+    for stage in (stage for stage in MEMORY if stage in settings.only):
+        _say(f"{name}: memory of {stage}")
+        found["memory"][stage] = {
+            side.name: fresh_process(memory, side, case, stage, settings.device, settings.threads) for side in both
+        }
+    return found
+
+
+def warm_up(stage: str, loaded: list[Side], take: int) -> float | None:
+    """Run a stage once on each side, unmeasured, and return how far the results are apart (None for one side)."""
+    results = [getattr(side, stage)(take) for side in loaded]
+    if len(results) == 1:
+        return None
+    ours, theirs = results
+    if stage == "text":  # theirs is padded with zeros, ours is not padded
+        theirs = [b[: len(a)] for a, b in zip(ours, theirs, strict=True)]
+    return check_equal(f"result of {stage}", ours, theirs)
+
+
+def memory(side: type[Side], case: Case, stage: str, device: torch.device, threads: int) -> dict[str, int] | None:
+    """Return what one run of a stage adds to the memory of a process that has only loaded the model."""
+    torch.set_num_threads(threads)
+    torch.backends.cudnn.allow_tf32 = False
+    loaded = side(case, device)
+    for network in loaded.networks:  # weights that are mapped from a file become resident when they are first read
+        for parameter in network.parameters():
+            parameter.sum()
+    return peak_growth(lambda: getattr(loaded, stage)(0))
+
+
+def parameters(folder: Path) -> dict[str, int]:
+    """Return the number of parameters per network, as they are on disk."""
+    return {
+        part.name: sum(math.prod(shape) for file in part.files for shape, _ in shapes(file).values())
+        for part in open_checkpoint(folder).components
+    }
+
+
+def _stages(given: str) -> tuple[str, ...]:
+    names = tuple(given.split(","))
+    if unknown := [name for name in names if name not in STAGES]:
+        raise argparse.ArgumentTypeError(f"{', '.join(unknown)}: legal are {', '.join(STAGES)}, joined by commas")
+    return names
+
+
+def _count(given: str) -> int:
+    if not given.isdecimal() or int(given) < 1:
+        raise argparse.ArgumentTypeError(f"{given}: legal is a whole number of at least 1")
+    return int(given)
+
+
+def _say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
