@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import pickle
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -163,8 +162,10 @@ def shapes(file: Path) -> dict[str, tuple[tuple[int, ...], str]]:
 def _open_pth(file: Path) -> dict[str, torch.Tensor]:
     try:
         found = torch.load(file, map_location="cpu", mmap=True, weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
-        reason = str(error).splitlines()[0]
+    except FileNotFoundError as error:
+        raise FileNotFoundError(f"{file} is missing; fetch the model again") from error
+    except Exception as error:  # a damaged pickle fails with anything, from KeyError to OSError
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise ValueError(
             f"{file} cannot be read as plain tensors ({reason}); it is damaged or carries code. Legal: a .pth with "
             "tensors only, or safetensors: fetch it again, or convert it where you trust it with "
