@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -21,7 +22,9 @@ def write(folder: Path) -> None:
     """Write the checkpoint; its weights are the same every time. Raises ImportError without diffusers."""
     from diffusers import AutoencoderKLWan, UniPCMultistepScheduler, WanPipeline, WanTransformer3DModel
     from transformers import AutoTokenizer, UMT5Config, UMT5EncoderModel
+    from transformers.utils import logging
 
+    logging.disable_progress_bar()
     tokenizer = AutoTokenizer.from_pretrained(DEMO / "tokenizer")
     text = UMT5Config(
         vocab_size=len(tokenizer), d_model=256, d_kv=64, d_ff=512, num_layers=4, num_heads=4,
@@ -30,7 +33,7 @@ def write(folder: Path) -> None:
     transformer = WanTransformer3DModel(
         num_attention_heads=12, attention_head_dim=64, text_dim=256, ffn_dim=2048, num_layers=12
     )
-    pipe = WanPipeline(
+    pipe: Any = WanPipeline(
         tokenizer=tokenizer,
         text_encoder=randomised(UMT5EncoderModel(text), 1),
         transformer=randomised(transformer, 2),
@@ -43,7 +46,7 @@ def write(folder: Path) -> None:
     (folder / "runtime.json").write_text(json.dumps(SETTINGS))
 
 
-def randomised(module: torch.nn.Module, seed: int) -> torch.nn.Module:
+def randomised(module: Any, seed: int) -> Any:
     """Give every parameter values that keep the numbers' size from layer to layer, so that results can be compared."""
     generator = torch.Generator().manual_seed(seed)
     for name, parameter in module.named_parameters():

@@ -19,12 +19,12 @@ def table(record: dict[str, Any]) -> str:
     """Return the record of `stages` as Markdown: the machine, then a table per model, then how it was measured."""
     machine, names = record["machine"], record["sides"]
     packages = [f"{name} {machine['versions'][name]}" for name in ("torch", "diffusers") if name in machine["versions"]]
-    threads = f"{machine['logical_cores']} logical cores, {machine['threads']} threads"
+    threads = ", ".join(counted(machine[key], key) for key in ("logical_cores", "threads"))
     where = ", ".join([machine["name"], threads, *packages, record["dtype"], f"commit {machine['commit']}"])
     parts = [f"**{where}**"]
     for model in record["models"]:
         parts += [heading(model), "\n".join(rows(model, names))]
-    return "\n\n".join([*parts, method(names)])
+    return "\n\n".join([*parts, method(names, machine["device"])])
 
 
 def heading(model: dict[str, Any]) -> str:
@@ -38,12 +38,18 @@ def heading(model: dict[str, Any]) -> str:
     return text
 
 
+def counted(number: int, what: str) -> str:
+    """Return "1 thread", "2 threads"."""
+    what = what.replace("_", " ")
+    return f"{number} {what if number != 1 else what.removesuffix('s')}"
+
+
 def rows(model: dict[str, Any], names: list[str]) -> list[str]:
     """Return the lines of one model's table."""
     compared = len(names) > 1
     lines = [_row(["", *names, *(["ratio"] if compared else [])]), _row(["---", *["---:"] * (len(names) + compared)])]
     for stage, found in model["stages"].items():
-        cells = [duration(found["seconds"][name]) for name in names]
+        cells = durations([found["seconds"][name] for name in names])
         lines.append(_row([LABELS[stage], *cells, *([f"{found['ratio']:.2f}"] if compared else [])]))
     for stage, found in model["memory"].items():
         if None in found.values():
@@ -54,24 +60,29 @@ def rows(model: dict[str, Any], names: list[str]) -> list[str]:
     return lines
 
 
-def duration(samples: list[float]) -> str:
-    """Return "median (least to most)" in s or ms."""
-    scale, unit, digits = (1.0, "s", 2) if statistics.median(samples) >= 1 else (1e3, "ms", 1)
-    middle, least, most = (f"{n * scale:.{digits}f}" for n in (statistics.median(samples), min(samples), max(samples)))
-    return f"{middle} {unit} ({least} to {most})"
+def durations(seconds: list[list[float]]) -> list[str]:
+    """Return "median (least to most)" of each side, all in one unit: ms where one of them is below a second."""
+    short = min(map(statistics.median, seconds)) < 1
+    unit, scale = ("ms", 1e3) if short else ("s", 1.0)
+
+    def number(value: float) -> str:
+        return f"{value * scale:.{0 if value * scale >= 100 else 1 if short else 2}f}"
+
+    return [f"{number(statistics.median(n))} {unit} ({number(min(n))} to {number(max(n))})" for n in seconds]
 
 
-def method(names: list[str]) -> str:
+def method(names: list[str], device: str) -> str:
     """Return how to read the numbers."""
+    kind = "allocated device memory" if device == "cuda" else "resident memory"
     text = (
-        "Median (least to most). Every whole request and text encoding has a prompt and a negative prompt that were not "
+        "Median (least to most). Every whole request and every text encoding has a prompt and a negative prompt not "
         "seen before, so the text cache never helps; a request ends with uint8 frames in memory. Memory is the highest "
-        "resident memory during the first run after loading, less what was resident before, each in a process of its own"
+        f"{kind} in the first run after loading, less what it was just before, each in a process of its own."
     )
     if len(names) == 1:
-        return f"{text}."
+        return text
     ours, theirs = names
-    return f"{text}. Both take turns in one process; ratio is the median over pairs of {theirs} / {ours}."
+    return f"{text} Both sides take turns in one process; ratio is the median over the pairs of {theirs} / {ours}."
 
 
 def _row(cells: list[str]) -> str:

@@ -5,6 +5,8 @@ A stage is a method that takes the number of the take, which makes the prompts n
 
 from __future__ import annotations
 
+import math
+import warnings
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -41,15 +43,15 @@ class Case:
         )
 
     @property
-    def latents(self) -> torch.Tensor:
-        """Latents [1, C, T, H, W], the same each time."""
-        return draw_noise(plan_task(self.request, self.spec).shape, seed=1)
+    def shape(self) -> tuple[int, int, int, int]:
+        """[C, T, H, W] of the latents."""
+        return plan_task(self.request, self.spec).shape
 
-    @property
-    def frames(self) -> np.ndarray:
-        """Frames uint8 [F, H, W, 3], the same each time."""
+    def inputs(self) -> tuple[torch.Tensor, np.ndarray]:
+        """Return random latents [1, C, T, H, W] and frames uint8 [F, H, W, 3], the same each time."""
         size = (self.request.num_frames, self.request.height, self.request.width, 3)
-        return np.random.default_rng(1).integers(0, 256, size, dtype=np.uint8)  # type: ignore[arg-type]
+        frames = np.random.default_rng(1).integers(0, 256, size, dtype=np.uint8)  # type: ignore[arg-type]
+        return draw_noise(self.shape, seed=1), frames
 
 
 class Side(Protocol):
@@ -86,8 +88,9 @@ class Ours:
 
     def __init__(self, case: Case, device: torch.device) -> None:
         self.case, self.device = case, device
+        self.latents, self.frames = case.inputs()
         self.model = runtime.load(case.folder, device=device, dtype="float32")
-        assert self.model.tokenizer is not None  # read at first use, as the text encoder: not a part of any stage
+        _ = self.model.text_encoder, self.model.tokenizer  # else read at the first prompt; diffusers reads them here
 
     @property
     def networks(self) -> list[torch.nn.Module]:
@@ -107,20 +110,20 @@ class Ours:
     @cached_property
     def _step(self) -> tuple[Any, ...]:
         case = self.case
-        shape, request = case.latents.shape[1:], case.request
+        request = case.request
         assert request.steps is not None and request.shift is not None
         with torch.inference_mode():
-            context = prepare_context(self.model, self.text(0), tuple(shape))
-        tokens = int(np.prod([n // p for n, p in zip(shape[1:], case.spec.patch, strict=True)]))
+            context = prepare_context(self.model, self.text(0), case.shape)
+        tokens = math.prod(n // p for n, p in zip(case.shape[1:], case.spec.patch, strict=True))
         middle = request.steps // 2
         sigma = make_schedule(case.spec.schedule, request.steps, request.shift)[middle : middle + 1]
-        return compose(self.model, request, tokens), case.latents.to(self.device), sigma, context
+        return compose(self.model, request, tokens), self.latents.to(self.device), sigma, context
 
     def decode(self, take: int) -> np.ndarray:
-        return runtime.decode(self.model, self.case.latents).frames
+        return runtime.decode(self.model, self.latents).frames
 
     def encode(self, take: int) -> torch.Tensor:
-        return runtime.encode(self.model, self.case.frames)
+        return runtime.encode(self.model, self.frames)
 
 
 class Diffusers:
@@ -136,7 +139,10 @@ class Diffusers:
         logging.disable_progress_bar()
         transformers.utils.logging.disable_progress_bar()
         self.case, self.device = case, device
-        self.pipe = WanPipeline.from_pretrained(case.folder, torch_dtype=torch.float32).to(device)
+        self.latents, self.frames = case.inputs()
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)  # the argument's newer name is unknown to older versions
+            self.pipe: Any = WanPipeline.from_pretrained(case.folder, torch_dtype=torch.float32).to(device)
         self.pipe.set_progress_bar_config(disable=True)
         statistics = torch.tensor([self.pipe.vae.config.latents_mean, self.pipe.vae.config.latents_std], device=device)
         self.mean, self.std = statistics.view(2, 1, -1, 1, 1, 1)
@@ -183,10 +189,9 @@ class Diffusers:
 
     @cached_property
     def _step(self) -> tuple[torch.Tensor, ...]:
-        x = self.case.latents.to(self.device)
+        x = self.latents.to(self.device)
         self.pipe.scheduler.set_timesteps(self.case.request.steps, device=self.device)
-        time = self.pipe.scheduler.timesteps[len(self.pipe.scheduler.timesteps) // 2]
-        time = time.expand(1)
+        time = self.pipe.scheduler.timesteps[len(self.pipe.scheduler.timesteps) // 2].expand(1)
         if self.pipe.config.expand_timesteps:  # then a time per token
             _, patch_height, patch_width = self.pipe.transformer.config.patch_size
             time = time.expand(1, x[0, 0, :, ::patch_height, ::patch_width].numel())
@@ -195,13 +200,13 @@ class Diffusers:
 
     @torch.no_grad()
     def decode(self, take: int) -> np.ndarray:
-        latents = self.case.latents.to(self.device) * self.std + self.mean
+        latents = self.latents.to(self.device) * self.std + self.mean
         video = self.pipe.vae.decode(latents, return_dict=False)[0]
         return self._to_bytes(self.pipe.video_processor.postprocess_video(video, output_type="pt")[0])
 
     @torch.no_grad()
     def encode(self, take: int) -> torch.Tensor:
-        pixels = torch.from_numpy(self.case.frames).to(self.device).permute(3, 0, 1, 2).float().div_(127.5).sub_(1.0)
+        pixels = torch.from_numpy(self.frames).to(self.device).permute(3, 0, 1, 2).float().div_(127.5).sub_(1.0)
         latents = self.pipe.vae.encode(pixels[None]).latent_dist.mode()
         return ((latents - self.mean) / self.std)[0].cpu()
 

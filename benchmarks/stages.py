@@ -43,6 +43,14 @@ class Settings:
     only: tuple[str, ...]
 
 
+def set_up(settings: Settings) -> None:
+    """Apply the settings to this process."""
+    torch.set_num_threads(settings.threads)
+    torch.backends.cudnn.allow_tf32 = False  # float32 means float32
+    if settings.device.type == "cuda":
+        torch.cuda.set_device(settings.device)
+
+
 def add_command(commands: Any) -> None:
     """Add `stages` to the command line."""
     parser = commands.add_parser("stages", help="a request and its stages, alone or beside diffusers")
@@ -68,10 +76,9 @@ def run(args: argparse.Namespace) -> None:
     both: list[type[Side]] = [Ours, *sides.rival(args.against)]
     if args.model in ("random", "both") and installed("diffusers") is None:
         raise ValueError("the random model is written by diffusers, which is not installed; take --model demo")
-    if args.threads:
-        torch.set_num_threads(args.threads)
-    torch.backends.cudnn.allow_tf32 = False  # float32 means float32
-    settings = Settings(choose_device(args.device), torch.get_num_threads(), args.repeats, args.only)
+    threads = args.threads or torch.get_num_threads()
+    settings = Settings(choose_device(args.device), threads, args.repeats, args.only)
+    set_up(settings)
     machine = describe(settings.device)
     with tempfile.TemporaryDirectory(prefix="benchmarks-") as scratch:
         os.environ["DIT_RUNTIME_CACHE"] = scratch  # the user's own cache is neither read nor filled
@@ -104,40 +111,45 @@ def cases(args: argparse.Namespace, scratch: Path) -> Iterator[Case]:
 
 
 def measure(case: Case, both: list[type[Side]], settings: Settings) -> dict[str, Any]:
-    """Return everything measured of one model; first the sides must agree on the frames of a whole request."""
-    name = case.spec.name
-    _say(f"{name}: loading")
-    loaded = [side(case, settings.device) for side in both]
+    """Return everything measured of one model; Refused where the sides' results differ."""
+    takes = itertools.count(1)  # a number is used once: each take brings new prompts
     found: dict[str, Any] = {
-        "name": name,
+        "name": case.spec.name,
         "parameters": parameters(case.folder),
         "request": {key: getattr(case.request, key) for key in (*OVERRIDES, "guidance_2", "shift", "sampler", "seed")},
         "text_length": case.spec.text_length,
-        "stages": {},
+        **timings(case, both, settings, takes),
         "memory": {},
     }
-    found["difference"] = warm_up("request", loaded, 1)
-    if len(both) > 1:
-        _say(f"{name}: largest difference of frames {found['difference']:g} of 255")
-    takes = itertools.count(2)  # a number is used once: each take brings new prompts
+    torch.cuda.empty_cache()
+    for stage in (stage for stage in MEMORY if stage in settings.only):
+        _say(f"{case.spec.name}: memory of {stage}")
+        take = next(takes)
+        found["memory"][stage] = {side.name: fresh_process(memory, side, case, settings, stage, take) for side in both}
+    return found
+
+
+def timings(case: Case, both: list[type[Side]], settings: Settings, takes: Iterator[int]) -> dict[str, Any]:
+    """Return the seconds of each stage; before any, the sides must agree on the frames of a whole request."""
+    name = case.spec.name
+    _say(f"{name}: loading")
+    loaded = [side(case, settings.device) for side in both]
+    agreed = warm_up("request", loaded, next(takes))
+    if agreed is not None:
+        _say(f"{name}: largest difference of frames {agreed:g} of 255")
+    stages: dict[str, Any] = {}
     for stage in settings.only:
         _say(f"{name}: {stage}")
-        difference = found["difference"] if stage == "request" else warm_up(stage, loaded, next(takes))
+        difference = agreed if stage == "request" else warm_up(stage, loaded, next(takes))
         numbers = list(itertools.islice(takes, settings.repeats * STAGES[stage]))
         seconds = alternate([getattr(side, stage) for side in loaded], numbers)
-        found["stages"][stage] = {
+        stages[stage] = {
             "difference": difference,
             "seconds": dict(zip((side.name for side in both), seconds, strict=True)),
             "median": {side.name: statistics.median(each) for side, each in zip(both, seconds, strict=True)},
             "ratio": median_ratio(*seconds) if len(both) > 1 else None,
         }
-    del loaded
-    for stage in (stage for stage in MEMORY if stage in settings.only):
-        _say(f"{name}: memory of {stage}")
-        found["memory"][stage] = {
-            side.name: fresh_process(memory, side, case, stage, settings.device, settings.threads) for side in both
-        }
-    return found
+    return {"difference": agreed, "stages": stages}
 
 
 def warm_up(stage: str, loaded: list[Side], take: int) -> float | None:
@@ -151,15 +163,14 @@ def warm_up(stage: str, loaded: list[Side], take: int) -> float | None:
     return check_equal(f"result of {stage}", ours, theirs)
 
 
-def memory(side: type[Side], case: Case, stage: str, device: torch.device, threads: int) -> dict[str, int] | None:
+def memory(side: type[Side], case: Case, settings: Settings, stage: str, take: int) -> dict[str, int] | None:
     """Return what one run of a stage adds to the memory of a process that has only loaded the model."""
-    torch.set_num_threads(threads)
-    torch.backends.cudnn.allow_tf32 = False
-    loaded = side(case, device)
+    set_up(settings)
+    loaded = side(case, settings.device)
     for network in loaded.networks:  # weights that are mapped from a file become resident when they are first read
         for parameter in network.parameters():
             parameter.sum()
-    return peak_growth(lambda: getattr(loaded, stage)(0))
+    return peak_growth(lambda: getattr(loaded, stage)(take))
 
 
 def parameters(folder: Path) -> dict[str, int]:

@@ -1,0 +1,132 @@
+"""What runs an operation here: the reference, Triton, or the CUDA library; and how a Triton kernel is launched.
+
+Without Triton or a GPU everything still works by the references. `forced` and `recorded` are for tests, benchmarks and
+the compile report.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+try:
+    import triton
+    import triton.language as tl
+except ImportError:  # the extra [triton], or a CUDA build of PyTorch, brings it
+    triton = tl = None
+
+Implementation = Callable[..., Any]
+IMPLEMENTATIONS = ("ref", "triton", "cuda")
+
+_forced: ContextVar[str | None] = ContextVar("forced", default=None)
+_recorder: ContextVar[list[Launch] | None] = ContextVar("recorder", default=None)
+
+
+def jit(function: Callable[..., Any]) -> Any:
+    """Make a Triton kernel of a function, where Triton is installed."""
+    return function if triton is None else triton.jit(function)
+
+
+@contextmanager
+def forced(name: str) -> Iterator[None]:
+    """Let every operation inside take one implementation: "ref", "triton" or "cuda"; ValueError where it has none."""
+    if name not in IMPLEMENTATIONS:
+        raise ValueError(f"implementation is {name!r}; legal: {', '.join(IMPLEMENTATIONS)}")
+    token = _forced.set(name)
+    try:
+        yield
+    finally:
+        _forced.reset(token)
+
+
+def pick(tensor: torch.Tensor, **implementations: Implementation | None) -> Implementation:
+    """Return the implementation for a tensor: the forced one, Triton on an NVIDIA GPU, else the reference.
+
+    Keywords are `ref`, `triton`, `cuda`; None stands for one that this operation or this machine does not have.
+    """
+    name = _forced.get()
+    if name is not None:
+        found = implementations.get(name)
+        if found is None:
+            raise ValueError(f"this operation has no implementation {name!r} here")
+        return found
+    if tensor.device.type == "cuda":
+        fast = implementations.get("triton") if triton is not None else None
+        if fast is not None:
+            return fast
+        _warn_once()
+    reference = implementations["ref"]
+    assert reference is not None
+    return reference
+
+
+_warned = False
+
+
+def _warn_once() -> None:
+    global _warned
+    if not _warned and triton is None:
+        _warned = True
+        warnings.warn(
+            "Triton is not installed, so GPU tensors take the slow references; install the extra [triton]",
+            stacklevel=4,
+        )
+
+
+@dataclass(frozen=True)
+class Launch:
+    """One recorded launch: enough to compile the kernel for any GPU."""
+
+    kernel: Any
+    grid: tuple[int, ...]
+    arguments: dict[str, Any]  # run-time arguments by name: tensors, ints, floats
+    constants: dict[str, Any]  # tl.constexpr arguments by name
+    options: dict[str, int]  # num_warps, num_stages
+
+
+@contextmanager
+def recorded() -> Iterator[list[Launch]]:
+    """Collect launches instead of running them; tensors may be on the meta device."""
+    launches: list[Launch] = []
+    token = _recorder.set(launches)
+    try:
+        yield launches
+    finally:
+        _recorder.reset(token)
+
+
+def launch(
+    kernel: Any,
+    grid: tuple[int, ...],
+    arguments: dict[str, Any],
+    constants: dict[str, Any],
+    *,
+    num_warps: int = 4,
+    num_stages: int = 2,
+) -> None:
+    """Run a Triton kernel over a grid, on the device of its first tensor; a None argument is passed as a constant."""
+    constants = constants | {name: None for name, value in arguments.items() if value is None}
+    arguments = {name: value for name, value in arguments.items() if value is not None}
+    if 0 in grid:
+        return
+    if (launches := _recorder.get()) is not None:
+        options = {"num_warps": num_warps, "num_stages": num_stages}
+        launches.append(Launch(kernel, grid, arguments, constants, options))
+        return
+    first = next(value for value in arguments.values() if isinstance(value, torch.Tensor))
+    if first.device.type == "cuda":
+        with torch.cuda.device(first.device):
+            kernel[grid](**arguments, **constants, num_warps=num_warps, num_stages=num_stages)
+    else:  # the interpreter
+        kernel[grid](**arguments, **constants)
+
+
+def next_power_of_2(number: int) -> int:
+    """Return the smallest power of 2 that is at least `number`."""
+    return 1 << max(number - 1, 0).bit_length()
