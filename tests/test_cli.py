@@ -121,6 +121,24 @@ def test_a_size_that_is_none() -> None:
     assert "legal: WIDTHxHEIGHT" in done.stderr
 
 
+def test_a_full_disk(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=16k", "tmpfs", str(disk)], capture_output=True)
+    if mounted.returncode:
+        pytest.skip("mounting a small disk is not permitted here")
+    try:
+        command = ["generate", "a red ball", "-o", str(disk / "frames"), "--frames", "17", "--steps", "1", "--quiet"]
+        assert main(command) == 2
+        told = capsys.readouterr().err
+        assert "error: " in told
+        assert "full" in told
+        assert told.count("\n") == 1
+        assert not list(disk.iterdir())
+    finally:
+        subprocess.run(["umount", str(disk)], check=True)
+
+
 def test_our_fault_is_exit_code_1(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.chdir(tmp_path)
 
