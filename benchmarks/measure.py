@@ -69,13 +69,13 @@ def fresh_process(function: Callable[..., Any], *arguments: Any) -> Any:
         return pool.submit(function, *arguments).result()
 
 
-def peak_growth(call: Callable[[], object]) -> dict[str, int] | None:
+def peak_growth(call: Callable[[], object], device: torch.device) -> dict[str, int] | None:
     """Return the bytes resident before a call and the most that it added; on a GPU, of allocated device memory.
 
     None where the system tells neither (other than Linux, without a GPU).
     """
     gc.collect()
-    cuda = torch.cuda.is_initialized()
+    cuda = device.type == "cuda"
     if cuda:
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()

@@ -5,6 +5,8 @@ from __future__ import annotations
 import statistics
 from typing import Any
 
+from benchmarks.measure import median_ratio
+
 LABELS = {
     "request": "whole request",
     "step": "one guided step",
@@ -52,11 +54,12 @@ def rows(model: dict[str, Any], names: list[str]) -> list[str]:
         cells = durations([found["seconds"][name] for name in names])
         lines.append(_row([LABELS[stage], *cells, *([f"{found['ratio']:.2f}"] if compared else [])]))
     for stage, found in model["memory"].items():
-        if None in found.values():
+        if None in found[names[0]]:
             continue
-        grown = [found[name]["growth"] for name in names]
-        ratio = [f"{grown[1] / grown[0]:.2f}" if grown[0] else "-"] if compared else []
-        lines.append(_row([f"peak memory added, {LABELS[stage]}", *(f"{n / 2**20:.0f} MiB" for n in grown), *ratio]))
+        grown = [[run["growth"] / 2**20 for run in found[name]] for name in names]
+        cells = [f"{statistics.median(n):.0f} MiB ({min(n):.0f} to {max(n):.0f})" for n in grown]
+        ratio = [f"{median_ratio(*grown):.2f}" if all(grown[0]) else "-"] if compared else []
+        lines.append(_row([f"peak memory added, {LABELS[stage]}", *cells, *ratio]))
     return lines
 
 
@@ -77,7 +80,7 @@ def method(names: list[str], device: str) -> str:
     text = (
         "Median (least to most). Every whole request and every text encoding has a prompt and a negative prompt not "
         "seen before, so the text cache never helps; a request ends with uint8 frames in memory. Memory is the highest "
-        f"{kind} in the first run after loading, less what it was just before, each in a process of its own."
+        f"{kind} in the first run after loading, less what it was just before, each in a new process."
     )
     if len(names) == 1:
         return text

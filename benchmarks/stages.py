@@ -27,7 +27,7 @@ from runtime.models import open_checkpoint
 from runtime.request import Request
 from runtime.weights import shapes
 
-# How many samples a stage gets for each of the whole request: short ones scatter more and cost less.
+# How many samples a stage gets for each one of the whole request: short ones scatter more and cost less.
 STAGES = {"request": 1, "step": 4, "decode": 2, "encode": 2, "text": 4}
 MEMORY = ("request", "decode")
 OVERRIDES = ("width", "height", "num_frames", "steps", "guidance")
@@ -59,7 +59,7 @@ def add_command(commands: Any) -> None:
     parser.add_argument("--model", default="both", help="demo, random, both (default), a folder or a published name")
     parser.add_argument("--only", type=_stages, default=tuple(STAGES), help=f"some of {','.join(STAGES)}")
     parser.add_argument("--repeats", type=_count, default=9, help="samples of the whole request (default 9); "
-                        "of step and text 4 times as many, of decode and encode twice")  # fmt: skip
+                        "of step and text 4 times as many, of decode and encode twice, of memory a third")  # fmt: skip
     parser.add_argument("--threads", type=_count, help="threads on the CPU (default: as many as PyTorch takes)")
     parser.add_argument("--device", default="cpu", help="cpu (default), cuda, cuda:N")
     parser.add_argument("--width", type=_count, help="pixels, instead of the model's default; so the next four")
@@ -124,8 +124,10 @@ def measure(case: Case, both: list[type[Side]], settings: Settings) -> dict[str,
     torch.cuda.empty_cache()
     for stage in (stage for stage in MEMORY if stage in settings.only):
         _say(f"{case.spec.name}: memory of {stage}")
-        take = next(takes)
-        found["memory"][stage] = {side.name: fresh_process(memory, side, case, settings, stage, take) for side in both}
+        found["memory"][stage] = {side.name: [] for side in both}
+        for take in itertools.islice(takes, max(settings.repeats // 3, 1)):
+            for side in both:
+                found["memory"][stage][side.name].append(fresh_process(memory, side, case, settings, stage, take))
     return found
 
 
@@ -170,7 +172,7 @@ def memory(side: type[Side], case: Case, settings: Settings, stage: str, take: i
     for network in loaded.networks:  # weights that are mapped from a file become resident when they are first read
         for parameter in network.parameters():
             parameter.sum()
-    return peak_growth(lambda: getattr(loaded, stage)(take))
+    return peak_growth(lambda: getattr(loaded, stage)(take), settings.device)
 
 
 def parameters(folder: Path) -> dict[str, int]:

@@ -67,6 +67,17 @@ def test_sigma_per_latent_frame(checkpoints: dict) -> None:
     assert relative(ours, theirs) <= 1e-4
 
 
+def test_sigma_and_texts_may_be_on_the_cpu(checkpoints: dict) -> None:
+    """As on a GPU: only the weights and x are on the device. The meta device refuses mixtures like any other."""
+    model = runtime.load(checkpoints["plain"][1])
+    network = model.transformers[0].to("meta")
+    context = prepare_context(model, [torch.randn(3, 16), torch.randn(24, 16)], (4, 2, 4, 4))
+    x = torch.empty(1, 4, 2, 4, 4, device="meta")
+    velocity = build(network, 0)(x, torch.tensor([0.5], dtype=torch.float64), context)
+    assert velocity.shape == (2, 4, 2, 4, 4)
+    assert velocity.device.type == "meta"
+
+
 CASES = [
     ("plain", 17, 48, 32, 20, 5.0, None),
     ("wide", 5, 32, 64, 20, 3.0, None),

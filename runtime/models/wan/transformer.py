@@ -139,6 +139,7 @@ class WanTransformer(nn.Module):
         time = sigma * 1000.0
         if self.integer_time:
             time = time.floor()
+        time = time.float().to(self.time_in.weight.device)
         t = timestep_embedding(time.flatten(), self.config.freq_dim).unflatten(0, sigma.shape)
         t = self.time_out(F.silu(self.time_in(t)))  # [B, M, D]
         vectors = self.time_projection(F.silu(t)).unflatten(2, (6, -1))  # [B, M, 6, D]
