@@ -4,13 +4,16 @@ Dimension key: B batch, L video tokens, S text tokens, D width, N heads, K head 
 (L is a multiple of M; consecutive L/M tokens share one modulation vector), C channels, T H W time, height, width.
 """
 
-from .attention import attention
-from .causal_conv3d import causal_conv3d
-from .gate_residual import gate_residual, gate_residual_modulate
-from .mlp import mlp
-from .modulate import modulate
-from .norm_silu import norm_silu
-from .qk_norm_rope import qk_norm_rope
+# From the repository's root a library that looks for the published package `kernels` finds this folder: it gets an
+# empty module, and nothing is registered twice.
+if __name__ != "kernels":
+    from .attention import attention
+    from .causal_conv3d import causal_conv3d
+    from .gate_residual import gate_residual, gate_residual_modulate
+    from .mlp import mlp
+    from .modulate import modulate
+    from .norm_silu import norm_silu
+    from .qk_norm_rope import qk_norm_rope
 
 __all__ = [
     "attention",
