@@ -1,9 +1,12 @@
 # demo: a video from the built-in checkpoint.  test: all tests.  Both create .venv and install at first use.
+# gpu: tests and speeds on an NVIDIA GPU, with PYTHON as it is, nothing installed; ONLY=kernels or ONLY=tests, BUDGET=540.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+ONLY ?= tests,kernels
+BUDGET ?= 540
 
-.PHONY: demo test lint clean
+.PHONY: demo test gpu clean
 
 demo: $(VENV)/installed
 	mkdir -p out
@@ -15,13 +18,16 @@ test: $(VENV)/installed-tests
 	$(BIN)/lint-imports --no-cache
 	$(BIN)/python -m pytest --durations=15
 
+gpu:
+	$(PYTHON) tools/gpu.py --only $(ONLY) --budget $(BUDGET)
+
 $(VENV)/bin/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
 	  echo "dit-runtime needs Python 3.11 or newer, and $(PYTHON) is $$($(PYTHON) --version); run: make PYTHON=/path/to/python3.11"; exit 1; }
 	$(PYTHON) -m venv $(VENV)
 
 $(VENV)/installed: $(VENV)/bin/python pyproject.toml setup.py constraints.txt
-	$(BIN)/pip install --disable-pip-version-check -q -c constraints.txt setuptools
+	$(BIN)/pip install --disable-pip-version-check -q -c constraints.txt setuptools pybind11
 	$(BIN)/pip install --disable-pip-version-check -q -c constraints.txt torch
 	$(BIN)/pip install --disable-pip-version-check -q -c constraints.txt --no-build-isolation -e .
 	touch $@

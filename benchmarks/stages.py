@@ -59,7 +59,7 @@ def add_command(commands: Any) -> None:
     parser.add_argument("--model", default="both", help="demo, random, both (default), a folder or a published name")
     parser.add_argument("--only", type=_stages, default=tuple(STAGES), help=f"some of {','.join(STAGES)}")
     parser.add_argument("--repeats", type=_count, default=9, help="samples of the whole request (default 9); "
-                        "of step and text 4 times as many, of decode and encode twice, of memory a third")  # fmt: skip
+                        "of step and text 4 times as many, of decode and encode twice, and half of memory")  # fmt: skip
     parser.add_argument("--threads", type=_count, help="threads on the CPU (default: as many as PyTorch takes)")
     parser.add_argument("--device", default="cpu", help="cpu (default), cuda, cuda:N")
     parser.add_argument("--width", type=_count, help="pixels, instead of the model's default; so the next four")
@@ -73,7 +73,7 @@ def add_command(commands: Any) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Measure, write the results as JSON and print the table; Refused where the sides' results differ."""
-    both: list[type[Side]] = [Ours, *sides.rival(args.against)]
+    compared: list[type[Side]] = [Ours, *sides.rival(args.against)]
     if args.model in ("random", "both") and installed("diffusers") is None:
         raise ValueError("the random model is written by diffusers, which is not installed; take --model demo")
     threads = args.threads or torch.get_num_threads()
@@ -82,13 +82,13 @@ def run(args: argparse.Namespace) -> None:
     machine = describe(settings.device)
     with tempfile.TemporaryDirectory(prefix="benchmarks-") as scratch:
         os.environ["DIT_RUNTIME_CACHE"] = scratch  # the user's own cache is neither read nor filled
-        models = [measure(case, both, settings) for case in cases(args, Path(scratch))]
+        models = [measure(case, compared, settings) for case in cases(args, Path(scratch))]
     record = {
         "benchmark": "stages",
         "machine": machine,
         "dtype": "float32",
         "repeats": args.repeats,
-        "sides": [side.name for side in both],
+        "sides": [side.name for side in compared],
         "models": models,
     }
     file = args.json or results_file(machine)
@@ -110,7 +110,7 @@ def cases(args: argparse.Namespace, scratch: Path) -> Iterator[Case]:
         yield Case(folder, spec, Request(prompt="as the take says", seed=7, **chosen).resolved(spec))
 
 
-def measure(case: Case, both: list[type[Side]], settings: Settings) -> dict[str, Any]:
+def measure(case: Case, compared: list[type[Side]], settings: Settings) -> dict[str, Any]:
     """Return everything measured of one model; Refused where the sides' results differ."""
     takes = itertools.count(1)  # a number is used once: each take brings new prompts
     found: dict[str, Any] = {
@@ -118,24 +118,24 @@ def measure(case: Case, both: list[type[Side]], settings: Settings) -> dict[str,
         "parameters": parameters(case.folder),
         "request": {key: getattr(case.request, key) for key in (*OVERRIDES, "guidance_2", "shift", "sampler", "seed")},
         "text_length": case.spec.text_length,
-        **timings(case, both, settings, takes),
+        **timings(case, compared, settings, takes),
         "memory": {},
     }
     torch.cuda.empty_cache()
     for stage in (stage for stage in MEMORY if stage in settings.only):
         _say(f"{case.spec.name}: memory of {stage}")
-        found["memory"][stage] = {side.name: [] for side in both}
-        for take in itertools.islice(takes, max(settings.repeats // 3, 1)):
-            for side in both:
+        found["memory"][stage] = {side.name: [] for side in compared}
+        for take in itertools.islice(takes, (settings.repeats + 1) // 2):
+            for side in compared:
                 found["memory"][stage][side.name].append(fresh_process(memory, side, case, settings, stage, take))
     return found
 
 
-def timings(case: Case, both: list[type[Side]], settings: Settings, takes: Iterator[int]) -> dict[str, Any]:
+def timings(case: Case, compared: list[type[Side]], settings: Settings, takes: Iterator[int]) -> dict[str, Any]:
     """Return the seconds of each stage; before any, the sides must agree on the frames of a whole request."""
     name = case.spec.name
     _say(f"{name}: loading")
-    loaded = [side(case, settings.device) for side in both]
+    loaded = [side(case, settings.device) for side in compared]
     agreed = warm_up("request", loaded, next(takes))
     if agreed is not None:
         _say(f"{name}: largest difference of frames {agreed:g} of 255")
@@ -147,9 +147,9 @@ def timings(case: Case, both: list[type[Side]], settings: Settings, takes: Itera
         seconds = alternate([getattr(side, stage) for side in loaded], numbers)
         stages[stage] = {
             "difference": difference,
-            "seconds": dict(zip((side.name for side in both), seconds, strict=True)),
-            "median": {side.name: statistics.median(each) for side, each in zip(both, seconds, strict=True)},
-            "ratio": median_ratio(*seconds) if len(both) > 1 else None,
+            "seconds": dict(zip((side.name for side in compared), seconds, strict=True)),
+            "median": {side.name: statistics.median(each) for side, each in zip(compared, seconds, strict=True)},
+            "ratio": median_ratio(*seconds) if len(compared) > 1 else None,
         }
     return {"difference": agreed, "stages": stages}
 

@@ -3,15 +3,34 @@
     out = softmax(q k^T / sqrt(K) + bias) v
 
 q [B, L, N, K], k and v [B, S, N, K] (views are fine), bias [B or 1, 1, 1, S] in q's dtype or None; returns
-[B, L, N * K] in q's dtype.
+[B, L, N * K] in q's dtype. Rows whose keys are all masked by -inf are zero.
+
+On an NVIDIA GPU one of CORES computes it: the one that kernels/tuned/<gpu>.json names for the shape, else the first of
+a fixed order that takes the call. Nothing is timed here.
+Source of the Triton kernel: online softmax, https://arxiv.org/abs/2205.14135 and https://arxiv.org/abs/2307.08691.
 """
 
 from __future__ import annotations
 
+import json
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
 import torch
 import torch.nn.functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from . import backend
+from .backend import capability_of, jit, launch, next_power_of_2, pick, register, tl, triton
 from .checks import expect_floating, expect_shape
+
+HALVES = (torch.float16, torch.bfloat16)
+TUNED = Path(__file__).parent / "tuned"
 
 
 def attention_ref(
@@ -22,17 +41,300 @@ def attention_ref(
     return out.transpose(1, 2).flatten(2)
 
 
-def attention(
+@jit
+def attention_kernel(
+    q, k, v, bias, out,
+    q_row, q_token, q_head, k_row, k_token, k_head, v_row, v_token, v_head, bias_row,
+    length, keys, heads, scale,
+    K: tl.constexpr, BLOCK_L: tl.constexpr, BLOCK_S: tl.constexpr,
+):  # fmt: skip
+    """One program per head and BLOCK_L queries, neighbours on the same keys; `scale` carries log2(e) for exp2."""
+    blocks = tl.cdiv(length, BLOCK_L)
+    program = tl.program_id(0)
+    pair = (program // blocks).to(tl.int64)
+    row, head = pair // heads, pair % heads
+    start = program % blocks * BLOCK_L
+    sizes = tl.arange(0, K)[None, :]
+    lanes = tl.arange(0, BLOCK_S)
+    tokens = tl.arange(0, BLOCK_L)[:, None]
+    # Bases are 64-bit scalars and offsets inside a tile 32-bit: half the registers of 64-bit offsets.
+    q += row * q_row + head * q_head + start.to(tl.int64) * q_token
+    k += row * k_row + head * k_head
+    v += row * v_row + head * v_head
+    out += ((row * length + start) * heads + head) * K
+    queries = tl.load(q + tokens * q_token + sizes, mask=start + tokens < length, other=0.0)
+    if bias is not None:
+        bias += row * bias_row
+    acc = tl.zeros((BLOCK_L, K), tl.float32)
+    total = tl.zeros((BLOCK_L,), tl.float32)  # of the weights, relative to
+    top = tl.full((BLOCK_L,), float("-inf"), tl.float32)  # the largest score so far
+    for first in range(0, keys, BLOCK_S):
+        inside = first + lanes < keys
+        rows = tl.minimum(lanes, keys - 1 - first)[:, None]  # beyond the end: the last key again, masked below
+        keys_tile = tl.load(k + rows * k_token + sizes)
+        scores = tl.dot(queries, tl.trans(keys_tile), input_precision="ieee")
+        raised = tl.zeros((BLOCK_S,), tl.float32)
+        if bias is not None:
+            raised = tl.load(bias + first + lanes, mask=inside, other=0.0).to(tl.float32) * 1.4426950408889634
+        scores = scores * scale + tl.where(inside, raised, float("-inf"))[None, :]
+        above = tl.maximum(top, tl.max(scores, axis=1))
+        level = above
+        if bias is not None:
+            level = tl.where(above == float("-inf"), 0.0, above)  # all masked so far: -inf - -inf would be NaN
+        weights = tl.exp2(scores - level[:, None])
+        decay = tl.exp2(top - level)
+        total = total * decay + tl.sum(weights, axis=1)
+        top = above
+        values = tl.load(v + rows * v_token + sizes)
+        acc = tl.dot(weights.to(values.dtype), values, acc * decay[:, None], input_precision="ieee")
+        k += BLOCK_S * k_token
+        v += BLOCK_S * v_token
+    acc = acc / tl.where(total == 0.0, 1.0, total)[:, None]
+    tl.store(out + tokens * heads * K + sizes, acc.to(out.dtype.element_ty), mask=start + tokens < length)
+
+
+def attention_triton(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, bias: torch.Tensor | None = None
 ) -> torch.Tensor:
-    """Return the attention of q over k and v, [B, L, N * K]; ValueError for shapes that do not fit together."""
+    """Each head's keys and values stay in the L2 cache while its queries pass; one tile fits every GPU from sm_80 on.
+
+    Last dimensions are contiguous, or are made so. float32 is for the interpreter: no tensor core computes it exactly.
+    """
+    rows, length, heads, size = q.shape
+    if size not in (64, 128):
+        raise ValueError(f"q has head size {size}; the Triton version takes 64 and 128")
+    q, k, v = (x if x.stride(3) == 1 and x.stride(1) < 2**23 else x.contiguous() for x in (q, k, v))
+    bias = None if bias is None else bias.contiguous()
+    out = torch.empty(rows, length, heads, size, dtype=q.dtype, device=q.device)
+    block_l, block_s = (64, 32) if q.dtype == torch.float32 else (128, 64)
+    launch(
+        attention_kernel,
+        (-(-length // block_l) * heads * rows,),
+        {
+            "q": q, "k": k, "v": v, "bias": bias, "out": out,
+            "q_row": q.stride(0), "q_token": q.stride(1), "q_head": q.stride(2),
+            "k_row": k.stride(0), "k_token": k.stride(1), "k_head": k.stride(2),
+            "v_row": v.stride(0), "v_token": v.stride(1), "v_head": v.stride(2),
+            "bias_row": 0 if bias is None or bias.shape[0] == 1 else bias.stride(0),
+            "length": length, "keys": k.shape[1], "heads": heads, "scale": size**-0.5 * math.log2(math.e),
+        },
+        {"K": size, "BLOCK_L": block_l, "BLOCK_S": block_s},
+        num_warps=8,
+        num_stages=3,
+    )  # fmt: skip
+    return out.flatten(2)
+
+
+@dataclass(frozen=True)
+class Call:
+    """What decides which core computes a call."""
+
+    rows: int
+    length: int
+    keys: int
+    heads: int
+    size: int
+    dtype: torch.dtype
+    biased: bool
+    capability: tuple[int, int]  # (0, 0) without a GPU
+
+    @property
+    def half(self) -> bool:
+        """Whether it is in a 16-bit dtype on a GPU that has bfloat16, which all fast cores need."""
+        return self.dtype in HALVES and self.capability >= (8, 0)
+
+    @property
+    def key(self) -> str:
+        """Its key in a tuned file: head size, dtype, biased or plain, L and S rounded up to powers of two."""
+        kind = "biased" if self.biased else "plain"
+        rounded = f"{next_power_of_2(self.length)} {next_power_of_2(self.keys)}"
+        return f"{self.size} {str(self.dtype).removeprefix('torch.')} {kind} {rounded}"
+
+
+def call_of(q: torch.Tensor, k: torch.Tensor, bias: torch.Tensor | None) -> Call:
+    """Describe a call."""
+    rows, length, heads, size = q.shape
+    return Call(rows, length, k.shape[1], heads, size, q.dtype, bias is not None, capability_of(q.device) or (0, 0))
+
+
+@dataclass(frozen=True)
+class Core:
+    """One way to compute attention: what it takes, and the package that it needs besides PyTorch."""
+
+    run: Callable[..., torch.Tensor]  # (q, k, v, bias) -> [B, L, N * K]
+    can: Callable[[Call], bool]
+    package: str | None = None
+
+
+def sdpa(kernel: SDPBackend) -> Callable[..., torch.Tensor]:
+    """PyTorch's attention by one of its kernels."""
+
+    def run(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+        if kernel == SDPBackend.CUDNN_ATTENTION and 0 in q.stride():  # one x for both guidance branches
+            q = q.contiguous()
+        with sdpa_kernel(kernel):
+            return attention_ref(q, k, v, bias)
+
+    return run
+
+
+def packaged(module: str, function: str, **options: Any) -> Callable[..., torch.Tensor]:
+    """A function (q, k, v) of an installed package that takes and returns [B, L, N, K]."""
+
+    def run(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, bias: None) -> torch.Tensor:
+        out = getattr(import_module(module), function)(q, k, v, **options)
+        return (out[0] if isinstance(out, tuple) else out).flatten(2)  # some versions add the log-sum-exp
+
+    return run
+
+
+# cuDNN takes a bias only per query and key, not broadcast over them; flash kernels take none. The FA3 and FA4 packages
+# are called themselves: torch.nn.attention.activate_flash_attention_impl would change "flash" for the whole process.
+CORES: dict[str, Core] = {
+    "cudnn": Core(
+        sdpa(SDPBackend.CUDNN_ATTENTION),
+        lambda c: c.half and not c.biased and c.size % 8 == 0 and c.size <= 128 and c.keys > 1,
+    ),
+    "flash": Core(
+        sdpa(SDPBackend.FLASH_ATTENTION), lambda c: c.half and not c.biased and c.size % 8 == 0 and c.size <= 256
+    ),
+    "efficient": Core(
+        sdpa(SDPBackend.EFFICIENT_ATTENTION),
+        lambda c: c.capability >= (5, 0) and c.dtype in (*HALVES, torch.float32) and c.size % 8 == 0,
+    ),
+    "fa3": Core(
+        packaged("flash_attn_interface", "flash_attn_func"),
+        lambda c: c.half and not c.biased and c.capability[0] == 9 and c.size % 8 == 0 and c.size <= 256,
+        "flash_attn_interface",
+    ),
+    "fa4": Core(
+        packaged("flash_attn.cute", "flash_attn_func"),
+        lambda c: c.half and not c.biased and c.capability[0] in (9, 10) and c.size in (64, 128),
+        "flash_attn.cute",
+    ),
+    "flash_attn": Core(
+        packaged("flash_attn", "flash_attn_func"),
+        lambda c: c.half and not c.biased and c.size % 8 == 0 and c.size <= 256,
+        "flash_attn",
+    ),
+    "xformers": Core(
+        packaged("xformers.ops", "memory_efficient_attention"),
+        lambda c: c.half and not c.biased and c.size % 8 == 0,
+        "xformers.ops",
+    ),
+    "sage": Core(  # 8 bits: an approximation, so only where asked for by name
+        packaged("sageattention", "sageattn", tensor_layout="NHD"),
+        lambda c: c.half and not c.biased and c.size in (64, 128),
+        "sageattention",
+    ),
+    "triton": Core(attention_triton, lambda c: c.half and c.size in (64, 128), "triton"),
+    "math": Core(sdpa(SDPBackend.MATH), lambda c: True),
+}
+
+# The first that takes the call. cuDNN leads where it measured fastest: 1.7 to 2.3 times FlashAttention-2 on Hopper, and
+# ahead of FA4 on B200, but 0.8 to 0.9 times on A100 and RTX PRO 6000 (facts: published benchmarks of cuDNN 9.19).
+DATACENTRE = ("cudnn", "fa3", "fa4", "flash", "efficient", "triton", "math")
+ORDERS: dict[int, tuple[str, ...]] = {9: DATACENTRE, 10: DATACENTRE}  # by major compute capability
+ORDER = ("flash", "efficient", "triton", "math")  # any other GPU
+
+
+def choose(call: Call, gpu: str) -> str:
+    """Return the name of the core for a call: the tuned one if it can, else the first of the order that can."""
+    for name in (*tuned_cores(call, gpu), *ORDERS.get(call.capability[0], ORDER)):
+        core = CORES[name]
+        if core.can(call) and (core.package is None or why_absent(core.package) is None):
+            return name
+    raise AssertionError("math takes every call")
+
+
+def named(name: str, call: Call) -> Core:
+    """Return a core asked for by name; ValueError where it is unknown, not installed, or cannot take the call."""
+    if name not in CORES:
+        raise ValueError(f"core is {name!r}; legal: {', '.join(CORES)}")
+    core = CORES[name]
+    if core.package is not None and (reason := why_absent(core.package)):
+        raise ValueError(f"core {name!r} needs the package {core.package}, which cannot be imported: {reason}")
+    if not core.can(call):
+        raise ValueError(f"core {name!r} does not take this call: {call}")
+    return core
+
+
+@cache
+def why_absent(package: str) -> str | None:
+    """Return why a package cannot be imported, None where it can."""
+    try:
+        import_module(package)
+    except Exception as error:  # a wheel for another PyTorch fails in many ways; it is absent all the same
+        return f"{type(error).__name__}: {error}"
+    return None
+
+
+def tuned_cores(call: Call, gpu: str) -> tuple[str, ...]:
+    """Return the core measured fastest for calls like this on a GPU, if one was; ValueError for a name nobody knows."""
+    name = tuned_table(gpu).get(call.key)
+    if name is None:
+        return ()
+    if name not in CORES:
+        raise ValueError(f"{TUNED / gpu}.json names the core {name!r}; legal: {', '.join(CORES)}")
+    return (name,)
+
+
+@cache
+def tuned_table(gpu: str) -> dict[str, str]:
+    """Read "attention" of kernels/tuned/<gpu>.json: {Call.key: core}; empty where nothing was measured."""
+    path = TUNED / f"{gpu}.json"
+    return json.loads(path.read_text()).get("attention", {}) if path.exists() else {}
+
+
+def gpu_of(device: torch.device) -> str:
+    """Name a GPU as its tuned file is named: "nvidia-h200"."""
+    return torch.cuda.get_device_name(device).lower().replace(" ", "-")
+
+
+def attention_picked(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, bias: torch.Tensor | None, core: str | None
+) -> torch.Tensor:
+    """The core asked for by name; else the forced implementation; else on a GPU the chosen core, and the reference."""
+    if q.numel() == 0 or k.numel() == 0:
+        return q.new_zeros(q.shape).flatten(2)
+    if core is not None:
+        return named(core, call_of(q, k, bias)).run(q, k, v, bias)
+    if q.device.type == "cuda" and backend._forced.get() is None:
+        return CORES[choose(call_of(q, k, bias), gpu_of(q.device))].run(q, k, v, bias)
+    return pick(q, ref=attention_ref, triton=attention_triton if triton is not None else None)(q, k, v, bias)
+
+
+register(
+    "attention(Tensor q, Tensor k, Tensor v, Tensor? bias, str? core) -> Tensor",
+    lambda *arguments: attention_picked(*arguments).contiguous(),
+    lambda q, *_: q.new_empty(q.shape[0], q.shape[1], q.shape[2] * q.shape[3]),
+)
+
+
+def attention(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    bias: torch.Tensor | None = None,
+    *,
+    core: str | None = None,
+) -> torch.Tensor:
+    """Return the attention of q over k and v, [B, L, N * K], by the core named, or by the one chosen where None.
+
+    ValueError for shapes that do not fit together and for a core that is not installed or does not take the call.
+    """
     expect_floating("q", q)
     expect_shape("q", q, (None, None, None, None))
     rows, _, heads, size = q.shape
     expect_shape("k", k, (rows, None, heads, size))
     expect_shape("v", v, tuple(k.shape))
+    for name, tensor in (("k", k), ("v", v), ("bias", bias)):
+        if tensor is not None and tensor.dtype != q.dtype:
+            raise ValueError(f"{name} has dtype {tensor.dtype}; expected q's, {q.dtype}")
     if bias is not None:
         if bias.dim() != 4 or bias.shape[0] not in (1, rows):
             raise ValueError(f"bias has shape {list(bias.shape)}; expected [1 or {rows}, 1, 1, {k.shape[1]}]")
         expect_shape("bias", bias, (None, 1, 1, k.shape[1]))
-    return attention_ref(q, k, v, bias)
+    if torch.compiler.is_compiling():
+        return torch.ops.runtime.attention(q, k, v, bias, core)
+    return attention_picked(q, k, v, bias, core)

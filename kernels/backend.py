@@ -24,8 +24,10 @@ except ImportError:  # the extra [triton], or a CUDA build of PyTorch, brings it
 Implementation = Callable[..., Any]
 IMPLEMENTATIONS = ("ref", "triton", "cuda")
 
+_library = torch.library.Library("runtime", "FRAGMENT")
 _forced: ContextVar[str | None] = ContextVar("forced", default=None)
 _recorder: ContextVar[list[Launch] | None] = ContextVar("recorder", default=None)
+_capability: ContextVar[tuple[int, int] | None] = ContextVar("capability", default=None)
 
 
 def jit(function: Callable[..., Any]) -> Any:
@@ -87,18 +89,26 @@ class Launch:
     grid: tuple[int, ...]
     arguments: dict[str, Any]  # run-time arguments by name: tensors, ints, floats
     constants: dict[str, Any]  # tl.constexpr arguments by name
-    options: dict[str, int]  # num_warps, num_stages
+    options: dict[str, int]  # num_warps, num_stages, enable_fp_fusion
 
 
 @contextmanager
-def recorded() -> Iterator[list[Launch]]:
-    """Collect launches instead of running them; tensors may be on the meta device."""
+def recorded(capability: tuple[int, int] | None = None) -> Iterator[list[Launch]]:
+    """Collect launches instead of running them, as for a GPU of this compute capability; tensors may be on meta."""
     launches: list[Launch] = []
-    token = _recorder.set(launches)
+    recorder, target = _recorder.set(launches), _capability.set(capability)
     try:
         yield launches
     finally:
-        _recorder.reset(token)
+        _recorder.reset(recorder)
+        _capability.reset(target)
+
+
+def capability_of(device: torch.device) -> tuple[int, int] | None:
+    """Return a GPU's compute capability, or the one that is recorded for; None for other devices."""
+    if (target := _capability.get()) is not None:
+        return target
+    return torch.cuda.get_device_capability(device) if device.type == "cuda" else None
 
 
 def launch(
@@ -115,16 +125,28 @@ def launch(
     arguments = {name: value for name, value in arguments.items() if value is not None}
     if 0 in grid:
         return
+    options = {"num_warps": num_warps, "num_stages": num_stages, "enable_fp_fusion": True}  # its default has changed
     if (launches := _recorder.get()) is not None:
-        options = {"num_warps": num_warps, "num_stages": num_stages}
         launches.append(Launch(kernel, grid, arguments, constants, options))
         return
     first = next(value for value in arguments.values() if isinstance(value, torch.Tensor))
     if first.device.type == "cuda":
         with torch.cuda.device(first.device):
-            kernel[grid](**arguments, **constants, num_warps=num_warps, num_stages=num_stages)
+            kernel[grid](**arguments, **constants, **options)
     else:  # the interpreter
         kernel[grid](**arguments, **constants)
+
+
+def register(schema: str, implementation: Implementation, fake: Implementation) -> None:
+    """Make `torch.ops.runtime.<name>`, so that torch.compile and torch.export see the operation as one node.
+
+    `fake` returns outputs of the right shape, dtype and strides without computing them; no output may share memory
+    with an input, and an input that is written is marked in the schema, as in "add_(Tensor(a!) x, Tensor y) -> ()".
+    """
+    name = schema.partition("(")[0]
+    _library.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
+    _library.impl(name, implementation, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"runtime::{name}", fake, lib=_library)
 
 
 def next_power_of_2(number: int) -> int:

@@ -1,6 +1,7 @@
 """causal_conv3d: a 3-D convolution over a stream of frames that never looks ahead.
 
-    y[b, o, j] = bias[o] + sum over c, k of  weight[o, c, k] (*) frame[b, c, (j + 1) * stride - KT + k]
+    y[b, o, j] = bias[o] + residual[b, o, j]
+               + sum over c, k of  weight[o, c, k] (*) frame[b, c, (j + 1) * stride - KT + k]
 
 (*) is the 2-D convolution that keeps height and width (zeros around the picture); frame[0 ...] is x, frame[-1],
 frame[-2], ... is the history read backwards, and frames before the history are zero. Output j sees nothing newer
@@ -8,15 +9,27 @@ than frame (j + 1) * stride - 1, so a stream cut into chunks gives the same numb
 
 C in channels, O out channels, T frames, KT taps in time, KH x KW taps in the picture (odd).
 x [B, C, T, H, W] with T a multiple of stride; weight [O, C, KT, KH, KW], KT >= stride; bias [O] or None;
-history [B, C, P, H, W] with 0 <= P <= KT - stride, or None for P = 0; y [B, O, T / stride, H, W]; one dtype for all.
-Sums are float32. Source: the causal convolution of Wan's VAE, https://arxiv.org/abs/2503.20314, section 4.1.
+history [B, C, P, H, W] with 0 <= P <= KT - stride, or None for P = 0; y and residual (or None)
+[B, O, T / stride, H, W]; one dtype for all. Sums are float32.
+
+Triton reads x, history, residual and weight in place where they are channels_last_3d (or some frames of such a clip),
+and copies them to that layout where they are not; y is channels_last_3d. Its products are never rounded to tf32.
+The norm and SiLU before a convolution stay a pass of their own, and the history holds normed frames: redone at each of
+27 taps, two special functions per 2 * O operations (16 a clock and multiprocessor) take over twice the tensor cores'
+time at O = 96 on an H200, while the pass, 4 bytes per element, adds about a seventh to it.
+Source: the causal convolution of Wan's VAE, https://arxiv.org/abs/2503.20314, section 4.1.
 """
 
 from __future__ import annotations
 
+from contextlib import nullcontext
+from typing import NamedTuple
+
 import torch
 import torch.nn.functional as F
 
+from . import backend
+from .backend import jit, launch, pick, register, tl, triton
 from .checks import expect_floating, expect_shape
 
 LARGE_BLOCK = 2**25  # bytes; a larger block that is freed goes back to the system, and the next one is zeroed anew
@@ -28,11 +41,12 @@ def causal_conv3d_ref(
     bias: torch.Tensor | None,
     history: torch.Tensor | None,
     stride: int,
+    residual: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """The definition, float32 inside."""
-    bias = None if bias is None else bias.float()
-    history = None if history is None else history.float()
-    return causal_conv3d_window(x.float(), weight.float(), bias, history, stride).to(x.dtype)
+    """The definition, float32 inside, and on GPUs without the rounding of inputs that cuDNN is allowed by default."""
+    bias, history, residual = (None if each is None else each.float() for each in (bias, history, residual))
+    with torch.backends.cudnn.flags(enabled=True, allow_tf32=False) if x.is_cuda else nullcontext():
+        return causal_conv3d_window(x.float(), weight.float(), bias, history, stride, residual).to(x.dtype)
 
 
 def causal_conv3d_window(
@@ -41,6 +55,7 @@ def causal_conv3d_window(
     bias: torch.Tensor | None,
     history: torch.Tensor | None,
     stride: int,
+    residual: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """One convolution over the joined window, in x's dtype; the backend accumulates in float32."""
     taps, rows, columns = weight.shape[2:]
@@ -48,7 +63,8 @@ def causal_conv3d_window(
     missing = taps - stride - (window.shape[2] - x.shape[2])
     if missing:
         window = F.pad(window, (0, 0, 0, 0, missing, 0))
-    return F.conv3d(window, weight, bias, stride=(stride, 1, 1), padding=(0, rows // 2, columns // 2))
+    y = F.conv3d(window, weight, bias, stride=(stride, 1, 1), padding=(0, rows // 2, columns // 2))
+    return y if residual is None else y.add_(residual)
 
 
 def causal_conv3d_taps(
@@ -57,6 +73,7 @@ def causal_conv3d_taps(
     bias: torch.Tensor | None,
     history: torch.Tensor | None,
     stride: int,
+    residual: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """The sum of one 2-D convolution per tap in time, for float32 on CPUs.
 
@@ -77,7 +94,7 @@ def causal_conv3d_taps(
             _add_frames(
                 y[:, :, begin:inside], history[:, :, past + newest + begin * stride :: stride], weight[:, :, tap]
             )
-    return y
+    return y if residual is None else y.add_(residual)
 
 
 def _conv_frames(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
@@ -97,6 +114,219 @@ def _add_frames(y: torch.Tensor, x: torch.Tensor, weight: torch.Tensor) -> None:
         y[:, :, part] += _conv_frames(x[:, :, part], weight)
 
 
+@jit
+def finish(sums, bias, residual, out, spots, inside, first, OUT: tl.constexpr):
+    """Add bias and residual to sums [pixels, channels from `first` on], and write them, 64 channels at a time."""
+    if sums.shape[1] > 64:  # fewer registers than all at once
+        half: tl.constexpr = sums.shape[1] // 2
+        left, right = tl.split(tl.permute(tl.reshape(sums, (sums.shape[0], 2, half)), (0, 2, 1)))
+        finish(left, bias, residual, out, spots, inside, first, OUT)
+        finish(right, bias, residual, out, spots, inside, first + half, OUT)
+    else:
+        outs = first + tl.arange(0, sums.shape[1])
+        places = spots[:, None] * OUT + outs[None, :]
+        legal = inside[:, None] & (outs < OUT)[None, :]
+        if bias is not None:
+            sums += tl.load(bias + outs, mask=outs < OUT, other=0.0).to(tl.float32)[None, :]
+        if residual is not None:
+            sums += tl.load(residual + places, mask=legal, other=0.0).to(tl.float32)
+        tl.store(out + places, sums.to(out.dtype.element_ty), mask=legal)
+
+
+@jit
+def load_weight(start, channels, outs, C: tl.constexpr, OUT: tl.constexpr, TAPS: tl.constexpr, WHOLE: tl.constexpr):
+    """One tap's block [channels, outs] of the weight; zeros outside where it is not WHOLE."""
+    places = start + outs[None, :] * (TAPS * C) + channels[:, None]
+    if WHOLE:
+        return tl.load(places)
+    return tl.load(places, mask=(channels < C)[:, None] & (outs < OUT)[None, :], other=0.0)
+
+
+@jit
+def causal_conv3d_kernel(
+    x, history, weight, bias, residual, out,
+    x_batch, x_frame, history_batch, history_frame, residual_batch, residual_frame,
+    past, outputs, height, width, tiles,
+    C: tl.constexpr, OUT: tl.constexpr, KT: tl.constexpr, KH: tl.constexpr, KW: tl.constexpr, STRIDE: tl.constexpr,
+    BLOCK: tl.constexpr, N: tl.constexpr, TAIL: tl.constexpr, K: tl.constexpr,
+):  # fmt: skip
+    """A product of matrices: BLOCK pixels of one output frame by N + TAIL channels, K channels of one tap at a time.
+
+    Two accumulators share each tile of x, so 96 = 64 + 32 and 192 = 128 + 64 channels waste nothing though Triton's
+    tiles are powers of 2; one of 128 or 256 would waste a quarter of the tensor cores' work.
+    Programs that run together share what they read: out channels are numbered fastest, then frames, then pixels.
+    """
+    parts: tl.constexpr = (OUT + N + TAIL - 1) // (N + TAIL)
+    steps: tl.constexpr = (C + K - 1) // K
+    whole: tl.constexpr = C % K == 0 and OUT % (N + TAIL) == 0
+    program = tl.program_id(0)
+    first_out = program % parts * (N + TAIL)
+    output = program // parts % outputs
+    tile = program // (parts * outputs) % tiles
+    batch = (program // (parts * outputs) // tiles).to(tl.int64)
+    pixel = tile * BLOCK
+    spots = tl.arange(0, BLOCK)
+    inside = pixel + spots < height * width
+    row = tl.where(inside, (pixel + spots) // width, -KH)  # far enough outside that no tap finds it inside
+    column = (pixel + spots) % width
+    lanes = tl.arange(0, K)
+    outs = first_out + tl.arange(0, N)
+    sums = tl.zeros((BLOCK, N), tl.float32)
+    if TAIL > 0:
+        tail_outs = first_out + N + tl.arange(0, TAIL)
+        tail_sums = tl.zeros((BLOCK, TAIL), tl.float32)
+    oldest = (output + 1) * STRIDE - KT
+    missing = tl.maximum(0, -past - oldest)  # taps that see only frames before the history
+    for step in range(missing * (KH * KW * steps), KT * KH * KW * steps):
+        tap = step // steps
+        channels = step % steps * K + lanes
+        frame = oldest + tap // (KH * KW)
+        down = tap // KW % KH - KH // 2
+        right = tap % KW - KW // 2
+        start = x + batch * x_batch + frame.to(tl.int64) * x_frame
+        if history is not None:
+            before = history + batch * history_batch + (past + frame).to(tl.int64) * history_frame
+            start = tl.where(frame < 0, before, start)
+        start += (pixel + down * width + right).to(tl.int64) * C  # 64 bits only here: within a tile 32 are enough
+        seen = (row + down >= 0) & (row + down < height) & (column + right >= 0) & (column + right < width)
+        legal = seen[:, None] if C % K == 0 else seen[:, None] & (channels < C)[None, :]
+        a = tl.load(start + spots[:, None] * C + channels[None, :], mask=legal, other=0.0)
+        w = load_weight(weight + tap * C, channels, outs, C, OUT, KT * KH * KW, whole)
+        sums = tl.dot(a, w, sums, input_precision="ieee")
+        if TAIL > 0:
+            w = load_weight(weight + tap * C, channels, tail_outs, C, OUT, KT * KH * KW, whole)
+            tail_sums = tl.dot(a, w, tail_sums, input_precision="ieee")
+    out += ((batch * outputs + output) * height * width + pixel) * OUT
+    if residual is not None:
+        residual += batch * residual_batch + output.to(tl.int64) * residual_frame + pixel.to(tl.int64) * OUT
+    finish(sums, bias, residual, out, spots, inside, first_out, OUT)
+    if TAIL > 0:
+        finish(tail_sums, bias, residual, out, spots, inside, first_out + N, OUT)
+
+
+class Tile(NamedTuple):
+    """What one program computes: `block` pixels by `n` + `tail` channels, `k` in channels at a time, on `warps`."""
+
+    block: int
+    n: int
+    tail: int
+    warps: int
+    k: int = 32
+
+
+# Where two cost the same, the first is taken. With four stages all fit into 99 KiB of shared memory.
+TILES = (
+    Tile(128, 256, 0, 8), Tile(256, 128, 0, 8), Tile(128, 128, 64, 8), Tile(128, 128, 32, 8), Tile(256, 64, 32, 8),
+    Tile(256, 64, 0, 8), Tile(128, 32, 0, 4), Tile(128, 16, 0, 4),
+)  # fmt: skip
+STAGES = 4
+ENOUGH = 100  # programs that keep a large GPU busy
+
+
+def choose_tile(channels: int, outs: int, pixels: int, frames: int, itemsize: int) -> Tile:
+    """Return the tile for a convolution to `frames` frames (of all samples) of `pixels` pixels each."""
+    k = 16 if 0 < channels % 32 <= 16 else 32  # what leaves less of the last block empty
+    if itemsize > 2:  # no tensor cores: small, for registers
+        return Tile(64, 32, 0, 4, k)
+
+    def cost(tile: Tile) -> float:
+        """Time on the tensor cores, and to bring both operands: per pixel, in columns of the product."""
+        columns = tile.n + tile.tail
+        return -(-outs // columns) * (columns + 64 * (1 + columns / tile.block))
+
+    tile = min(TILES, key=cost)
+    parts, block = -(-outs // (tile.n + tile.tail)), tile.block
+    while block > 64 and -(-pixels // block) * frames * parts < ENOUGH:
+        block //= 2
+    return tile._replace(block=block, k=k)
+
+
+def causal_conv3d_triton(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    history: torch.Tensor | None,
+    stride: int,
+    residual: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """One launch. x, history and residual are dense per frame with channels fastest, weight is channels_last_3d, or
+    they are made so; batch and frames may stand at any distance."""
+    batch, channels, frames, height, width = x.shape
+    outs, _, taps, rows, columns = weight.shape
+    outputs = frames // stride
+    x, weight = _by_frame(x), weight.contiguous(memory_format=torch.channels_last_3d)
+    history = None if history is None or history.shape[2] == 0 else _by_frame(history)
+    residual = None if residual is None else _by_frame(residual)
+    assert weight.numel() < 2**31 and height * width < 2**31
+    out = _new_output(x, weight, stride)
+    tile = choose_tile(channels, outs, height * width, batch * outputs, x.element_size())
+    tiles = -(-height * width // tile.block)
+    launch(
+        causal_conv3d_kernel,
+        (-(-outs // (tile.n + tile.tail)) * outputs * tiles * batch,),
+        {
+            "x": x, "history": history, "weight": weight,
+            "bias": None if bias is None else bias.contiguous(), "residual": residual, "out": out,
+            "x_batch": x.stride(0), "x_frame": x.stride(2),
+            "history_batch": 0 if history is None else history.stride(0),
+            "history_frame": 0 if history is None else history.stride(2),
+            "residual_batch": 0 if residual is None else residual.stride(0),
+            "residual_frame": 0 if residual is None else residual.stride(2),
+            "past": 0 if history is None else history.shape[2],
+            "outputs": outputs, "height": height, "width": width, "tiles": tiles,
+        },
+        {
+            "C": channels, "OUT": outs, "KT": taps, "KH": rows, "KW": columns, "STRIDE": stride,
+            "BLOCK": tile.block, "N": tile.n, "TAIL": tile.tail, "K": tile.k,
+        },
+        num_warps=tile.warps,
+        num_stages=STAGES,
+    )  # fmt: skip
+    return out
+
+
+def _by_frame(tensor: torch.Tensor) -> torch.Tensor:
+    """Return [B, C, T, H, W] with each frame a dense [H, W, C] block: the tensor itself where it is so."""
+    channels, width = tensor.shape[1], tensor.shape[4]
+    steps = {1: 1, 4: channels, 3: channels * width}
+    if all(tensor.shape[axis] == 1 or tensor.stride(axis) == step for axis, step in steps.items()):
+        return tensor
+    return tensor.contiguous(memory_format=torch.channels_last_3d)
+
+
+def _new_output(x: torch.Tensor, weight: torch.Tensor, stride: int) -> torch.Tensor:
+    shape = (x.shape[0], weight.shape[0], x.shape[2] // stride, *x.shape[3:])
+    return torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=torch.channels_last_3d)
+
+
+def causal_conv3d_picked(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    history: torch.Tensor | None,
+    stride: int,
+    residual: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """What runs eagerly: the forced implementation; else Triton for 16-bit numbers on GPUs and PyTorch elsewhere.
+
+    float32 on GPUs is left to cuDNN: Triton would multiply outside the tensor cores.
+    """
+    suits_triton = triton is not None and x.is_cuda and x.element_size() == 2
+    if suits_triton or backend._forced.get() is not None:
+        chosen = pick(x, ref=causal_conv3d_ref, triton=causal_conv3d_triton)
+    else:
+        by_taps = x.device.type == "cpu" and x.dtype == torch.float32
+        chosen = causal_conv3d_taps if by_taps else causal_conv3d_window
+    return chosen(x, weight, bias, history, stride, residual)
+
+
+register(
+    "causal_conv3d(Tensor x, Tensor weight, Tensor? bias, Tensor? history, int stride, Tensor? residual) -> Tensor",
+    lambda *arguments: causal_conv3d_picked(*arguments).contiguous(memory_format=torch.channels_last_3d),
+    lambda x, weight, bias, history, stride, residual: _new_output(x, weight, stride),
+)
+
+
 def causal_conv3d(
     x: torch.Tensor,
     weight: torch.Tensor,
@@ -104,8 +334,12 @@ def causal_conv3d(
     history: torch.Tensor | None = None,
     *,
     stride: int = 1,
+    residual: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Return the causal convolution of x after history, [B, O, T / stride, H, W]; ValueError for what does not fit."""
+    """Return the causal convolution of x after history, plus the residual, [B, O, T / stride, H, W].
+
+    ValueError for what does not fit. On GPUs all that is channels_last_3d is read in place, and the rest copied.
+    """
     expect_floating("x", x)
     expect_shape("x", x, (None, None, None, None, None))
     expect_shape("weight", weight, (None, x.shape[1], None, None, None))
@@ -122,8 +356,11 @@ def causal_conv3d(
         expect_shape("history", history, (x.shape[0], x.shape[1], None, *x.shape[3:]))
         if history.shape[2] > taps - stride:
             raise ValueError(f"history has {history.shape[2]} frames; expected at most {taps - stride}")
-    for name, tensor in (("weight", weight), ("bias", bias), ("history", history)):
+    if residual is not None:
+        expect_shape("residual", residual, (x.shape[0], out_channels, x.shape[2] // stride, *x.shape[3:]))
+    for name, tensor in (("weight", weight), ("bias", bias), ("history", history), ("residual", residual)):
         if tensor is not None and tensor.dtype != x.dtype:
             raise ValueError(f"{name} has dtype {tensor.dtype}; expected that of x, {x.dtype}")
-    by_taps = x.device.type == "cpu" and x.dtype == torch.float32
-    return (causal_conv3d_taps if by_taps else causal_conv3d_window)(x, weight, bias, history, stride)
+    if torch.compiler.is_compiling():
+        return torch.ops.runtime.causal_conv3d(x, weight, bias, history, stride, residual)
+    return causal_conv3d_picked(x, weight, bias, history, stride, residual)

@@ -3,38 +3,168 @@
     out = x + gate * y
     h   = modulate(out, scale, shift)          # gate_residual_modulate returns (out, h)
 
-x, y [B, L, D] any float dtype; gate, scale, shift [1 or B, M, D] float32 (gate may be None: a plain sum); out and h
-[B, L, D] in x's dtype. Arithmetic is float32.
+x, y [B, L, D] any float dtype (x may be one row expanded to B); gate [1 or B, M, D] float32 (None: a plain sum);
+scale, shift, weight, bias as of `modulate`; out and h [B, L, D] in x's dtype. Arithmetic is float32; h is computed
+from the rounded out, as if in two steps.
 """
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
+from .backend import jit, launch, next_power_of_2, pick, register, tl
 from .checks import expect_floating, expect_groups, expect_shape
-from .modulate import modulate
+from .cuda import gate_residual_cuda, gate_residual_modulate_cuda
+from .modulate import adapt, expect_modulation, modulate_ref
 
 
 def gate_residual_ref(x: torch.Tensor, y: torch.Tensor, gate: torch.Tensor | None) -> torch.Tensor:
     """The definition, float32 inside."""
     if gate is None:
-        return x + y
+        return (x + y).to(x.dtype)
     if gate.shape[1] == 1:
         return torch.addcmul(x.float(), y.float(), gate).to(x.dtype)
+    groups = (gate.shape[1], x.shape[1] // gate.shape[1])
+    wide_x, wide_y = x.float().unflatten(1, groups), y.float().unflatten(1, groups)
+    return torch.addcmul(wide_x, wide_y, gate.unsqueeze(2)).flatten(1, 2).to(x.dtype)
+
+
+def gate_residual_modulate_ref(
+    x: torch.Tensor,
+    y: torch.Tensor,
+    gate: torch.Tensor | None,
+    scale: torch.Tensor | None,
+    shift: torch.Tensor | None,
+    weight: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    eps: float,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The definition: one after the other."""
+    out = gate_residual_ref(x, y, gate)
+    return out, modulate_ref(out, scale, shift, weight, bias, eps)
+
+
+@jit
+def gate_residual_kernel(
+    x, y, gate, scale, shift, weight, bias, out, h,
+    x_row, x_token, y_row, y_token, gate_row, vector_row, length, gate_group, group, eps,
+    D: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """One program per token: read both once, write the sum once, and its norm too where `h` is given."""
+    token = tl.program_id(0)
+    row = (token // length).to(tl.int64)
+    place = token % length
+    far = place.to(tl.int64)
+    lanes = tl.arange(0, BLOCK)
+    inside = lanes < D
+    values = tl.load(x + row * x_row + far * x_token + lanes, mask=inside, other=0.0).to(tl.float32)
+    branch = tl.load(y + row * y_row + far * y_token + lanes, mask=inside, other=0.0).to(tl.float32)
+    if gate is not None:
+        vector = row * gate_row + (place // gate_group).to(tl.int64) * D
+        branch = branch * tl.load(gate + vector + lanes, mask=inside, other=0.0)
+    total = (values + branch).to(out.dtype.element_ty)
+    target = token.to(tl.int64) * D + lanes
+    tl.store(out + target, total, mask=inside)
+    if h is not None:
+        vector = row * vector_row + (place // group).to(tl.int64) * D
+        adapted = adapt(total.to(tl.float32), lanes, vector, scale, shift, weight, bias, eps, D)
+        tl.store(h + target, adapted.to(h.dtype.element_ty), mask=inside)
+
+
+def gate_residual_triton(x: torch.Tensor, y: torch.Tensor, gate: torch.Tensor | None) -> torch.Tensor:
+    """One pass: reads 2, writes 1."""
+    return _launch(x, y, gate, None, None, None, None, 0.0, norm=False)[0]
+
+
+def gate_residual_modulate_triton(
+    x: torch.Tensor,
+    y: torch.Tensor,
+    gate: torch.Tensor | None,
+    scale: torch.Tensor | None,
+    shift: torch.Tensor | None,
+    weight: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    eps: float,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """One pass: reads 2, writes 2."""
+    return _launch(x, y, gate, scale, shift, weight, bias, eps, norm=True)
+
+
+def _launch(
+    x: torch.Tensor,
+    y: torch.Tensor,
+    gate: torch.Tensor | None,
+    scale: torch.Tensor | None,
+    shift: torch.Tensor | None,
+    weight: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    eps: float,
+    *,
+    norm: bool,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Launch either form; h is out where `norm` is off. Last dimensions and vectors are contiguous, or are made so."""
     rows, length, width = x.shape
-    grouped = (rows, gate.shape[1], length // gate.shape[1], width)
-    out = torch.addcmul(x.float().view(grouped), y.float().view(grouped), gate.unsqueeze(2))
-    return out.view(rows, length, width).to(x.dtype)
+    x, y = (each if each.stride(2) == 1 else each.contiguous() for each in (x, y))
+    gate, scale, shift, weight, bias = (
+        None if vector is None else vector.contiguous() for vector in (gate, scale, shift, weight, bias)
+    )
+    out = torch.empty(rows, length, width, dtype=x.dtype, device=x.device)
+    h = torch.empty_like(out) if norm else None
+    block = next_power_of_2(width)
+    launch(
+        gate_residual_kernel,
+        (rows * length,),
+        {
+            "x": x, "y": y, "gate": gate, "scale": scale, "shift": shift, "weight": weight, "bias": bias,
+            "out": out, "h": h,
+            "x_row": x.stride(0), "x_token": x.stride(1), "y_row": y.stride(0), "y_token": y.stride(1),
+            "gate_row": 0 if gate is None or gate.shape[0] == 1 else gate.stride(0),
+            "vector_row": 0 if scale is None or scale.shape[0] == 1 else scale.stride(0),
+            "length": length,
+            "gate_group": 1 if gate is None else length // gate.shape[1],
+            "group": 1 if scale is None else length // scale.shape[1],
+            "eps": eps,
+        },
+        {"D": width, "BLOCK": block},
+        num_warps=max(1, min(16, block // 512)),
+    )  # fmt: skip
+    return out, out if h is None else h
+
+
+def gate_residual_picked(x: torch.Tensor, *others: Any) -> torch.Tensor:
+    """What runs eagerly, and behind `torch.ops.runtime.gate_residual`."""
+    return pick(x, ref=gate_residual_ref, triton=gate_residual_triton, cuda=gate_residual_cuda)(x, *others)
+
+
+def gate_residual_modulate_picked(x: torch.Tensor, *others: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    """What runs eagerly, and behind `torch.ops.runtime.gate_residual_modulate`."""
+    chosen = pick(
+        x, ref=gate_residual_modulate_ref, triton=gate_residual_modulate_triton, cuda=gate_residual_modulate_cuda
+    )
+    return chosen(x, *others)
+
+
+register(
+    "gate_residual(Tensor x, Tensor y, Tensor? gate) -> Tensor",
+    lambda *arguments: gate_residual_picked(*arguments).contiguous(),
+    lambda x, *_: x.new_empty(x.shape),
+)
+register(
+    "gate_residual_modulate(Tensor x, Tensor y, Tensor? gate, Tensor? scale, Tensor? shift, Tensor? weight, "
+    "Tensor? bias, float eps) -> (Tensor, Tensor)",
+    lambda *arguments: tuple(each.contiguous() for each in gate_residual_modulate_picked(*arguments)),
+    lambda x, *_: (x.new_empty(x.shape), x.new_empty(x.shape)),
+)
 
 
 def gate_residual(x: torch.Tensor, y: torch.Tensor, gate: torch.Tensor | None = None) -> torch.Tensor:
     """Return x + gate * y, [B, L, D]; ValueError for shapes that do not fit together."""
-    expect_floating("x", x)
-    expect_shape("x", x, (None, None, None))
-    expect_shape("y", y, tuple(x.shape))
-    if gate is not None:
-        expect_groups("gate", gate, x)
-    return gate_residual_ref(x, y, gate)
+    _expect_sum(x, y, gate)
+    if torch.compiler.is_compiling():
+        return torch.ops.runtime.gate_residual(x, y, gate)
+    return gate_residual_picked(x, y, gate)
 
 
 def gate_residual_modulate(
@@ -49,5 +179,18 @@ def gate_residual_modulate(
     eps: float = 1e-6,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Return (x + gate * y, modulate(x + gate * y, scale, shift)), both [B, L, D]; ValueError as its two parts."""
-    out = gate_residual(x, y, gate)
-    return out, modulate(out, scale, shift, weight=weight, bias=bias, eps=eps)
+    _expect_sum(x, y, gate)
+    expect_modulation(x, scale, shift, weight, bias)
+    if torch.compiler.is_compiling():
+        return torch.ops.runtime.gate_residual_modulate(x, y, gate, scale, shift, weight, bias, eps)
+    return gate_residual_modulate_picked(x, y, gate, scale, shift, weight, bias, eps)
+
+
+def _expect_sum(x: torch.Tensor, y: torch.Tensor, gate: torch.Tensor | None) -> None:
+    """Raise ValueError unless the three fit together."""
+    expect_floating("x", x)
+    expect_shape("x", x, (None, None, None))
+    expect_floating("y", y)
+    expect_shape("y", y, tuple(x.shape))
+    if gate is not None:
+        expect_groups("gate", gate, x)

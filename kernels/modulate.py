@@ -9,11 +9,14 @@ Source: adaLN of DiT, https://arxiv.org/abs/2212.09748; Wan computes it in float
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 
-from .backend import jit, launch, next_power_of_2, pick, tl
+from .backend import jit, launch, next_power_of_2, pick, register, tl
 from .checks import expect_floating, expect_groups, expect_shape
+from .cuda import modulate_cuda
 
 
 def modulate_ref(
@@ -37,17 +40,9 @@ def modulate_ref(
 
 
 @jit
-def modulate_kernel(
-    x, scale, shift, weight, bias, out,
-    x_row, x_token, vector_row, length, group, eps,
-    D: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
-    """One program per token: read it once, write it once."""
-    token = tl.program_id(0).to(tl.int64)
-    row, place = token // length, token % length
-    lanes = tl.arange(0, BLOCK)
+def adapt(values, lanes, vector, scale, shift, weight, bias, eps, D: tl.constexpr):
+    """The formula on one token's values, float32 and zero from D on; `vector` is where its modulation stands."""
     inside = lanes < D
-    values = tl.load(x + row * x_row + place * x_token + lanes, mask=inside, other=0.0).to(tl.float32)
     mean = tl.sum(values, axis=0) / D
     centred = tl.where(inside, values - mean, 0.0)
     h = centred * tl.rsqrt(tl.sum(centred * centred, axis=0) / D + eps)
@@ -56,9 +51,28 @@ def modulate_kernel(
     if bias is not None:
         h = h + tl.load(bias + lanes, mask=inside, other=0.0)
     if scale is not None:
-        vector = row * vector_row + (place // group) * D + lanes
-        h = h * (1.0 + tl.load(scale + vector, mask=inside, other=0.0)) + tl.load(shift + vector, mask=inside, other=0.0)
-    tl.store(out + token * D + lanes, h.to(out.dtype.element_ty), mask=inside)
+        places = vector + lanes
+        gain = 1.0 + tl.load(scale + places, mask=inside, other=0.0)
+        h = h * gain + tl.load(shift + places, mask=inside, other=0.0)
+    return h
+
+
+@jit
+def modulate_kernel(
+    x, scale, shift, weight, bias, out,
+    x_row, x_token, vector_row, length, group, eps,
+    D: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """One program per token: read it once, write it once."""
+    token = tl.program_id(0)
+    row = (token // length).to(tl.int64)  # offsets may pass 2^31; the divisions are cheap in 32 bits
+    place = token % length
+    lanes = tl.arange(0, BLOCK)
+    inside = lanes < D
+    values = tl.load(x + row * x_row + place.to(tl.int64) * x_token + lanes, mask=inside, other=0.0).to(tl.float32)
+    vector = row * vector_row + (place // group).to(tl.int64) * D
+    h = adapt(values, lanes, vector, scale, shift, weight, bias, eps, D)
+    tl.store(out + token.to(tl.int64) * D + lanes, h.to(out.dtype.element_ty), mask=inside)
 
 
 def modulate_triton(
@@ -91,6 +105,18 @@ def modulate_triton(
     return out
 
 
+def modulate_picked(x: torch.Tensor, *others: Any) -> torch.Tensor:
+    """What runs eagerly, and behind `torch.ops.runtime.modulate`."""
+    return pick(x, ref=modulate_ref, triton=modulate_triton, cuda=modulate_cuda)(x, *others)
+
+
+register(
+    "modulate(Tensor x, Tensor? scale, Tensor? shift, Tensor? weight, Tensor? bias, float eps) -> Tensor",
+    modulate_picked,
+    lambda x, *_: x.new_empty(x.shape),
+)
+
+
 def modulate(
     x: torch.Tensor,
     scale: torch.Tensor | None = None,
@@ -101,6 +127,20 @@ def modulate(
     eps: float = 1e-6,
 ) -> torch.Tensor:
     """Return LayerNorm(x) * (1 + scale) + shift, [B, L, D]; ValueError for shapes that do not fit together."""
+    expect_modulation(x, scale, shift, weight, bias)
+    if torch.compiler.is_compiling():
+        return torch.ops.runtime.modulate(x, scale, shift, weight, bias, eps)
+    return modulate_picked(x, scale, shift, weight, bias, eps)
+
+
+def expect_modulation(
+    x: torch.Tensor,
+    scale: torch.Tensor | None,
+    shift: torch.Tensor | None,
+    weight: torch.Tensor | None,
+    bias: torch.Tensor | None,
+) -> None:
+    """Raise ValueError unless these are arguments of `modulate` that fit together."""
     expect_floating("x", x)
     expect_shape("x", x, (None, None, None))
     if (scale is None) != (shift is None):
@@ -111,4 +151,3 @@ def modulate(
     for name, vector in (("weight", weight), ("bias", bias)):
         if vector is not None:
             expect_shape(name, vector, (x.shape[2],))
-    return pick(x, ref=modulate_ref, triton=modulate_triton)(x, scale, shift, weight, bias, eps)

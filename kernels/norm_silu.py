@@ -1,10 +1,12 @@
-"""norm_silu: normalise each pixel over its channels, then SiLU.
+"""norm_silu: normalise each pixel over its channels, then SiLU, then (if asked) twice the size by repeating pixels.
 
     h = x / max(|x|, 1e-12) * sqrt(C) * gamma        |x| is the Euclidean norm over the C channels
     y = h * sigmoid(h)                               (y = h with silu=False)
+    y[..., 2i + (0, 1), 2j + (0, 1)] = y[..., i, j]  (upsample=True)
 
 x [B, C, ...] any float dtype, any number of dimensions behind the channels; gamma holds C numbers, in any shape;
-returns y in x's shape, dtype and memory layout. Arithmetic is float32.
+returns y in x's dtype and shape, [..., 2 H, 2 W] with upsample. The reference keeps x's memory layout; the kernel
+reads and writes channels-last, and copies an x that is not. Arithmetic is float32.
 Source: the RMS norm of Wan's VAE, https://arxiv.org/abs/2503.20314, section 4.1.
 """
 
@@ -15,12 +17,14 @@ import math
 import torch
 import torch.nn.functional as F
 
+from .backend import jit, launch, next_power_of_2, pick, register, tl
 from .checks import expect_floating
+from .cuda import norm_silu_cuda
 
 SMALLEST_NORM = 1e-12
 
 
-def norm_silu_ref(x: torch.Tensor, gamma: torch.Tensor, silu: bool, inplace: bool) -> torch.Tensor:
+def norm_silu_ref(x: torch.Tensor, gamma: torch.Tensor, silu: bool, inplace: bool, upsample: bool) -> torch.Tensor:
     """The definition, float32 inside; few passes over memory."""
     channels = x.shape[1]
     wide = x.float()
@@ -30,17 +34,115 @@ def norm_silu_ref(x: torch.Tensor, gamma: torch.Tensor, silu: bool, inplace: boo
     h.mul_(gamma.float().reshape(channels, *[1] * (x.dim() - 2)))
     if silu:
         F.silu(h, inplace=True)
+    if upsample:
+        return F.interpolate(h.to(x.dtype), scale_factor=(1.0, 2.0, 2.0)[5 - x.dim() :], mode="nearest")
     return x.copy_(h) if inplace and h is not x else h.to(x.dtype)
 
 
-def norm_silu(x: torch.Tensor, gamma: torch.Tensor, *, silu: bool = True, inplace: bool = False) -> torch.Tensor:
-    """Return SiLU of x normalised over its channels, in x's shape; ValueError for shapes that do not fit together.
+@jit
+def norm_silu_kernel(
+    x, gamma, out, pixels, width, root, smallest,
+    C: tl.constexpr, CHANNELS: tl.constexpr, PIXELS: tl.constexpr, SILU: tl.constexpr, UPSAMPLE: tl.constexpr,
+):  # fmt: skip
+    """One program per PIXELS pixels of C neighbouring numbers: read once, written once (four times with UPSAMPLE)."""
+    first = tl.program_id(0).to(tl.int64) * PIXELS
+    steps = tl.arange(0, PIXELS)
+    lanes = tl.arange(0, CHANNELS)
+    pixel = (first + steps)[:, None]
+    inside = (pixel < pixels) & (lanes[None, :] < C)
+    values = tl.load(x + pixel * C + lanes[None, :], mask=inside, other=0.0).to(tl.float32)
+    norm = tl.maximum(tl.sqrt(tl.sum(values * values, axis=1)), smallest)
+    h = values * (root / norm)[:, None] * tl.load(gamma + lanes, mask=lanes < C, other=0.0).to(tl.float32)[None, :]
+    if SILU:
+        h = h * tl.sigmoid(h)
+    result = h.to(out.dtype.element_ty)
+    if UPSAMPLE:
+        line = first // width  # counted through all frames; each becomes two of twice the width
+        column = (first - line * width).to(tl.int32) + steps
+        corner = (line + column // width) * 4 * width + column % width * 2
+        for below in tl.static_range(2):
+            for beside in tl.static_range(2):
+                target = (corner + below * 2 * width + beside)[:, None]
+                tl.store(out + target * C + lanes[None, :], result, mask=inside)
+    else:
+        tl.store(out + pixel * C + lanes[None, :], result, mask=inside)
 
-    With `inplace` the result takes x's memory, and x is returned.
+
+def norm_silu_triton(x: torch.Tensor, gamma: torch.Tensor, silu: bool, inplace: bool, upsample: bool) -> torch.Tensor:
+    """One pass over x, channels-last; an x in another layout is copied into it, and back with `inplace`."""
+    channels = x.shape[1]
+    moved = x.movedim(1, -1)  # [B, ..., C]
+    pixels = moved.contiguous()
+    copied = pixels is not moved
+    shape = list(moved.shape)
+    if upsample:
+        shape[-3:-1] = [2 * shape[-3], 2 * shape[-2]]
+    out = pixels if inplace or (copied and not upsample) else torch.empty(shape, dtype=x.dtype, device=x.device)
+    count, block = pixels.numel() // max(channels, 1), next_power_of_2(channels)
+    tile = max(1, 4096 // block)
+    launch(
+        norm_silu_kernel,
+        (-(-count // tile),),
+        {
+            "x": pixels, "gamma": gamma.contiguous(), "out": out, "pixels": count, "width": x.shape[-1],
+            "root": math.sqrt(channels), "smallest": SMALLEST_NORM,
+        },
+        {"C": channels, "CHANNELS": block, "PIXELS": tile, "SILU": silu, "UPSAMPLE": upsample},
+        num_warps=max(4, min(16, tile * block // 1024)),
+    )  # fmt: skip
+    if inplace:
+        return x.copy_(out.movedim(-1, 1)) if copied else x
+    return out.movedim(-1, 1)
+
+
+def norm_silu_picked(
+    x: torch.Tensor, gamma: torch.Tensor, silu: bool, inplace: bool, upsample: bool
+) -> torch.Tensor:
+    """What runs eagerly, and behind `torch.ops.runtime.norm_silu` (to channels-last) and `norm_silu_` (in place)."""
+    return pick(x, ref=norm_silu_ref, triton=norm_silu_triton, cuda=norm_silu_cuda)(x, gamma, silu, inplace, upsample)
+
+
+def norm_silu_fake(x: torch.Tensor, gamma: torch.Tensor, silu: bool, upsample: bool) -> torch.Tensor:
+    """An output without numbers."""
+    scales = [1] * (x.dim() - 2) if not upsample else [1] * (x.dim() - 4) + [2, 2]
+    shape = [size * scale for size, scale in zip(x.shape[2:], scales, strict=True)]
+    return x.new_empty(x.shape[0], *shape, x.shape[1]).movedim(-1, 1)
+
+
+register(
+    "norm_silu(Tensor x, Tensor gamma, bool silu, bool upsample) -> Tensor",
+    lambda x, gamma, silu, upsample: (
+        norm_silu_picked(x, gamma, silu, False, upsample).movedim(1, -1).contiguous().movedim(-1, 1)
+    ),
+    norm_silu_fake,
+)
+register(
+    "norm_silu_(Tensor(a!) x, Tensor gamma, bool silu) -> ()",
+    lambda x, gamma, silu: (norm_silu_picked(x, gamma, silu, True, False), None)[1],
+    lambda x, gamma, silu: None,
+)
+
+
+def norm_silu(
+    x: torch.Tensor, gamma: torch.Tensor, *, silu: bool = True, inplace: bool = False, upsample: bool = False
+) -> torch.Tensor:
+    """Return SiLU of x normalised over its channels, in x's shape; ValueError for arguments that do not fit together.
+
+    With `inplace` the result takes x's memory, and x is returned; with `upsample` (x [B, C, H, W] or [B, C, T, H, W])
+    the result has each pixel four times, [..., 2 H, 2 W].
     """
     expect_floating("x", x)
     if x.dim() < 2:
         raise ValueError(f"x has shape {list(x.shape)}; expected [B, C, ...]")
     if gamma.numel() != x.shape[1]:
         raise ValueError(f"gamma has shape {list(gamma.shape)}; expected {x.shape[1]} numbers, one per channel of x")
-    return norm_silu_ref(x, gamma, silu, inplace)
+    if upsample and inplace:
+        raise ValueError("upsample and inplace are both set; the enlarged result does not fit into x's memory")
+    if upsample and x.dim() not in (4, 5):
+        raise ValueError(f"x has shape {list(x.shape)}; expected [B, C, H, W] or [B, C, T, H, W] to upsample")
+    if torch.compiler.is_compiling():
+        if not inplace:
+            return torch.ops.runtime.norm_silu(x, gamma, silu, upsample)
+        torch.ops.runtime.norm_silu_(x, gamma, silu)
+        return x
+    return norm_silu_picked(x, gamma, silu, inplace, upsample)

@@ -1,37 +1,61 @@
-"""Latents -> frames, streamed as each latent frame is decoded; and frames -> latents, the way back."""
+"""Latents -> frames, streamed as each latent frame is decoded; and frames -> latents, the way back.
+
+A decode that runs out of memory steps down a ladder by itself: whole frames, tiles, smaller tiles, the CPU. All rungs
+give the same numbers, so frames that are out stay, and the clip goes on where it was.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import contextvars
+import copy
+import gc
+import queue
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
 
 from runtime.latents import check_latents
-from runtime.model import Model
+from runtime.model import Model, choose_dtype
+from runtime.models.spec import Autoencoder
 from runtime.receipt import Receipt
-from runtime.trace import recording, span
+from runtime.trace import Stages, recording, span
 from runtime.video import Video
 
+Tile = tuple[int, int]  # (height, width) in pixels
+AHEAD = 2  # chunks decoded before the writer asks: the device does not wait for the encoder, and memory is bounded
 
-def decode(model: Model, latents: torch.Tensor, *, fps: float | None = None, receipt: Receipt | None = None) -> Video:
+
+def decode(
+    model: Model,
+    latents: torch.Tensor,
+    *,
+    tile: Tile | None = None,
+    dtype: str | torch.dtype | None = None,
+    fps: float | None = None,
+    receipt: Receipt | None = None,
+) -> Video:
     """Return the video of latents [C, T, H, W] or [1, C, T, H, W], decoded frame by frame as it is iterated.
 
-    `fps` is frames per second (the model's own where None). Raises ValueError for latents of another shape or type,
-    or with NaN or infinity.
+    `tile` bounds what is decoded at once, halo included (None: the whole frame); the numbers are the same. `dtype` is
+    the decoder's (None: float32, as published). `fps` is frames per second (the model's own where None). Raises
+    ValueError for latents of another shape or type, or with NaN or infinity, and for a tile that holds nothing but
+    halo.
     """
     spec = model.spec
     latents = check_latents(latents, (spec.latent_channels, None, None, None), "latents")
     _, _, time, height, width = latents.shape
-    stages = {} if receipt is None else receipt.stages
+    kind = torch.float32 if dtype is None else choose_dtype(dtype, model.device)
+    model.vae.decode_stream(latents, tile)  # refuses a bad tile now, not at the first frame
+    stages: Stages = {} if receipt is None else receipt.stages
+    notes: list[str] = [] if receipt is None else receipt.notes
 
     def frames() -> Iterator[np.ndarray]:
-        chunks = decode_chunks(model, latents)
-        while True:
-            with recording(stages), span("decode", memory=True):
-                chunk = next(chunks, None)
-            if chunk is None:
-                return
+        for chunk in ahead(lambda: timed(decode_chunks(model, latents, tile, kind, notes), stages)):
             yield from chunk
 
     return Video(
@@ -45,11 +69,132 @@ def decode(model: Model, latents: torch.Tensor, *, fps: float | None = None, rec
     )
 
 
+def timed(chunks: Iterator[np.ndarray], stages: Stages) -> Iterator[np.ndarray]:
+    """Yield the chunks, each step taken in the span "decode" of `stages`."""
+    while True:
+        with recording(stages), span("decode", memory=True):
+            chunk = next(chunks, None)
+        if chunk is None:
+            return
+        yield chunk
+
+
+@dataclass(frozen=True)
+class Rung:
+    """One way to decode, by how much memory it takes."""
+
+    name: str
+    tile: Tile | None
+    on_cpu: bool = False
+
+
+def ladder(model: Model, height: int, width: int, tile: Tile | None) -> list[Rung]:
+    """Return the rungs for frames of height x width pixels, from the asked one down."""
+    rungs = [Rung("whole frames" if tile is None else f"tiles of {tile[0]}x{tile[1]}", tile)]
+    last = (height, width) if tile is None else tile
+    for parts in (2, 4, 8):
+        smaller = model.vae.tile_of(height, width, parts)
+        if smaller[0] * smaller[1] < 0.8 * last[0] * last[1]:  # else halo eats what cutting saves
+            rungs.append(Rung(f"tiles of {smaller[0]}x{smaller[1]}", smaller))
+            last = smaller
+    if model.device.type != "cpu":
+        rungs.append(Rung("the CPU", tile, on_cpu=True))
+    return rungs
+
+
+def decode_chunks(
+    model: Model, latents: torch.Tensor, tile: Tile | None, dtype: torch.dtype, notes: list[str]
+) -> Iterator[np.ndarray]:
+    """Yield uint8 frames [F, H, W, 3]: one for the first latent frame, then as many as the time stride.
+
+    What happened on the way down the ladder is added to `notes`. Raises the last rung's out-of-memory error.
+    """
+    _, across, _ = model.spec.stride
+    rungs = ladder(model, latents.shape[3] * across, latents.shape[4] * across, tile)
+    done = 0
+    for rung, below in zip(rungs, [*rungs[1:], None], strict=True):
+        try:
+            for index, chunk in enumerate(_decode_on(model, latents, rung, dtype)):
+                if index == done:  # earlier ones are out already; the rungs' numbers are the same
+                    yield chunk
+                    done += 1
+            return
+        except (RuntimeError, MemoryError) as error:
+            if below is None or not out_of_memory(error):
+                raise
+            notes.append(
+                f"decoding {rung.name} ran out of memory at latent frame {done} of {latents.shape[2]}; went on with "
+                f"{below.name}"
+            )
+        gc.collect()
+        if model.device.type == "cuda":
+            torch.cuda.empty_cache()
+
+
 @torch.inference_mode()
-def decode_chunks(model: Model, latents: torch.Tensor) -> Iterator[np.ndarray]:
-    """Yield uint8 frames [F, H, W, 3]: one for the first latent frame, then as many as the time stride."""
-    for pixels in model.vae.decode_stream(latents.to(model.device)):
+def _decode_on(model: Model, latents: torch.Tensor, rung: Rung, dtype: torch.dtype) -> Iterator[np.ndarray]:
+    device = torch.device("cpu") if rung.on_cpu else model.device
+    network = _placed(model, device, dtype)
+    for pixels in network.decode_stream(latents.to(device), rung.tile):
         yield to_bytes(pixels[0])
+
+
+def _placed(model: Model, device: torch.device, dtype: torch.dtype) -> Autoencoder:
+    """Return the autoencoder on a device in a dtype; one copy of another kind is kept with the model."""
+    if device.type == model.device.type and dtype == torch.float32:
+        return model.vae
+    kept: tuple[Any, Autoencoder] | None = model.__dict__.get("_other_vae")
+    if kept is None or kept[0] != (device, dtype):
+        other = copy.deepcopy(model.vae)
+        assert isinstance(other, torch.nn.Module)
+        kept = ((device, dtype), other.to(device, dtype))
+        model.__dict__["_other_vae"] = kept
+    return kept[1]
+
+
+def out_of_memory(error: BaseException) -> bool:
+    """Tell whether an error says that memory ran out, on a GPU or in the host's allocator."""
+    return isinstance(error, MemoryError | torch.OutOfMemoryError) or "DefaultCPUAllocator" in str(error)
+
+
+def ahead(make: Callable[[], Iterator[Any]], depth: int = AHEAD) -> Iterator[Any]:
+    """Yield what `make()` yields, taken in a thread of its own at most `depth` items ahead.
+
+    An error there is raised here; closing this generator stops the thread at its next item.
+    """
+    items: queue.Queue[tuple[str, Any]] = queue.Queue(depth)
+    stopped = threading.Event()
+
+    def put(kind: str, item: Any = None) -> bool:
+        while not stopped.is_set():
+            with suppress(queue.Full):
+                items.put((kind, item), timeout=0.1)
+                return True
+        return False
+
+    def work() -> None:
+        try:
+            for item in make():
+                if not put("item", item):
+                    return
+            put("end")
+        except BaseException as error:
+            put("error", error)
+
+    context = contextvars.copy_context()
+    thread = threading.Thread(target=context.run, args=(work,), name="decode", daemon=True)
+    thread.start()
+    try:
+        while True:
+            kind, item = items.get()
+            if kind == "error":
+                raise item
+            if kind == "end":
+                return
+            yield item
+    finally:
+        stopped.set()
+        thread.join()
 
 
 def to_bytes(pixels: torch.Tensor) -> np.ndarray:
@@ -58,22 +203,33 @@ def to_bytes(pixels: torch.Tensor) -> np.ndarray:
     return np.ascontiguousarray(levels.permute(1, 2, 3, 0).cpu().numpy())
 
 
-@torch.inference_mode()
-def _encode(model: Model, pixels: torch.Tensor) -> torch.Tensor:
-    return model.vae.encode(pixels)[0].float().cpu()
-
-
-def encode(model: Model, frames: np.ndarray | Video) -> torch.Tensor:
+def encode(
+    model: Model, frames: np.ndarray | Video, *, tile: Tile | None = None, dtype: str | torch.dtype | None = None
+) -> torch.Tensor:
     """Return the latents [C, T, H, W] float32, normalised as the sampler sees them, of uint8 frames [F, H, W, 3].
 
-    Raises ValueError for frames whose size or number the model cannot take.
+    A Video is taken frame by frame, so memory does not grow with its length. `tile` and `dtype` as in `decode`. Raises
+    ValueError for frames whose size or number the model cannot take.
     """
-    if isinstance(frames, Video):
-        frames = frames.frames
-    if not isinstance(frames, np.ndarray) or frames.dtype != np.uint8 or frames.ndim != 4 or frames.shape[3] != 3:
-        given = f"{frames.dtype} {list(frames.shape)}" if isinstance(frames, np.ndarray) else type(frames).__name__
-        raise ValueError(f"frames are {given}; legal: a numpy array of uint8 [frames, height, width, 3]")
-    count, height, width, _ = frames.shape
+    if isinstance(frames, np.ndarray):
+        if frames.dtype != np.uint8 or frames.ndim != 4 or frames.shape[3] != 3:
+            given = f"{frames.dtype} {list(frames.shape)}"
+            raise ValueError(f"frames are {given}; legal: a numpy array of uint8 [frames, height, width, 3]")
+        count, height, width, _ = frames.shape
+    elif isinstance(frames, Video):
+        count, height, width = frames.num_frames, frames.height, frames.width
+    else:
+        raise ValueError(f"frames are {type(frames).__name__}; legal: a Video, or a numpy array of uint8")
+    _check_clip(model, count, height, width)
+    kind = torch.float32 if dtype is None else choose_dtype(dtype, model.device)
+    with torch.inference_mode():
+        chunks = _pixel_chunks(iter(frames), model.spec.stride[0], model.device)
+        latents = list(_placed(model, model.device, kind).encode_stream(chunks, tile))
+        joined = torch.cat(latents, dim=2)[0].float().cpu()
+    return joined.clone()
+
+
+def _check_clip(model: Model, count: int, height: int, width: int) -> None:
     time, down, across = model.spec.stride
     if height % down or width % across or not height or not width:
         low = (max(width // across, 1) * across, max(height // down, 1) * down)
@@ -87,5 +243,15 @@ def encode(model: Model, frames: np.ndarray | Video) -> torch.Tensor:
         raise ValueError(
             f"there are {count} frames; {model.spec.name} takes 1 + {time} * n: give {low_count} or {low_count + time}"
         )
-    pixels = torch.from_numpy(frames).to(model.device).permute(3, 0, 1, 2).float().div_(127.5).sub_(1.0)
-    return _encode(model, pixels.unsqueeze(0)).clone()
+
+
+def _pixel_chunks(frames: Iterator[np.ndarray], step: int, device: torch.device) -> Iterator[torch.Tensor]:
+    """uint8 frames [H, W, 3] -> chunks [1, 3, F, H, W] in [-1, 1]: one frame, then `step` at a time."""
+    chunk: list[np.ndarray] = []
+    size = 1
+    for frame in frames:
+        chunk.append(frame)
+        if len(chunk) == size:
+            pixels = torch.from_numpy(np.stack(chunk)).to(device).permute(3, 0, 1, 2)
+            yield pixels.unsqueeze(0).float().div_(127.5).sub_(1.0)
+            chunk, size = [], step

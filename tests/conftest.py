@@ -1,4 +1,4 @@
-"""Every test runs without a network, with a cache of its own, and on two threads."""
+"""Every test runs without a network, with a cache of its own, on two threads; Triton interprets where no GPU is."""
 
 from __future__ import annotations
 
@@ -8,6 +8,10 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("OMP_NUM_THREADS", "2")
 
 import pytest
+import torch
+
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")  # read when kernels are defined, so before any is imported
 
 
 @pytest.fixture(autouse=True)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any, Protocol
@@ -128,12 +128,24 @@ class Transformer(Protocol):
 class Autoencoder(Protocol):
     """What the stations ask of a family's video autoencoder; latents are normalised as the sampler sees them."""
 
-    def decode_stream(self, latents: torch.Tensor) -> Iterator[torch.Tensor]:
-        """Yield pixels [B, 3, F, H, W] in [-1, 1] of latents [B, C, T, H, W], one latent frame after the other."""
+    def decode_stream(self, latents: torch.Tensor, tile: tuple[int, int] | None = None) -> Iterator[torch.Tensor]:
+        """Yield pixels [B, 3, F, H, W] in [-1, 1] of latents [B, C, T, H, W], one latent frame after the other.
+
+        `tile` (height, width) in pixels bounds what is decoded at once, halo included; the numbers are the same.
+        """
         ...
 
-    def encode(self, frames: torch.Tensor) -> torch.Tensor:
-        """Return the latents [B, C, T, H, W] of pixels [B, 3, F, H, W] in [-1, 1]."""
+    def encode_stream(
+        self, chunks: Iterable[torch.Tensor], tile: tuple[int, int] | None = None
+    ) -> Iterator[torch.Tensor]:
+        """Yield latent frames [B, C, 1, H, W] of chunks of pixels [B, 3, F, H, W] in [-1, 1]: one frame, then a stride's.
+
+        `tile` as in `decode_stream`.
+        """
+        ...
+
+    def tile_of(self, height: int, width: int, parts: int) -> tuple[int, int]:
+        """Return the tile (height, width) in pixels, halo included, that cuts a frame into `parts` each way."""
         ...
 
 

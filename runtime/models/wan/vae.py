@@ -15,7 +15,7 @@ import itertools
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -24,6 +24,7 @@ from torch import nn
 from runtime.kernels.causal_conv3d import causal_conv3d
 from runtime.kernels.norm_silu import norm_silu
 from runtime.models.spec import config_from
+from runtime.models.tiles import Tile, tiles
 
 History = list[torch.Tensor | None]  # per causal convolution: its newest input frames [B, C, P, H, W]; None: none yet
 
@@ -111,32 +112,65 @@ class WanVAE(nn.Module):
             elif isinstance(module, nn.Conv2d):
                 module.weight.data = module.weight.data.contiguous(memory_format=torch.channels_last)
 
-    def decode_stream(self, latents: torch.Tensor) -> Iterator[torch.Tensor]:
+    def decode_stream(self, latents: torch.Tensor, tile: tuple[int, int] | None = None) -> Iterator[torch.Tensor]:
         """Yield the clip of latents [B, C, T, H, W], normalised as the sampler has them, while it is decoded.
 
         Chunks are [B, 3, F, height, width] float32 in [-1, 1]: F is 1 for the first latent frame, `stride[0]` for
-        each next one. ValueError for latents of another shape.
+        each next one. `tile` (height, width) in pixels bounds what is decoded at once, halo included; the numbers are
+        the same. ValueError for latents of another shape, or a tile that holds nothing but halo.
         """
         if latents.dim() != 5 or latents.shape[1] != self.config.z_dim or 0 in latents.shape:
             raise ValueError(f"latents have shape {list(latents.shape)}; expected [B, {self.config.z_dim}, T, H, W]")
-        return self._decode_chunks(latents)
+        height, width = latents.shape[3:]
+        halo = self.decoder.reach()
+        return self._decode_chunks(latents, tiles((height, width), self._cells(tile, halo), halo))
 
     @torch.no_grad()
-    def _decode_chunks(self, latents: torch.Tensor) -> Iterator[torch.Tensor]:
+    def _decode_chunks(self, latents: torch.Tensor, cuts: list[Tile]) -> Iterator[torch.Tensor]:
         weight = self.post_quant_conv.weight
         mean, std = self._statistics(weight.device)
-        history = self.decoder.empty_history()
+        whole = self.decoder.empty_history()
+        histories = [self.decoder.empty_history() for _ in cuts]
         for t in range(latents.shape[2]):
             z = latents[:, :, t : t + 1].to(weight.device, torch.float32) * std + mean
             z = pointwise(self.post_quant_conv, z.to(weight.dtype, memory_format=torch.channels_last_3d))
-            pixels = self.decoder(z, history, first=t == 0)
-            yield unpatchify(pixels, self.config.patch_size or 1).float().clamp(-1.0, 1.0)
+            x = self.decoder.trunk(z, whole)
+            parts = self._decode_tiles(x, cuts, histories, t == 0)
+            yield assembled(parts, cuts, (latents.shape[3], latents.shape[4]), self.stride[1])
 
-    def encode(self, frames: torch.Tensor) -> torch.Tensor:
+    def _decode_tiles(
+        self, x: torch.Tensor, cuts: list[Tile], histories: list[History], first: bool
+    ) -> Iterator[torch.Tensor]:
+        for tile, history in zip(cuts, histories, strict=True):
+            pixels = self.decoder.branch(tile.cut(x), history, first)
+            yield unpatchify(pixels, self.config.patch_size or 1).float().clamp_(-1.0, 1.0)
+
+    def tile_of(self, height: int, width: int, parts: int) -> tuple[int, int]:
+        """Return the tile (height, width) in pixels, halo included, that cuts a frame into `parts` each way."""
+        halo = self.decoder.reach()
+        sides = (-(-(side // self.stride[1]) // parts) + halo * min(parts - 1, 2) for side in (height, width))
+        down, across = (max(cells, 2 * halo + 1) * self.stride[1] for cells in sides)
+        return down, across
+
+    def _cells(self, tile: tuple[int, int] | None, halo: int) -> tuple[int, int] | None:
+        """Return a tile's size in latent cells; ValueError where a halo of so many leaves no core."""
+        if tile is None:
+            return None
+        scale = self.stride[1]
+        height, width = (side // scale for side in tile)
+        if min(height, width) <= 2 * halo:
+            least = (2 * halo + 1) * scale
+            raise ValueError(
+                f"tile is {tile[0]}x{tile[1]} pixels (height x width), of which {halo * scale} on each side are halo; "
+                f"legal: at least {least}x{least}"
+            )
+        return height, width
+
+    def encode(self, frames: torch.Tensor, tile: tuple[int, int] | None = None) -> torch.Tensor:
         """Return the normalised latents [B, C, T, H, W] float32 of frames [B, 3, F, height, width] in [-1, 1].
 
-        They are the mean of the encoder's distribution. ValueError unless F is 1 + a multiple of `stride[0]` and
-        height and width are multiples of `stride[1:]`.
+        They are the mean of the encoder's distribution. `tile` as in `decode_stream`. ValueError unless F is 1 + a
+        multiple of `stride[0]` and height and width are multiples of `stride[1:]`.
         """
         self._check_frames(frames)
         count, step = frames.shape[2], self.stride[0]
@@ -146,27 +180,44 @@ class WanVAE(nn.Module):
             raise ValueError(f"frames holds {count} frames; expected 1 + a multiple of {step}: nearest {legal}")
         starts = [0, *range(1, count, step)]
         chunks = (frames[:, :, a:b] for a, b in itertools.pairwise([*starts, count]))
-        return torch.cat(list(self.encode_stream(chunks)), dim=2)
+        return torch.cat(list(self.encode_stream(chunks, tile)), dim=2)
 
     @torch.no_grad()
-    def encode_stream(self, chunks: Iterable[torch.Tensor]) -> Iterator[torch.Tensor]:
+    def encode_stream(
+        self, chunks: Iterable[torch.Tensor], tile: tuple[int, int] | None = None
+    ) -> Iterator[torch.Tensor]:
         """Yield one latent frame [B, C, 1, H, W], as of `encode`, per chunk of frames [B, 3, F, height, width].
 
         F is 1 in the first chunk and `stride[0]` in each next one; ValueError at a chunk that is not so.
         """
         weight = self.quant_conv.weight
         mean, std = self._statistics(weight.device)
-        history = self.encoder.empty_history()
+        whole = self.encoder.empty_history()
+        halo = self.encoder.reach()
+        size = self._cells(tile, halo)
+        histories: list[History] = []
         for index, frames in enumerate(chunks):
             self._check_frames(frames)
             expected = self.stride[0] if index else 1
             if frames.shape[2] != expected:
                 raise ValueError(f"chunk {index} holds {frames.shape[2]} frames; expected {expected}")
+            height, width = (side // self.stride[1] for side in frames.shape[3:])
+            cuts = tiles((height, width), size, halo)
+            histories = histories or [self.encoder.empty_history() for _ in cuts]
             x = patchify(frames.to(weight.device, weight.dtype), self.config.patch_size or 1)
-            # A copy in any case: the history outlives the caller's chunk.
-            x = self.encoder(x.clone(memory_format=torch.channels_last_3d), history, first=index == 0)
+            parts = self._encode_tiles(x, cuts, histories, index == 0)
+            x = self.encoder.trunk(assembled(parts, cuts, (height, width), 1), whole)
             mu = pointwise(self.quant_conv, x)[:, : self.config.z_dim]
             yield (mu.float() - mean) / std
+
+    def _encode_tiles(
+        self, x: torch.Tensor, cuts: list[Tile], histories: list[History], first: bool
+    ) -> Iterator[torch.Tensor]:
+        scale = self.stride[1] // (self.config.patch_size or 1)
+        for tile, history in zip(cuts, histories, strict=True):
+            # A copy in any case: the history outlives the caller's chunk.
+            part = tile.cut(x, scale).clone(memory_format=torch.channels_last_3d)
+            yield self.encoder.branch(part, history, first)
 
     def _check_frames(self, frames: torch.Tensor) -> None:
         channels = self.config.in_channels // (self.config.patch_size or 1) ** 2
@@ -249,8 +300,19 @@ class Decoder(Streaming):
         self.conv_out = CausalConv3d(widths[-1], config.out_channels, (3, 3, 3))
         self.number_slots()
 
-    def forward(self, z: torch.Tensor, history: History, first: bool) -> torch.Tensor:
-        x = self.mid_block(self.conv_in(z, history), history)
+    def trunk(self, z: torch.Tensor, history: History) -> torch.Tensor:
+        """The part that sees the whole frame: attention is there."""
+        return self.mid_block(self.conv_in(z, history), history)
+
+    def reach(self) -> int:
+        """Return how many cells of the trunk's result, to each side, a pixel of the branch's depends on."""
+        reach = self.conv_out.weight.shape[3] // 2
+        for block in reversed(self.up_blocks):
+            reach = cast(UpBlock, block).reach(reach)
+        return reach
+
+    def branch(self, x: torch.Tensor, history: History, first: bool) -> torch.Tensor:
+        """The part that sees a neighbourhood only, so that it may run on tiles."""
         for block in self.up_blocks:
             x = block(x, history, first)
         return self.conv_out(norm_silu(x, self.norm_out.gamma, inplace=True), history)
@@ -275,10 +337,23 @@ class Encoder(Streaming):
         self.conv_out = CausalConv3d(width, 2 * config.z_dim, (3, 3, 3))
         self.number_slots()
 
-    def forward(self, x: torch.Tensor, history: History, first: bool) -> torch.Tensor:
+    def branch(self, x: torch.Tensor, history: History, first: bool) -> torch.Tensor:
+        """The part that sees a neighbourhood only, so that it may run on tiles."""
         x = self.conv_in(x, history)
         for block in self.down_blocks:
             x = block(x, history, first)
+        return x
+
+    def reach(self) -> int:
+        """Return how many cells of the branch's result, to each side, share pixels with one; pixels are 2^levels."""
+        reach, levels = 0, 0
+        for block in reversed(self.down_blocks):
+            reach = cast(DownBlock, block).reach(reach)
+            levels += cast(DownBlock, block).downsampler is not None
+        return -(-(reach + self.conv_in.weight.shape[3] // 2) // 2**levels)
+
+    def trunk(self, x: torch.Tensor, history: History) -> torch.Tensor:
+        """The part that sees the whole frame: attention is there."""
         x = self.mid_block(x, history)
         return self.conv_out(norm_silu(x, self.norm_out.gamma, inplace=True), history)
 
@@ -304,6 +379,12 @@ class UpBlock(nn.Module):
             y = self.upsampler(y, history, first)
         return add_repeated(y, x, self.time, first) if self.shortcut else y
 
+    def reach(self, after: int) -> int:
+        """Return how many cells to each side the block sees at its input, if `after` are seen at its output."""
+        if self.upsampler is not None:
+            after = -(-(after + 1) // 2)  # a 3 x 3 convolution of repeated pixels
+        return after + sum(cast(ResidualBlock, resnet).reach() for resnet in self.resnets)
+
 
 class DownBlock(nn.Module):
     """Residual blocks, then half the size, and half the frames where `time`; 2.2 averages the input beside them."""
@@ -324,6 +405,12 @@ class DownBlock(nn.Module):
         if self.factors is None:
             return y
         return y + averaged(x, y.shape[1], *self.factors)  # not in place: y may stand in the history
+
+    def reach(self, after: int) -> int:
+        """Return how many cells to each side the block sees at its input, if `after` are seen at its output."""
+        if self.downsampler is not None:
+            after = 2 * after + self.downsampler.conv.kernel_size[0] - 1
+        return after + sum(cast(ResidualBlock, resnet).reach() for resnet in self.resnets)
 
 
 class MidBlock(nn.Module):
@@ -352,8 +439,12 @@ class ResidualBlock(nn.Module):
 
     def forward(self, x: torch.Tensor, history: History) -> torch.Tensor:
         h = self.conv1(norm_silu(x, self.norm1.gamma), history)
-        h = self.conv2(norm_silu(h, self.norm2.gamma, inplace=True), history)
-        return h.add_(x if self.conv_shortcut is None else pointwise(self.conv_shortcut, x))
+        shortcut = x if self.conv_shortcut is None else pointwise(self.conv_shortcut, x)
+        return self.conv2(norm_silu(h, self.norm2.gamma, inplace=True), history, shortcut)
+
+    def reach(self) -> int:
+        """Return how many cells to each side a result depends on."""
+        return sum(conv.weight.shape[3] // 2 for conv in (self.conv1, self.conv2))
 
 
 class FrameAttention(nn.Module):
@@ -416,10 +507,10 @@ class CausalConv3d(nn.Module):
         self.bias = nn.Parameter(torch.empty(out))
         self.time_stride = time_stride
 
-    def forward(self, x: torch.Tensor, history: History) -> torch.Tensor:
+    def forward(self, x: torch.Tensor, history: History, residual: torch.Tensor | None = None) -> torch.Tensor:
         before = history[self.slot]
         self.remember(x, history)
-        return causal_conv3d(x, self.weight, self.bias, before, stride=self.time_stride)
+        return causal_conv3d(x, self.weight, self.bias, before, stride=self.time_stride, residual=residual)
 
     def remember(self, x: torch.Tensor, history: History) -> torch.Tensor:
         """Put the frames that the next chunk needs into the history; return x."""
@@ -475,6 +566,19 @@ class Norm(nn.Module):
 def pointwise(conv: nn.Conv2d | nn.Conv3d, x: torch.Tensor) -> torch.Tensor:
     """Apply a convolution with a kernel of one tap to x [B, C, F, H, W]."""
     return F.linear(x.movedim(1, -1), conv.weight.flatten(1), conv.bias).movedim(-1, 1)
+
+
+def assembled(
+    parts: Iterator[torch.Tensor], cuts: list[Tile], cells: tuple[int, int], scale: int
+) -> torch.Tensor:
+    """Put the results of the tiles of one chunk together, `scale` pixels per cell; a single one is the whole."""
+    part = next(parts)
+    if len(cuts) == 1:
+        return part
+    whole = part.new_empty(*part.shape[:3], cells[0] * scale, cells[1] * scale)
+    for tile, result in zip(cuts, itertools.chain([part], parts), strict=True):
+        tile.paste(result, whole, scale)
+    return whole
 
 
 def fold_repetition(weight: torch.Tensor) -> torch.Tensor:

@@ -1,0 +1,84 @@
+"""Judging an implementation at a case: one way for tests, benchmarks and tuning."""
+
+from __future__ import annotations
+
+import inspect
+import sys
+from collections.abc import Callable
+from contextlib import nullcontext
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch.utils import _pytree as pytree
+
+from . import cuda
+from .backend import forced
+from .cases import Arguments, Case, Maker
+from .tolerance import Verdict, judge
+
+EIGHT_BITS = {"linear_fp8"}  # judged as float8, whatever the dtype of their outputs
+HALVES = (torch.float16, torch.bfloat16)
+
+
+def public(operation: str) -> Callable[..., Any]:
+    """Return an operation's public function."""
+    return getattr(sys.modules[__package__], operation)
+
+
+def module_of(operation: str) -> ModuleType:
+    """Return the file of an operation; it may hold several."""
+    return sys.modules[public(operation).__module__]
+
+
+def implementations(operation: str) -> list[str]:
+    """Return which implementations an operation has besides the reference; this machine may lack them."""
+    places = {"triton": module_of(operation), "cuda": cuda}
+    return [name for name, place in places.items() if hasattr(place, f"{operation}_{name}")]
+
+
+def reference_call(operation: str, arguments: Arguments) -> tuple[Callable[..., Any], list[Any]]:
+    """Return an operation's `_ref` function and its arguments in order, for torch.compile to see inside."""
+    reference = getattr(module_of(operation), f"{operation}_ref")
+    defaults = inspect.signature(public(operation)).parameters
+    names = inspect.signature(reference).parameters
+    return reference, [arguments[name] if name in arguments else defaults[name].default for name in names]
+
+
+def made(case: Case, dtype: torch.dtype, device: str | torch.device = "cpu", seed: int = 0) -> Arguments:
+    """Return a case's arguments, the same each time."""
+    return case.make(Maker(torch.device(device), dtype, seed))
+
+
+def run(operation: str, implementation: str | None, arguments: Arguments) -> list[torch.Tensor]:
+    """Return an operation's outputs as a list; implementation None leaves the choice to the operation."""
+    with torch.no_grad(), forced(implementation) if implementation else nullcontext():
+        return tensors(public(operation)(**arguments))
+
+
+def tensors(tree: Any) -> list[torch.Tensor]:
+    """Return all tensors of nested tuples, lists and dicts."""
+    return [leaf for leaf in pytree.tree_leaves(tree) if isinstance(leaf, torch.Tensor)]
+
+
+def copied(arguments: Arguments, *, wide: bool = False) -> Arguments:
+    """Return copies of the arguments; with `wide`, those in half precision as float32."""
+
+    def copy(tensor: torch.Tensor) -> torch.Tensor:
+        return tensor.float() if wide and tensor.dtype in HALVES else tensor.clone()
+
+    return pytree.tree_map_only(torch.Tensor, copy, arguments)
+
+
+class Standard:
+    """What a case's outputs must be near to: the reference on float32 inputs, and on the case's own."""
+
+    def __init__(self, case: Case, dtype: torch.dtype, device: str | torch.device = "cpu") -> None:
+        self.kind = "float8" if case.operation in EIGHT_BITS else None
+        self.exact = run(case.operation, "ref", copied(made(case, dtype, device), wide=True))
+        self.same_precision = run(case.operation, "ref", made(case, dtype, device))
+
+    def judge(self, outputs: list[torch.Tensor]) -> list[Verdict]:
+        """Return a verdict per output."""
+        pairs = zip(outputs, self.exact, self.same_precision, strict=True)
+        return [judge(out, exact, same, self.kind) for out, exact, same in pairs]

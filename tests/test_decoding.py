@@ -1,0 +1,201 @@
+"""The ladder, the thread that decodes ahead, dtypes, constant memory."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import runtime
+from runtime.decoding import ahead, decode_chunks, ladder
+from tests.published import Tiny, write
+
+LATENTS = torch.randn(4, 3, 30, 48, generator=torch.Generator().manual_seed(0))
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> runtime.Model:
+    folder = tmp_path_factory.mktemp("tiny")
+    write(Tiny(), folder)
+    return runtime.load(folder)
+
+
+@pytest.fixture(scope="module")
+def whole(model: runtime.Model) -> np.ndarray:
+    return runtime.decode(model, LATENTS).frames
+
+
+class Failing:
+    """An autoencoder that runs out of memory at a given chunk of each of its first decodes."""
+
+    def __init__(self, network: object, failures: list[int]) -> None:
+        self.network, self.failures, self.tiles = network, failures, []
+
+    def __getattr__(self, name: str) -> object:
+        return getattr(self.network, name)
+
+    def decode_stream(self, latents: torch.Tensor, tile: tuple[int, int] | None = None) -> Iterator[torch.Tensor]:
+        self.tiles.append(tile)
+        fails = self.failures.pop(0) if self.failures else None
+
+        def stream() -> Iterator[torch.Tensor]:
+            for index, chunk in enumerate(self.network.decode_stream(latents, tile)):
+                if index == fails:
+                    raise torch.OutOfMemoryError("CUDA out of memory")
+                yield chunk
+
+        return stream()
+
+
+@pytest.mark.parametrize("failures", [[0], [1], [2], [0, 0], [1, 2], [2, 1]])
+def test_out_of_memory_steps_down_and_loses_nothing(
+    model: runtime.Model, whole: np.ndarray, monkeypatch: pytest.MonkeyPatch, failures: list[int]
+) -> None:
+    network = Failing(model.vae, list(failures))
+    monkeypatch.setattr(model, "vae", network)
+    notes: list[str] = []
+    shape = LATENTS[None]
+    frames = np.concatenate(list(decode_chunks(model, shape, None, torch.float32, notes)))
+    assert frames.shape == whole.shape
+    # The rungs agree to rounding in float32; a level of 255 may flip where it lies on the edge.
+    assert np.abs(frames.astype(int) - whole.astype(int)).max() <= 1
+    assert len(notes) == len(failures)
+    assert "whole frames ran out of memory" in notes[0]
+    assert "went on with tiles of" in notes[-1]
+    assert network.tiles[0] is None
+    assert all(tile is not None for tile in network.tiles[1:])
+
+
+def test_the_last_rung_raises(model: runtime.Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert [rung.tile for rung in ladder(model, 240, 384, None)] == [None, (192, 264), (176, 192)]
+    assert [rung.tile for rung in ladder(model, 720, 1280, None)][1] == (432, 712)  # two by two, halo on one side
+    monkeypatch.setattr(model, "vae", Failing(model.vae, [0] * 9))
+    with pytest.raises(torch.OutOfMemoryError):
+        list(decode_chunks(model, LATENTS[None], None, torch.float32, []))
+
+
+def test_other_errors_are_not_taken_for_it(model: runtime.Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    network = Failing(model.vae, [])
+    monkeypatch.setattr(network, "decode_stream", lambda *_: iter(int(x) for x in "a"))
+    monkeypatch.setattr(model, "vae", network)
+    with pytest.raises(ValueError, match="invalid literal"):
+        list(decode_chunks(model, LATENTS[None], None, torch.float32, []))
+
+
+def test_notes_stand_in_the_receipt(model: runtime.Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    request = runtime.Request(prompt="a", width=352, height=240, num_frames=5, steps=1, seed=0)
+    monkeypatch.setattr(model, "vae", Failing(model.vae, [None, 1]))  # the first call only checks the tile
+    video = runtime.generate(model, request)
+    assert len(list(video)) == 5
+    assert "ran out of memory at latent frame 1 of 2" in video.receipt.notes[0]
+
+
+@settings(deadline=None, max_examples=30)
+@given(count=st.integers(0, 12), depth=st.integers(1, 4))
+def test_ahead_keeps_order_and_is_bounded(count: int, depth: int) -> None:
+    made = []
+
+    def make() -> Iterator[int]:
+        for i in range(count):
+            made.append(i)
+            yield i
+
+    taken = []
+    for item in ahead(make, depth):
+        taken.append(item)
+        assert len(made) <= len(taken) + depth + 1
+    assert taken == list(range(count))
+
+
+def test_ahead_works_while_the_consumer_does() -> None:
+    reached = threading.Event()
+
+    def make() -> Iterator[int]:
+        yield 0
+        reached.set()
+        yield 1
+
+    items = ahead(make)
+    assert next(items) == 0
+    assert reached.wait(5)
+    items.close()
+
+
+def test_ahead_raises_and_stops() -> None:
+    def broken() -> Iterator[int]:
+        yield 1
+        raise KeyError("x")
+
+    items = ahead(broken)
+    assert next(items) == 1
+    with pytest.raises(KeyError):
+        next(items)
+    before = threading.active_count()
+    endless = ahead(lambda: iter(range(10**9)))
+    next(endless)
+    endless.close()
+    for _ in range(50):
+        if threading.active_count() <= before:
+            break
+        time.sleep(0.02)
+    assert threading.active_count() <= before
+
+
+def test_another_dtype() -> None:
+    model = runtime.load("demo")
+    video = runtime.generate(model, runtime.Request(prompt="a red ball rolls left over green grass", seed=7))
+    rounded = runtime.decode(model, video.latents, dtype="bfloat16").frames.astype(float)
+    assert 0 < np.mean((rounded - video.frames) ** 2) < 255**2 / 10**4.0  # 40 dB; the exact figure is benchmarked
+    with pytest.raises(ValueError, match="legal: auto, float32"):
+        runtime.decode(model, video.latents, dtype="int8")
+
+
+MEMORY = """
+import sys, torch, runtime
+from pathlib import Path
+
+def read(key):
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return int(next(line for line in lines if line.startswith(key)).split()[1]) * 1024
+
+model = runtime.load("demo")
+list(runtime.decode(model, torch.zeros(16, 5, 8, 8)))
+before = read("VmRSS")
+for frame in runtime.decode(model, torch.zeros(16, int(sys.argv[1]), 8, 8)):
+    pass
+print(read("VmHWM") - before)
+"""
+
+
+def test_memory_does_not_grow_with_the_clip() -> None:
+    if not Path("/proc/self/status").exists():
+        pytest.skip("needs Linux's /proc")
+    code = "import runtime.video; runtime.video.KEEP_BYTES = 0;" + MEMORY
+    peaks = []
+    for time_cells in (5, 21, 81):
+        run = subprocess.run([sys.executable, "-c", code, str(time_cells)], capture_output=True, text=True, check=True)
+        peaks.append(int(run.stdout))
+    assert max(peaks) - min(peaks) < 24 << 20, peaks
+
+
+def test_encoding_a_video_takes_frames_as_they_come(model: runtime.Model) -> None:
+    frames = np.random.default_rng(0).integers(0, 256, (9, 32, 48, 3), dtype=np.uint8)
+    taken: list[int] = []
+
+    def source() -> Iterator[np.ndarray]:
+        for i, frame in enumerate(frames):
+            taken.append(i)
+            yield frame
+
+    video = runtime.Video(source, fps=8, num_frames=9, height=32, width=48)
+    assert torch.equal(runtime.encode(model, video), runtime.encode(model, frames))
+    assert taken == list(range(9))

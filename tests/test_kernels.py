@@ -1,0 +1,314 @@
+"""Every operation at every case, by the one rule: Triton in its interpreter here, all implementations on a GPU.
+
+A new operation is tested as soon as it has cases; nothing in this file names its shapes, but for those beyond 2^31
+elements.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+from unittest import mock
+
+import pytest
+import torch
+from runtime.kernels.cases import CASES, Case, Maker, cases
+from runtime.kernels.tolerance import judge
+from runtime.kernels.verdicts import EIGHT_BITS, Standard, copied, implementations, made, run, tensors
+from torch.utils import _pytree as pytree
+
+from runtime import kernels
+
+# Operations with tl.dot, which the interpreter gets wrong in bfloat16.
+MULTIPLYING = {"attention", "causal_conv3d", "linear_fp8", "mlp"}
+# What an operation may write to, besides what its argument `inplace` says.
+MAY_WRITE = {"qk_norm_rope": {"qkv"}}
+BATCHED = ("x", "y", "q", "k", "v", "qkv", "history")  # arguments whose first dimension is always B
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+
+interpreted = pytest.mark.skipif(not os.environ.get("TRITON_INTERPRET"), reason="Triton compiles here: see -m gpu")
+
+
+def named(case: Case) -> str:
+    return f"{case.operation} {case.name}"
+
+
+def dtypes(operation: str) -> list[torch.dtype]:
+    return [dtype for dtype in DTYPES if dtype != torch.bfloat16 or operation not in MULTIPLYING]
+
+
+def call(operation: str, implementation: str, arguments: dict[str, Any]) -> list[torch.Tensor]:
+    """Run a public operation by one implementation, its outputs poisoned."""
+    with poisoned():
+        return run(operation, implementation, arguments)
+
+
+@contextmanager
+def poisoned() -> Iterator[None]:
+    """Let fresh memory hold NaN, so that what a kernel does not write is seen."""
+
+    def filling(make: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+        def make_filled(*arguments: Any, **options: Any) -> torch.Tensor:
+            made = make(*arguments, **options)
+            return made.fill_(torch.nan) if made.is_floating_point() else made
+
+        return make_filled
+
+    with mock.patch.object(torch, "empty", filling(torch.empty)), mock.patch.object(
+        torch, "empty_like", filling(torch.empty_like)
+    ):
+        yield
+
+
+def check(case: Case, implementation: str, dtype: torch.dtype, device: str = "cpu") -> None:
+    """Judge one implementation at one case, twice: the second run must give the same bits."""
+    operation = case.operation
+    standard = Standard(case, dtype, device)
+    arguments = made(case, dtype, device)
+    before = copied(arguments)
+    outputs = [out.clone() for out in call(operation, implementation, arguments)]
+    assert [out.dtype for out in outputs] == [out.dtype for out in standard.same_precision]
+    for index, verdict in enumerate(standard.judge(outputs)):
+        assert verdict.correct, f"output {index}: {verdict}"
+    written = MAY_WRITE.get(operation, set()) | ({"x"} if arguments.get("inplace") else set())
+    for name in arguments.keys() - written:
+        pairs = zip(tensors(arguments[name]), tensors(before[name]), strict=True)
+        assert all(torch.equal(now, then) for now, then in pairs), f"{name} was written"
+    again = call(operation, implementation, made(case, dtype, device))
+    assert all(torch.equal(a, b) for a, b in zip(outputs, again, strict=True)), "two runs differ"
+
+
+SMALL = [case for case in cases(real=False) if "triton" in implementations(case.operation)]
+
+
+@interpreted
+@pytest.mark.parametrize(
+    ("case", "dtype"),
+    [(case, dtype) for case in SMALL for dtype in dtypes(case.operation)],
+    ids=lambda value: named(value) if isinstance(value, Case) else str(value).removeprefix("torch."),
+)
+def test_triton_interpreted(case: Case, dtype: torch.dtype) -> None:
+    check(case, "triton", dtype)
+
+
+@interpreted
+@pytest.mark.parametrize("operation", sorted({case.operation for case in SMALL}))
+def test_empty_batch(operation: str) -> None:
+    for case in [case for case in SMALL if case.operation == operation][:4]:
+        arguments = emptied(made(case, torch.float32))
+        ours, theirs = call(operation, "triton", arguments), call(operation, "ref", arguments)
+        assert [out.shape for out in ours] == [out.shape for out in theirs]
+        assert not any(out.numel() for out in ours)
+
+
+def emptied(arguments: dict[str, Any]) -> dict[str, Any]:
+    """Return the arguments with no row in the batch; what is shared by all rows stays."""
+    rows = next(arguments[name].shape[0] for name in BATCHED if name in arguments)
+    per_row = ("scale", "shift", "gate", "bias")  # [1 or B, ...]
+
+    def of_batch(name: str, value: Any) -> bool:
+        if not isinstance(value, torch.Tensor):
+            return False
+        return name in BATCHED or (name in per_row and value.dim() > 1 and value.shape[0] == rows != 1)
+
+    return {name: value[:0] if of_batch(name, value) else value for name, value in arguments.items()}
+
+
+@pytest.mark.parametrize("operation", CASES)
+def test_cases_cover(operation: str) -> None:
+    """Each operation is asked for a non-contiguous input and for a published model at a published resolution."""
+    small = tensors([made(case, torch.float32) for case in cases(operation, real=False)])
+    assert any(not tensor.is_contiguous() for tensor in small), "no case is non-contiguous"
+    real = cases(operation, real=True)
+    assert real and all(case.bytes or case.flops for case in real), "a real case lacks its bytes or FLOPs"
+    assert set(CASES) <= set(kernels.__all__)
+
+
+# On a GPU.
+
+
+@contextmanager
+def built() -> Iterator[None]:
+    """Skip the test where the implementation was not built here."""
+    try:
+        yield
+    except ValueError as error:
+        if "no implementation" not in str(error):
+            raise
+        pytest.skip(str(error))
+
+
+@pytest.fixture(autouse=True)
+def _memory_given_back() -> Iterator[None]:
+    yield
+    if torch.cuda.is_initialized():
+        torch.cuda.empty_cache()  # other processes test on the same GPU
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(
+    ("case", "implementation", "dtype"),
+    [
+        (case, name, dtype)
+        for case in cases()
+        for name in implementations(case.operation)
+        for dtype in (DTYPES if not case.real else [torch.bfloat16])
+    ],
+    ids=lambda value: named(value) if isinstance(value, Case) else str(value).removeprefix("torch."),
+)
+def test_on_gpu(case: Case, implementation: str, dtype: torch.dtype) -> None:
+    with built():
+        check(case, implementation, dtype, "cuda")
+
+
+HUGE = 2**31
+Huge = Callable[[Maker], tuple[dict[str, Any], Callable[[dict[str, Any], slice], dict[str, Any]], int]]
+
+
+def cut(*names: str, dim: int = 1) -> Callable[[dict[str, Any], slice], dict[str, Any]]:
+    """Return a function that cuts the named arguments to a part along `dim`."""
+
+    def cutter(arguments: dict[str, Any], part: slice) -> dict[str, Any]:
+        index = (slice(None),) * dim + (part,)
+        return {name: value[index].clone() if name in names else value for name, value in arguments.items()}
+
+    return cutter
+
+
+def huge_tokens(m: Maker, *names: str, width: int = 4096) -> tuple[dict[str, Any], Any, int]:
+    shape = (1, HUGE // width + 9, width)
+    vectors = {name: m.vector(1, 1, width) for name in ("gate", "scale", "shift")}
+    return {name: m.tensor(*shape) for name in names} | vectors, cut(*names), 1
+
+
+def huge_modulate(m: Maker) -> tuple[dict[str, Any], Any, int]:
+    arguments, cutter, dim = huge_tokens(m, "x")
+    return {name: value for name, value in arguments.items() if name != "gate"}, cutter, dim
+
+
+def huge_gate_residual(m: Maker) -> tuple[dict[str, Any], Any, int]:
+    arguments, cutter, dim = huge_tokens(m, "x", "y")
+    return {name: arguments[name] for name in ("x", "y", "gate")}, cutter, dim
+
+
+def huge_qk_norm_rope(m: Maker) -> tuple[dict[str, Any], Any, int]:
+    length, width = HUGE // 4608 + 9, 1536
+    arguments = {
+        "qkv": m.tensor(1, length, 3 * width), "q_weight": m.gain(width), "k_weight": m.gain(width),
+        "rope": m.turns(length, 64), "heads": 12,
+    }  # fmt: skip
+    by_token, by_position = cut("qkv"), cut("rope", dim=0)
+    return arguments, lambda given, part: by_position(by_token(given, part), part), 1
+
+
+def huge_norm_silu(m: Maker) -> tuple[dict[str, Any], Any, int]:
+    return {"x": m.tensor(1, 96, 9, 1664, 1664), "gamma": m.gain(96)}, cut("x", dim=2), 2
+
+
+BEYOND: dict[str, Huge] = {
+    "modulate": huge_modulate,
+    "gate_residual": huge_gate_residual,
+    "gate_residual_modulate": lambda m: huge_tokens(m, "x", "y"),
+    "qk_norm_rope": huge_qk_norm_rope,
+    "norm_silu": huge_norm_silu,
+}
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(
+    ("operation", "implementation"), [(op, name) for op in BEYOND for name in implementations(op)]
+)
+def test_beyond_32_bits(operation: str, implementation: str) -> None:
+    """More elements than an int32 counts: the first and the last part are what the reference makes of them alone."""
+    arguments, cutter, dim = BEYOND[operation](Maker(torch.device("cuda"), torch.bfloat16))
+    extent = next(arguments[name].shape[dim] for name in BATCHED if name in arguments)
+    ends = [slice(0, min(8, extent // 2)), slice(extent - min(8, extent // 2), extent)]
+    expected = [call(operation, "ref", copied(cutter(arguments, part), wide=True)) for part in ends]
+    with built():
+        outputs = call(operation, implementation, arguments)
+    for part, wide in zip(ends, expected, strict=True):
+        index = (slice(None),) * dim + (part,)
+        for out, exact in zip(outputs, wide, strict=True):
+            verdict = judge(out[index], exact)
+            assert verdict.correct, str(verdict)
+
+
+# One node in exported and compiled graphs.
+
+class Recorder(torch.fx.Interpreter):
+    """Runs a graph and keeps the calls of `torch.ops.runtime`."""
+
+    def __init__(self, graph: torch.fx.GraphModule) -> None:
+        super().__init__(graph)
+        self.calls: list[tuple[Any, tuple[Any, ...]]] = []
+
+    def call_function(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if str(target).startswith("runtime."):
+            self.calls.append((target, pytree.tree_map_only(torch.Tensor, torch.clone, args)))
+        return super().call_function(target, args, kwargs)
+
+
+@pytest.mark.parametrize("operation", CASES)
+def test_one_node(operation: str) -> None:
+    """torch.compile sees each operation as one node, which gives the eager results and keeps PyTorch's contract."""
+    for case in cases(operation, real=False)[:3] + cases(operation, real=False)[-2:]:
+        recorders: list[Recorder] = []
+
+        def record(graph: torch.fx.GraphModule, _: list[Any], kept: list[Recorder] = recorders) -> Callable[..., Any]:
+            kept.append(Recorder(graph))
+            return kept[-1].run
+
+        torch._dynamo.reset()
+        expected = run(operation, None, made(case, torch.float32))
+        with torch.no_grad():
+            compiled = torch.compile(getattr(kernels, operation), fullgraph=True, backend=record, dynamic=False)
+            found = tensors(compiled(**made(case, torch.float32)))
+        for ours, theirs in zip(found, expected, strict=True):
+            torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
+        (calls,) = [recorder.calls for recorder in recorders]
+        ((target, arguments),) = calls
+        assert str(target).split(".")[1].removesuffix("_") == operation
+        # PyTorch's check of the schema multiplies each input, which float8 does not know.
+        checks = ["test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic"]
+        checks += [] if operation in EIGHT_BITS else ["test_schema"]
+        torch.library.opcheck(target, arguments, test_utils=checks)
+
+
+def test_transformer_is_exported_whole() -> None:
+    """A tiny transformer in torch.export and torch.compile: our operations are nodes, and the numbers are equal."""
+    from runtime.models.wan.transformer import TransformerConfig, WanTransformer
+
+    torch.manual_seed(0)
+    config = TransformerConfig(
+        num_attention_heads=2, attention_head_dim=12, in_channels=4, out_channels=4, text_dim=16, freq_dim=16,
+        ffn_dim=48, num_layers=2,
+    )  # fmt: skip
+    transformer = WanTransformer(config).eval().requires_grad_(False)
+    for parameter in transformer.parameters():
+        torch.nn.init.normal_(parameter, std=0.2)
+    projected = transformer.project([torch.randn(3, 16), torch.randn(5, 16)], 8, (2, 4, 6))
+
+    class Step(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.transformer = transformer
+
+        def forward(self, x: torch.Tensor, sigma: torch.Tensor) -> torch.Tensor:
+            return self.transformer(x, sigma, projected)
+
+    x, sigma = torch.randn(1, 4, 2, 4, 6), torch.tensor([0.7])
+    with torch.no_grad():
+        expected = Step()(x, sigma)
+        exported = torch.export.export(Step(), (x, sigma))
+        torch._dynamo.reset()
+        compiled = torch.compile(Step(), fullgraph=True, backend="eager")
+        for found in (exported.module()(x, sigma), compiled(x, sigma)):
+            torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+    nodes = [str(node.target).split(".")[1] for node in exported.graph.nodes if str(node.target).startswith("runtime.")]
+    counted = {name: nodes.count(name) for name in nodes}
+    assert counted == {  # per block, and the head's modulate
+        "modulate": 2 * 2 + 1, "gate_residual": 2 * 2, "gate_residual_modulate": 2, "qk_norm_rope_": 2,
+        "attention": 2 * 2, "mlp": 2,
+    }  # fmt: skip

@@ -1,0 +1,116 @@
+"""Tiles give the same numbers as the whole frame: both autoencoders, both ways, any size, any tile."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import runtime
+from runtime.models.tiles import spans, tiles
+from runtime.models.wan.vae import VAEConfig, WanVAE, diffusers_keys
+from tests.published import Tiny, relative, vae, write
+
+BOTH = {"2.1": Tiny(), "2.1 deep": Tiny(res_blocks=2), "2.2": Tiny(residual=True, channels=8)}
+
+
+def build(tiny: Tiny) -> WanVAE:
+    """A random autoencoder, prepared as after loading."""
+    published = vae(tiny, 5)
+    ours = WanVAE(VAEConfig.from_dict(dict(published.config)))
+    tensors = published.state_dict()
+    ours.load_state_dict({name: tensors[key] for key, name in diffusers_keys(ours.config, ours).items()})
+    ours.requires_grad_(False).prepare()
+    return ours
+
+
+NETWORKS = {name: build(tiny) for name, tiny in BOTH.items()}
+
+
+@settings(deadline=None, max_examples=25)
+@given(
+    name=st.sampled_from(sorted(BOTH)), height=st.integers(1, 40), width=st.integers(1, 40), frames=st.integers(1, 3),
+    extra=st.tuples(st.integers(1, 20), st.integers(1, 20)), seed=st.integers(0, 99),
+)  # fmt: skip
+def test_decoding_in_tiles(name: str, height: int, width: int, frames: int, extra: tuple[int, int], seed: int) -> None:
+    network = NETWORKS[name]
+    scale, halo = network.stride[1], network.decoder.reach()
+    shape = (1, network.config.z_dim, frames, height, width)
+    latents = torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+    tile = tuple((2 * halo + more) * scale for more in extra)
+    whole = torch.cat(list(network.decode_stream(latents)), dim=2)
+    cut = torch.cat(list(network.decode_stream(latents, tile)), dim=2)
+    assert relative(cut, whole) <= 1e-5
+
+
+@settings(deadline=None, max_examples=15)
+@given(
+    name=st.sampled_from(sorted(BOTH)), height=st.integers(1, 32), width=st.integers(1, 32), chunks=st.integers(0, 1),
+    extra=st.tuples(st.integers(1, 12), st.integers(1, 12)), seed=st.integers(0, 99),
+)  # fmt: skip
+def test_encoding_in_tiles(name: str, height: int, width: int, chunks: int, extra: tuple[int, int], seed: int) -> None:
+    network = NETWORKS[name]
+    time, scale, _ = network.stride
+    halo = network.encoder.reach()
+    shape = (1, 3, 1 + chunks * time, height * scale, width * scale)
+    frames = torch.rand(shape, generator=torch.Generator().manual_seed(seed)) * 2 - 1
+    tile = tuple((2 * halo + more) * scale for more in extra)
+    assert relative(network.encode(frames, tile), network.encode(frames)) <= 1e-5
+
+
+@pytest.mark.parametrize("name", BOTH)
+@pytest.mark.parametrize("part", ["decoder", "encoder"])
+def test_the_halo_is_as_small_as_the_layers_allow(name: str, part: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With two cells less, the tiles differ: the halo is not simply large."""
+    network = NETWORKS[name]
+    halo = getattr(network, part).reach()
+    scale = network.stride[1]
+    generator = torch.Generator().manual_seed(0)
+    monkeypatch.setattr(getattr(network, part), "reach", lambda: halo - 2)
+    tile = ((2 * halo + 1) * scale,) * 2
+    if part == "decoder":
+        latents = torch.randn(1, network.config.z_dim, 1, 6, 3 * halo, generator=generator)
+        (whole,), (cut,) = network.decode_stream(latents), network.decode_stream(latents, tile)
+    else:
+        frames = torch.rand(1, 3, 1, 2 * scale, 3 * halo * scale, generator=generator) * 2 - 1
+        whole, cut = network.encode(frames), network.encode(frames, tile)
+    assert not torch.equal(whole, cut)
+
+
+def test_published_halo() -> None:
+    """13 latent pixels for Wan 2.1: half the receptive field of the published decoder behind its middle block."""
+    with torch.device("meta"):
+        assert WanVAE(VAEConfig()).decoder.reach() == 13
+
+
+@given(length=st.integers(1, 300), halo=st.integers(0, 20), extra=st.integers(1, 100))
+def test_spans_cover_once_and_fit(length: int, halo: int, extra: int) -> None:
+    cut = spans(length, 2 * halo + extra, halo)
+    assert [cell for span in cut for cell in range(span.start, span.stop)] == list(range(length))
+    for span in cut:
+        assert span.high - span.low <= 2 * halo + extra
+        assert span.low == max(span.start - halo, 0)
+        assert span.high == min(span.stop + halo, length)
+
+
+def test_one_tile_without_a_size() -> None:
+    (tile,) = tiles((7, 9), None, 13)
+    assert (tile.rows.low, tile.rows.high, tile.columns.low, tile.columns.high) == (0, 7, 0, 9)
+
+
+def test_public_functions_take_a_tile(tmp_path: Path) -> None:
+    write(Tiny(), tmp_path)
+    model = runtime.load(tmp_path)
+    latents = torch.randn(4, 2, 20, 40, generator=torch.Generator().manual_seed(0))
+    whole, cut = runtime.decode(model, latents).frames, runtime.decode(model, latents, tile=(160, 200)).frames
+    assert np.abs(whole.astype(int) - cut.astype(int)).max() <= 1
+    again = runtime.encode(model, whole)
+    assert relative(runtime.encode(model, whole, tile=(160, 240)), again) <= 1e-5
+    with pytest.raises(ValueError, match="tile is 64x64 pixels .* legal: at least"):
+        runtime.decode(model, latents, tile=(64, 64))
+    with pytest.raises(ValueError, match="tile is"):
+        runtime.encode(model, whole, tile=(64, 640))
