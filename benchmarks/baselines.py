@@ -12,8 +12,9 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from runtime.kernels.gate_residual import gate_residual_ref
 from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from runtime.kernels.gate_residual import gate_residual_ref
 
 Call = Callable[[], Any]
 Arguments = dict[str, Any]

@@ -23,11 +23,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from runtime.kernels import backend
-from runtime.kernels.cases import Case, Maker
 
 from benchmarks.machine import ROOT
 from runtime import kernels
+from runtime.kernels import backend
+from runtime.kernels.cases import Case, Maker
 
 KIB = 1024
 
@@ -271,9 +271,7 @@ def feature_arch(arch: str) -> str:
     return f"{arch}a" if capability(arch) >= 90 else arch
 
 
-def report(
-    cases: Sequence[Case], archs: Sequence[str], jobs: int = 1, csrc: Collection[str] = ()
-) -> Iterator[Row]:
+def report(cases: Sequence[Case], archs: Sequence[str], jobs: int = 1, csrc: Collection[str] = ()) -> Iterator[Row]:
     """Compile what the cases launch, and csrc's files of these names, for each architecture; a row each.
 
     ValueError where Triton is missing or interprets.
@@ -283,9 +281,7 @@ def report(
     if os.environ.get("TRITON_INTERPRET"):
         raise ValueError("TRITON_INTERPRET is set, so Triton interprets kernels and cannot compile them; unset it")
     work = [
-        (unit, arch)
-        for arch in archs
-        for unit in units([case for case in cases if exists(case.operation, arch)], arch)
+        (unit, arch) for arch in archs for unit in units([case for case in cases if exists(case.operation, arch)], arch)
     ]
     if jobs == 1:
         yield from (compiled(*item) for item in work)

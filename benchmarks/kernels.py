@@ -21,6 +21,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+
+from benchmarks import compile_report
+from benchmarks.baselines import BARS, Baseline, baselines
+from benchmarks.machine import describe, results_file
+from benchmarks.measure import Refused
 from runtime.kernels.backend import recorded, triton
 from runtime.kernels.cases import CASES, Case, cases
 from runtime.kernels.tolerance import Verdict
@@ -34,11 +39,6 @@ from runtime.kernels.verdicts import (
     run,
     tensors,
 )
-
-from benchmarks import compile_report
-from benchmarks.baselines import BARS, Baseline, baselines
-from benchmarks.machine import describe, results_file
-from benchmarks.measure import Refused
 
 # What one H200 reaches: a large copy, a large bfloat16 product, and twice that for 8 bits (assumed).
 BANDWIDTH, HALF_RATE, FP8_RATE = 4.3e12, 790e12, 1580e12
@@ -146,9 +146,7 @@ def roofline_table(chosen: Sequence[Case]) -> str:
 def speeds(chosen: Sequence[Case], budget: float, file: Path | None) -> None:
     """Judge and time the cases on this GPU, writing the results after each; Refused where an output is wrong."""
     if not torch.cuda.is_available():
-        raise ValueError(
-            "no NVIDIA GPU is here, so nothing can be timed; --roofline and --compile-report need none"
-        )
+        raise ValueError("no NVIDIA GPU is here, so nothing can be timed; --roofline and --compile-report need none")
     if os.environ.get("TRITON_INTERPRET"):
         raise ValueError("TRITON_INTERPRET is set, so Triton would interpret its kernels; unset it")
     end = time.monotonic() + budget
@@ -193,9 +191,7 @@ def measure(case: Case, device: torch.device) -> dict[str, Any]:
     return found
 
 
-def ours(
-    case: Case, device: torch.device, standard: Standard, found: dict[str, Any]
-) -> dict[str, Callable[[], Any]]:
+def ours(case: Case, device: torch.device, standard: Standard, found: dict[str, Any]) -> dict[str, Callable[[], Any]]:
     """Judge our implementations, and what the operation would pick if that is another; return the calls."""
     operation = case.operation
     calls: dict[str, Callable[[], Any]] = {}
@@ -220,9 +216,7 @@ def ours(
     return calls
 
 
-def theirs(
-    case: Case, device: torch.device, standard: Standard, found: dict[str, Any]
-) -> dict[str, Callable[[], Any]]:
+def theirs(case: Case, device: torch.device, standard: Standard, found: dict[str, Any]) -> dict[str, Callable[[], Any]]:
     """Return torch.compile of the reference and the libraries' versions that this machine runs and that are correct."""
     arguments = made(case, torch.bfloat16, device)
     reference, values = reference_call(case.operation, arguments)
@@ -291,7 +285,7 @@ def table(record: dict[str, Any]) -> str:
     lines += [
         "",
         f"Median, L2 emptied before each run, versions in turns. The limit is {BANDWIDTH / 1e12:g} TB/s or "
-        f"{HALF_RATE / 1e12:g} TFLOP/s ({FP8_RATE / 1e12:g} in 8 bits); \"vs\" is their time / ours, of our fastest.",
+        f'{HALF_RATE / 1e12:g} TFLOP/s ({FP8_RATE / 1e12:g} in 8 bits); "vs" is their time / ours, of our fastest.',
     ]
     return "\n".join(lines)
 

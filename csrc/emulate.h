@@ -12,7 +12,7 @@
 #undef __shared__
 #define __shared__ static
 #undef __launch_bounds__
-#define __launch_bounds__(lanes)
+#define __launch_bounds__(...)
 #undef __grid_constant__
 #define __grid_constant__
 

@@ -111,8 +111,8 @@ void modulate(Pointer x, Pair x_steps, Pointer out, Triple shape, Pointer scale,
   expect_launched(dit::modulate(a, kind, reinterpret_cast<cudaStream_t>(stream)));
 }
 
-void gate_residual(Pointer x, Pair x_steps, Pointer y, Pair y_steps, Pointer gate, Pair gate_steps, Pointer out, Triple shape,
-                   Pointer h, Pointer scale, Pair scale_steps, Pointer shift, Pair shift_steps, Pointer weight,
+void gate_residual(Pointer x, Pair x_steps, Pointer y, Pair y_steps, Pointer gate, Pair gate_steps, Pointer out,
+                   Triple shape, Pointer h, Pointer scale, Pair scale_steps, Pointer shift, Pair shift_steps, Pointer weight,
                    Pointer bias, double eps, const std::string& dtype, Pointer stream) {
   const auto [batch, length, width] = shape;
   const dit::Dtype kind = dtype_of(dtype);
@@ -222,7 +222,8 @@ PYBIND11_MODULE(_cuda, m) {
   m.def("modulate", &modulate, py::kw_only(), arg("x"), arg("x_steps"), arg("out"), arg("shape"), arg("scale") = 0,
         arg("scale_steps") = none, arg("shift") = 0, arg("shift_steps") = none, arg("weight") = 0, arg("bias") = 0,
         arg("eps") = 1e-6, arg("dtype"), arg("stream"),
-        "out = LayerNorm(x) * (1 + scale) + shift. shape (B, L, D); x_steps (batch, token); *_steps (batch, tokens per vector).");
+        "out = LayerNorm(x) * (1 + scale) + shift. shape (B, L, D); x_steps (batch, token); scale_steps, shift_steps "
+        "(batch, tokens per vector).");
   m.def("gate_residual", &gate_residual, py::kw_only(), arg("x"), arg("x_steps"), arg("y"), arg("y_steps"),
         arg("gate") = 0, arg("gate_steps") = none, arg("out"), arg("shape"), arg("h") = 0, arg("scale") = 0,
         arg("scale_steps") = none, arg("shift") = 0, arg("shift_steps") = none, arg("weight") = 0, arg("bias") = 0,
@@ -232,7 +233,8 @@ PYBIND11_MODULE(_cuda, m) {
         arg("norm") = "rms", arg("q_weight") = 0, arg("k_weight") = 0, arg("q_bias") = 0, arg("k_bias") = 0,
         arg("eps") = 1e-6, arg("pairing") = "interleaved", arg("table") = 0, arg("axes") = Pointers{0, 0, 0},
         arg("axis_pairs") = Triple{0, 0, 0}, arg("grid") = Triple{0, 0, 0}, arg("skip") = Pair{0, 0}, arg("dtype"),
-        arg("stream"), "Norm and rotate q and k of qkv [B, L, 3D] in place. shape (B, L, D); axes, axis_pairs, grid by (t, h, w).");
+        arg("stream"),
+        "Norm and rotate q and k of qkv [B, L, 3D] in place. shape (B, L, D); axes, axis_pairs, grid by (t, h, w).");
   m.def("norm_silu", &norm_silu, py::kw_only(), arg("x"), arg("x_steps"), arg("out"), arg("shape"), arg("gamma"),
         arg("silu") = true, arg("upsample_width") = 0, arg("dtype"), arg("stream"),
         "out = SiLU(x / |x| * sqrt(C) * gamma). shape (B, pixels, C); x_steps (batch, pixel, channel), out's as well.");

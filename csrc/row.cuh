@@ -14,7 +14,7 @@
 
 namespace dit {
 
-constexpr int MAX_LANES = 512;  // of a team; leaves each lane 128 registers
+constexpr int MAX_LANES = 512;  // of a team; leaves each lane up to 128 registers
 constexpr int MAX_WARPS = MAX_LANES / 32;
 #ifdef __CUDACC__
 constexpr int SMALL_CTA = 128;  // lanes of a CTA that holds several teams
@@ -48,7 +48,7 @@ struct Team {
 };
 
 template <class Body>
-__global__ void __launch_bounds__(MAX_LANES) rows_kernel(const __grid_constant__ Body body, unsigned rows, int size) {
+__global__ void __launch_bounds__(MAX_LANES, 1) rows_kernel(const __grid_constant__ Body body, unsigned rows, int size) {
   __shared__ float partial[2][MAX_WARPS];
   const unsigned row = blockIdx.x * (blockDim.x / size) + threadIdx.x / size;
   if (row >= rows) return;

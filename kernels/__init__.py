@@ -10,18 +10,22 @@ if __name__ != "kernels":
     from .attention import attention
     from .causal_conv3d import causal_conv3d
     from .gate_residual import gate_residual, gate_residual_modulate
+    from .linear_fp8 import linear_fp8, quantise_rows
     from .mlp import mlp
     from .modulate import modulate
     from .norm_silu import norm_silu
-    from .qk_norm_rope import qk_norm_rope
+    from .qk_norm_rope import AxisTables, qk_norm_rope
 
 __all__ = [
+    "AxisTables",
     "attention",
     "causal_conv3d",
     "gate_residual",
     "gate_residual_modulate",
+    "linear_fp8",
     "mlp",
     "modulate",
     "norm_silu",
     "qk_norm_rope",
+    "quantise_rows",
 ]

@@ -33,9 +33,7 @@ HALVES = (torch.float16, torch.bfloat16)
 TUNED = Path(__file__).parent / "tuned"
 
 
-def attention_ref(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, bias: torch.Tensor | None = None
-) -> torch.Tensor:
+def attention_ref(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
     """The definition, by PyTorch's own attention."""
     out = F.scaled_dot_product_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), attn_mask=bias)
     return out.transpose(1, 2).flatten(2)

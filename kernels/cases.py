@@ -552,6 +552,7 @@ CASES: dict[str, Callable[[], Iterator[Case]]] = {
     "causal_conv3d": causal_conv3d_cases,
     "attention": attention_cases,
     "mlp": mlp_cases,
+    "linear_fp8": linear_fp8_cases,
 }
 
 

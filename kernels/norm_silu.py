@@ -95,9 +95,7 @@ def norm_silu_triton(x: torch.Tensor, gamma: torch.Tensor, silu: bool, inplace: 
     return out.movedim(-1, 1)
 
 
-def norm_silu_picked(
-    x: torch.Tensor, gamma: torch.Tensor, silu: bool, inplace: bool, upsample: bool
-) -> torch.Tensor:
+def norm_silu_picked(x: torch.Tensor, gamma: torch.Tensor, silu: bool, inplace: bool, upsample: bool) -> torch.Tensor:
     """What runs eagerly, and behind `torch.ops.runtime.norm_silu` (to channels-last) and `norm_silu_` (in place)."""
     return pick(x, ref=norm_silu_ref, triton=norm_silu_triton, cuda=norm_silu_cuda)(x, gamma, silu, inplace, upsample)
 

@@ -1,9 +1,9 @@
 """dit-runtime: from a prompt to a video with a Sora-style video diffusion transformer.
 
-    import runtime
-    model = runtime.load("demo")
-    video = runtime.generate(model, runtime.Request(prompt="a red ball rolls left over green grass", seed=7))
-    video.save("ball.mp4")
+import runtime
+model = runtime.load("demo")
+video = runtime.generate(model, runtime.Request(prompt="a red ball rolls left over green grass", seed=7))
+video.save("ball.mp4")
 """
 
 from __future__ import annotations

@@ -25,16 +25,12 @@ class Cancelled(Exception):
     """Raised by an `on_step` callback to stop a generation between two steps."""
 
 
-def prepare_context(
-    model: Model, texts: Sequence[torch.Tensor], shape: tuple[int, int, int, int]
-) -> Context:
+def prepare_context(model: Model, texts: Sequence[torch.Tensor], shape: tuple[int, int, int, int]) -> Context:
     """Return what all steps share: per expert the projected text of each prompt [S, text_dim], and positions.
 
     `shape` is [C, T, H, W] of the latents.
     """
-    return Context(
-        tuple(network.project(texts, model.spec.text_length, shape[1:]) for network in model.transformers)
-    )
+    return Context(tuple(network.project(texts, model.spec.text_length, shape[1:]) for network in model.transformers))
 
 
 def switch_at(sigma: float, high: Denoiser, low: Denoiser) -> Denoiser:

@@ -246,4 +246,3 @@ def fingerprint(files: Mapping[str, Path] | tuple[Path, ...]) -> str:
                 handle.seek(i * (size - SAMPLE_BYTES) // 63)
                 digest.update(handle.read(SAMPLE_BYTES))
     return f"{'sampled-' if sampled else ''}sha256:{digest.hexdigest()[:32]}"
-

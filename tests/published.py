@@ -96,8 +96,15 @@ def tokenizer() -> object:
 
 def text_encoder(tiny: Tiny, seed: int) -> UMT5EncoderModel:
     config = UMT5Config(
-        vocab_size=len(tokenizer()), d_model=tiny.text_dim, d_kv=4, d_ff=24, num_layers=2, num_heads=3,
-        feed_forward_proj="gated-gelu", is_encoder_decoder=False, use_cache=False,
+        vocab_size=len(tokenizer()),
+        d_model=tiny.text_dim,
+        d_kv=4,
+        d_ff=24,
+        num_layers=2,
+        num_heads=3,
+        feed_forward_proj="gated-gelu",
+        is_encoder_decoder=False,
+        use_cache=False,
     )
     return randomise(UMT5EncoderModel(config), seed)
 

@@ -14,13 +14,13 @@ from typing import Any
 
 import pytest
 import torch
-from runtime.kernels.cases import CASES, Case, cases
-from runtime.kernels.verdicts import made
 
 from benchmarks import __main__ as command
 from benchmarks import kernels
 from benchmarks.baselines import Bar, baselines
 from benchmarks.kernels import limit, measure, table
+from runtime.kernels.cases import CASES, Case, cases
+from runtime.kernels.verdicts import made
 
 CPU = torch.device("cpu")
 MACHINE = {"name": "a GPU", "versions": {"torch": "2"}, "commit": "abc"}

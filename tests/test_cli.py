@@ -30,7 +30,9 @@ def run(*arguments: object) -> subprocess.CompletedProcess[str]:
 
 
 def test_generate_writes_a_video_and_a_receipt(tmp_path: Path) -> None:
-    done = run("generate", "a red ball", "-o", tmp_path / "ball.mp4", *QUICK, "--fps", 12, "--receipt", tmp_path / "r.json")
+    done = run(
+        "generate", "a red ball", "-o", tmp_path / "ball.mp4", *QUICK, "--fps", 12, "--receipt", tmp_path / "r.json"
+    )
     assert done.returncode == 0, done.stderr
     with av.open(str(tmp_path / "ball.mp4")) as file:
         stream = file.streams.video[0]
@@ -102,7 +104,11 @@ def test_info_names_what_is_missing(tmp_path: Path, capsys: pytest.CaptureFixtur
     ],
 )
 def test_mistakes_end_with_one_sentence(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], arguments: list[str], sentence: str
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    arguments: list[str],
+    sentence: str,
 ) -> None:
     monkeypatch.chdir(tmp_path)
     assert main(["generate", *arguments]) == 2
@@ -139,7 +145,9 @@ def test_a_full_disk(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
         subprocess.run(["umount", str(disk)], check=True)
 
 
-def test_our_fault_is_exit_code_1(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_our_fault_is_exit_code_1(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     monkeypatch.chdir(tmp_path)
 
     def fail(*_: object, **__: object) -> None:
@@ -170,7 +178,20 @@ def test_out_of_memory(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: 
 @pytest.mark.parametrize("kind", ["mp4", "gif", "folder"])
 def test_interrupting_leaves_no_half_file(tmp_path: Path, kind: str) -> None:
     target = tmp_path / ("frames" if kind == "folder" else f"ball.{kind}")
-    command = [sys.executable, "-u", "-m", "runtime", "generate", "a red ball", "-o", str(target), "--frames", "401", "--steps", "1"]
+    command = [
+        sys.executable,
+        "-u",
+        "-m",
+        "runtime",
+        "generate",
+        "a red ball",
+        "-o",
+        str(target),
+        "--frames",
+        "401",
+        "--steps",
+        "1",
+    ]
     child = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=os.environ.copy())
     deadline = time.monotonic() + 60
     while time.monotonic() < deadline and not list(tmp_path.iterdir()):  # until the writer has begun

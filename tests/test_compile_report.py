@@ -9,11 +9,11 @@ import sys
 from pathlib import Path
 
 import pytest
-from runtime.kernels.cases import CASES
 
 from benchmarks import __main__ as command
 from benchmarks import compile_report
 from benchmarks.compile_report import CHIPS, KIB, Row, parse_resources
+from runtime.kernels.cases import CASES
 
 pytest.importorskip("triton")
 
@@ -51,7 +51,7 @@ def test_every_kernel_on_every_chip(tmp_path: Path) -> None:
     assert {row["arch"] for row in rows} == set(CHIPS)
 
 
-SPILLING = '''
+SPILLING = """
 import sys
 import torch
 import triton
@@ -74,7 +74,7 @@ launch = Launch(hoard, (1,), {"x": x, "out": x}, {"BLOCK": 2**14}, {"num_warps":
 sys.modules["spilling"] = sys.modules[__name__]
 hoard.fn.__module__ = "spilling"
 print(*compiled(specialised(Case("hoard", "", lambda maker: {}), launch), "sm_90").faults)
-'''
+"""
 
 
 def test_spills_are_seen(tmp_path: Path) -> None:

@@ -15,11 +15,11 @@ from typing import Any
 
 import pytest
 import torch
+
+from runtime import kernels
 from runtime.kernels import backend, cuda
 from runtime.kernels.cases import Case, Maker, cases
 from runtime.kernels.qk_norm_rope import NORMS, PAIRINGS, AxisTables
-
-from runtime import kernels
 from tests.test_kernels import check, named
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -66,9 +66,7 @@ def resources(kernel: str, architecture: int, folder: Path) -> dict[str, tuple[i
     """Return (registers, bytes spilled) of each kernel in a file."""
     command = ["nvcc", "-std=c++17", "-O3", f"-arch=sm_{architecture}", "-Xptxas", "-v", "-cubin"]
     target = folder / f"{kernel}.cubin"
-    done = subprocess.run(
-        [*command, CSRC / f"{kernel}.cu", "-o", target], capture_output=True, text=True, check=False
-    )
+    done = subprocess.run([*command, CSRC / f"{kernel}.cu", "-o", target], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     pattern = (
         r"Compiling entry function '(\S+)'.*?"

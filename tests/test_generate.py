@@ -38,11 +38,13 @@ def test_same_seed_same_bytes(model: runtime.Model) -> None:
 
 def test_same_bytes_in_another_process(model: runtime.Model) -> None:
     code = (
-        "import hashlib, runtime, torch; torch.set_num_threads(%d);"
-        "r = runtime.Request(prompt=%r, num_frames=5, steps=3, seed=7);"
+        f"import hashlib, runtime, torch; torch.set_num_threads({torch.get_num_threads()});"
+        f"r = runtime.Request(prompt={REQUEST.prompt!r}, num_frames=5, steps=3, seed=7);"
         "print(hashlib.sha256(runtime.generate(runtime.load('demo'), r).frames.tobytes()).hexdigest())"
-    ) % (torch.get_num_threads(), REQUEST.prompt)
-    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=os.environ.copy())
+    )
+    run = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True, env=os.environ.copy()
+    )
     assert run.stdout.strip() == digest(runtime.generate(model, REQUEST))
 
 
@@ -143,7 +145,9 @@ def test_encode_equals_diffusers(model: runtime.Model) -> None:
     with torch.no_grad():
         mean = vae.encode(pixels).latent_dist.mode()[0]
     shape = (-1, 1, 1, 1)
-    theirs = (mean - torch.tensor(vae.config.latents_mean).view(shape)) / torch.tensor(vae.config.latents_std).view(shape)
+    theirs = (mean - torch.tensor(vae.config.latents_mean).view(shape)) / torch.tensor(vae.config.latents_std).view(
+        shape
+    )
     assert relative(runtime.encode(model, frames), theirs) <= 1e-4
 
 

@@ -14,18 +14,18 @@ from unittest import mock
 
 import pytest
 import torch
-from runtime.kernels.cases import CASES, Case, Maker, cases
-from runtime.kernels.tolerance import judge
-from runtime.kernels.verdicts import EIGHT_BITS, Standard, copied, implementations, made, run, tensors
 from torch.utils import _pytree as pytree
 
 from runtime import kernels
+from runtime.kernels.cases import CASES, Case, Maker, cases
+from runtime.kernels.tolerance import judge
+from runtime.kernels.verdicts import EIGHT_BITS, Standard, copied, implementations, made, run, tensors
 
 # Operations with tl.dot, which the interpreter gets wrong in bfloat16.
 MULTIPLYING = {"attention", "causal_conv3d", "linear_fp8", "mlp"}
 # What an operation may write to, besides what its argument `inplace` says.
 MAY_WRITE = {"qk_norm_rope": {"qkv"}}
-BATCHED = ("x", "y", "q", "k", "v", "qkv", "history")  # arguments whose first dimension is always B
+BATCHED = ("x", "y", "q", "k", "v", "qkv", "history", "residual")  # arguments whose first dimension is always B
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 interpreted = pytest.mark.skipif(not os.environ.get("TRITON_INTERPRET"), reason="Triton compiles here: see -m gpu")
@@ -56,8 +56,9 @@ def poisoned() -> Iterator[None]:
 
         return make_filled
 
-    with mock.patch.object(torch, "empty", filling(torch.empty)), mock.patch.object(
-        torch, "empty_like", filling(torch.empty_like)
+    with (
+        mock.patch.object(torch, "empty", filling(torch.empty)),
+        mock.patch.object(torch, "empty_like", filling(torch.empty_like)),
     ):
         yield
 
@@ -217,9 +218,7 @@ BEYOND: dict[str, Huge] = {
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize(
-    ("operation", "implementation"), [(op, name) for op in BEYOND for name in implementations(op)]
-)
+@pytest.mark.parametrize(("operation", "implementation"), [(op, name) for op in BEYOND for name in implementations(op)])
 def test_beyond_32_bits(operation: str, implementation: str) -> None:
     """More elements than an int32 counts: the first and the last part are what the reference makes of them alone."""
     arguments, cutter, dim = BEYOND[operation](Maker(torch.device("cuda"), torch.bfloat16))
@@ -236,6 +235,7 @@ def test_beyond_32_bits(operation: str, implementation: str) -> None:
 
 
 # One node in exported and compiled graphs.
+
 
 class Recorder(torch.fx.Interpreter):
     """Runs a graph and keeps the calls of `torch.ops.runtime`."""
@@ -309,6 +309,6 @@ def test_transformer_is_exported_whole() -> None:
     nodes = [str(node.target).split(".")[1] for node in exported.graph.nodes if str(node.target).startswith("runtime.")]
     counted = {name: nodes.count(name) for name in nodes}
     assert counted == {  # per block, and the head's modulate
-        "modulate": 2 * 2 + 1, "gate_residual": 2 * 2, "gate_residual_modulate": 2, "qk_norm_rope_": 2,
+        "modulate": 2 * 2 + 1, "gate_residual": 2, "gate_residual_modulate": 2, "qk_norm_rope_": 2,
         "attention": 2 * 2, "mlp": 2,
     }  # fmt: skip

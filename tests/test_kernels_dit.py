@@ -84,10 +84,16 @@ def test_qk_norm_rope(rows: int, length: int, heads: int, pairs: int, strided: b
 @settings(deadline=None, max_examples=40)
 @given(rows=small, length=small, keys=small, heads=small, size=st.integers(1, 8), biased=st.booleans())
 def test_attention(rows: int, length: int, keys: int, heads: int, size: int, biased: bool) -> None:
-    q, k, v = numbers(rows, length, heads, size), numbers(rows, keys, heads, size, seed=1), numbers(rows, keys, heads, size, seed=2)
+    q, k, v = (
+        numbers(rows, length, heads, size),
+        numbers(rows, keys, heads, size, seed=1),
+        numbers(rows, keys, heads, size, seed=2),
+    )
     bias = numbers(rows, 1, 1, keys, seed=3) if biased else None
     scores = torch.einsum("blnk,bsnk->bnls", q.double(), k.double()) / size**0.5
-    theirs = torch.einsum("bnls,bsnk->blnk", (scores + (0 if bias is None else bias)).softmax(-1), v.double()).flatten(2)
+    theirs = torch.einsum("bnls,bsnk->blnk", (scores + (0 if bias is None else bias)).softmax(-1), v.double()).flatten(
+        2
+    )
     assert relative(kernels.attention(q, k, v, bias), theirs) < 1e-5
 
 
@@ -100,7 +106,10 @@ X, W = numbers(2, 6, 4), numbers(4)
         (lambda: kernels.modulate(X[0]), r"x has shape \[6, 4\]"),
         (lambda: kernels.modulate(X.int()), "x has dtype torch.int32"),
         (lambda: kernels.modulate(X, numbers(1, 1, 4)), "together or not at all"),
-        (lambda: kernels.modulate(X, numbers(3, 1, 4), numbers(3, 1, 4)), r"scale has shape \[3, 1, 4\]; expected \[1 or 2"),
+        (
+            lambda: kernels.modulate(X, numbers(3, 1, 4), numbers(3, 1, 4)),
+            r"scale has shape \[3, 1, 4\]; expected \[1 or 2",
+        ),
         (lambda: kernels.modulate(X, numbers(1, 4, 4), numbers(1, 4, 4)), "M a divisor of 6"),
         (lambda: kernels.modulate(X, weight=numbers(5)), r"weight has shape \[5\]; expected \[4\]"),
         (lambda: kernels.gate_residual(X, X[:, :5]), r"y has shape \[2, 5, 4\]; expected \[2, 6, 4\]"),

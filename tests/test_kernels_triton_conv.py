@@ -9,11 +9,11 @@ from typing import Any
 
 import pytest
 import torch
+
 from runtime.kernels import backend, causal_conv3d
 from runtime.kernels.cases import Maker, cases
 from runtime.kernels.causal_conv3d import TILES, Tile, causal_conv3d_ref, choose_tile
 from runtime.kernels.tolerance import judge
-
 from runtime.models.wan import vae as wan_vae
 
 pytest.importorskip("triton")

@@ -10,12 +10,12 @@ from types import ModuleType
 import pytest
 import torch
 import torch.nn.functional as F
+
+from runtime import kernels
 from runtime.kernels import backend
 from runtime.kernels.cases import Case, Maker, attention_cases, linear_fp8_cases, mlp_cases
 from runtime.kernels.linear_fp8 import linear_fp8, quantise_rows, quantise_rows_ref, quantise_rows_triton
 from runtime.kernels.tolerance import judge
-
-from runtime import kernels
 
 pytest.importorskip("triton")
 

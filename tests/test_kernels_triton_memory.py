@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
+
+from runtime import kernels
 from runtime.kernels import backend
 from runtime.kernels.cases import Arguments, Case, Maker, cases
 from runtime.kernels.qk_norm_rope import NORMS, PAIRINGS, AxisTables
 from runtime.kernels.tolerance import judge
-
-from runtime import kernels
 
 pytest.importorskip("triton")
 

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
 from runtime.kernels.causal_conv3d import (
     causal_conv3d,
     causal_conv3d_ref,

@@ -86,7 +86,7 @@ DAMAGES: dict[str, tuple[Callable[[Path], None], type[Exception], str]] = {
     "index names a missing shard": (index_outside("gone.safetensors"), FileNotFoundError, "gone.safetensors"),
     "shapes": (wrong_shapes, ValueError, r"(has shape \[3, 5, 7\].*){5} and 2 more"),
     "missing tensor": (without_tensor, ValueError, "unexpected surprise; missing proj_out.weight"),
-    "config against weights": (deeper_config, ValueError, r"missing blocks\.2\..*do not fit|do not fit.*missing blocks"),
+    "config against weights": (deeper_config, ValueError, r"do not fit.*missing blocks\.2\."),
     "pickle": (pickled, ValueError, "is a pickle.*save_file"),
     "unknown pipeline": (
         lambda f: edit(f / "model_index.json", _class_name="FluxPipeline"), ValueError, "not a model of a known family"
@@ -164,7 +164,9 @@ def test_bfloat16_keeps_the_time_path_in_float32(published: Path) -> None:
     model = runtime.load(published, dtype="bfloat16")
     kinds = {name: p.dtype for name, p in model.transformers[0].named_parameters()}
     assert kinds["blocks.0.ffn_in.weight"] == torch.bfloat16
-    assert kinds["modulation"] == kinds["time_projection.weight"] == kinds["blocks.0.cross_norm.weight"] == torch.float32
+    assert (
+        kinds["modulation"] == kinds["time_projection.weight"] == kinds["blocks.0.cross_norm.weight"] == torch.float32
+    )
     request = runtime.Request(prompt="a red ball", seed=1)
     exact = runtime.generate(runtime.load(published), request).latents
     assert relative(runtime.generate(model, request).latents, exact) < 0.1
@@ -189,7 +191,9 @@ print((read("VmHWM") - before) / target)
 """
 
 
-@pytest.mark.parametrize(("stored", "wanted"), [("float32", "bfloat16"), ("bfloat16", "float32"), ("float32", "float32")])
+@pytest.mark.parametrize(
+    ("stored", "wanted"), [("float32", "bfloat16"), ("bfloat16", "float32"), ("float32", "float32")]
+)
 def test_peak_memory_of_loading(published: Path, tmp_path: Path, stored: str, wanted: str) -> None:
     """At most 1.15 times the weights in their target dtype, over shards, with one tensor larger than a window."""
     if not Path("/proc/self/status").exists():
@@ -250,7 +254,10 @@ def test_a_repository_in_the_local_cache(published: Path, monkeypatch: pytest.Mo
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
     code = "import runtime, sys; print(runtime.load('some/repo').spec.latent_channels)"
     run = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, env={**os.environ, "HF_HUB_CACHE": str(tmp_path / "hub")}
+        [sys.executable, "-c", code],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "HF_HUB_CACHE": str(tmp_path / "hub")},
     )
     assert run.stdout.strip() == "4", run.stderr
 

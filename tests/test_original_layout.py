@@ -59,8 +59,10 @@ CASES = {
 def written(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[WanPipeline, Path, Path]]:
     """Per case the reference pipeline, the folder in the diffusers layout, and the one in the original layout."""
     root = tmp_path_factory.mktemp("original")
-    return {name: (write(case, root / name), root / name / "diffusers", root / name / "original")
-            for name, case in CASES.items()}
+    return {
+        name: (write(case, root / name), root / name / "diffusers", root / name / "original")
+        for name, case in CASES.items()
+    }
 
 
 def write(case: Case, root: Path) -> WanPipeline:
@@ -87,9 +89,18 @@ def write(case: Case, root: Path) -> WanPipeline:
 def config_of(tiny: Tiny, **changed: object) -> dict:
     """Return the keys of a published config.json, and those of its code's defaults that tiny models need changed."""
     config = {
-        "_class_name": "WanModel", "_diffusers_version": "0.30.0", "dim": tiny.heads * tiny.head_dim, "eps": 1e-06,
-        "ffn_dim": tiny.ffn, "freq_dim": 32, "in_dim": tiny.channels, "model_type": "ti2v" if tiny.residual else "t2v",
-        "num_heads": tiny.heads, "num_layers": tiny.layers, "out_dim": tiny.channels, "text_len": tiny.text_length,
+        "_class_name": "WanModel",
+        "_diffusers_version": "0.30.0",
+        "dim": tiny.heads * tiny.head_dim,
+        "eps": 1e-06,
+        "ffn_dim": tiny.ffn,
+        "freq_dim": 32,
+        "in_dim": tiny.channels,
+        "model_type": "ti2v" if tiny.residual else "t2v",
+        "num_heads": tiny.heads,
+        "num_layers": tiny.layers,
+        "out_dim": tiny.channels,
+        "text_len": tiny.text_length,
     }
     return {**config, "text_dim": tiny.text_dim, "cross_attn_norm": tiny.cross_norm, **changed}
 
@@ -221,7 +232,8 @@ def published_vae22(width: int, decoder_width: int, z: int) -> dict[str, tuple[i
 
     multiples, time_down = (1, 2, 4, 4), (False, True, True)
     for part, list_name, base, count in (
-        ("encoder", "downsamples", width, 2), ("decoder", "upsamples", decoder_width, 3)
+        ("encoder", "downsamples", width, 2),
+        ("decoder", "upsamples", decoder_width, 3),
     ):
         down = part == "encoder"
         widths = [base * m for m in ((1, *multiples) if down else (4, *multiples[::-1]))]
@@ -387,11 +399,14 @@ def test_published_configs(tmp_path: Path, name: str) -> None:
 def write_vae_stub(folder: Path, channels: int, width: int, decoder_width: int) -> None:
     """Write those tensors of a VAE whose shapes its config is read off, without their bytes."""
     file = "Wan2.2_VAE.pth" if channels == 48 else "Wan2.1_VAE.pth"
-    torch.save({
-        "encoder.conv1.weight": torch.zeros(1).expand(width, 12 if channels == 48 else 3, 3, 3, 3),
-        "decoder.head.0.gamma": torch.zeros(1).expand(decoder_width, 1, 1, 1),
-        "conv2.weight": torch.zeros(1).expand(channels, channels, 1, 1, 1),
-    }, folder / file)
+    torch.save(
+        {
+            "encoder.conv1.weight": torch.zeros(1).expand(width, 12 if channels == 48 else 3, 3, 3, 3),
+            "decoder.head.0.gamma": torch.zeros(1).expand(decoder_width, 1, 1, 1),
+            "conv2.weight": torch.zeros(1).expand(channels, channels, 1, 1, 1),
+        },
+        folder / file,
+    )
 
 
 def test_pth_files_are_memory_mapped_and_read_when_needed(written: dict, monkeypatch: pytest.MonkeyPatch) -> None:

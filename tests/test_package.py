@@ -16,7 +16,17 @@ ROOT = Path(__file__).parent.parent
 def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The Python packages as a wheel would hold them."""
     folder = tmp_path_factory.mktemp("built")
-    command = [sys.executable, "setup.py", "-q", "egg_info", "--egg-base", str(folder), "build_py", "--build-lib", str(folder / "lib")]
+    command = [
+        sys.executable,
+        "setup.py",
+        "-q",
+        "egg_info",
+        "--egg-base",
+        str(folder),
+        "build_py",
+        "--build-lib",
+        str(folder / "lib"),
+    ]
     subprocess.run(command, cwd=ROOT, check=True, capture_output=True)
     return folder / "lib"
 

@@ -81,7 +81,9 @@ def test_a_damaged_entry_is_made_again(folder: Path) -> None:
         text.embedding(model, "a red ball")
 
 
-def test_a_cache_that_cannot_be_written_costs_only_time(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_cache_that_cannot_be_written_costs_only_time(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("DIT_RUNTIME_CACHE", str(tmp_path / "file"))
     with pytest.warns(UserWarning, match="cannot be written"):

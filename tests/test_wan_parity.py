@@ -103,8 +103,15 @@ def test_whole_request(
 ) -> None:
     pipe, folder = checkpoints[name]
     request = runtime.Request(
-        prompt=PROMPT, negative_prompt="blurry", width=width, height=height, num_frames=frames, steps=steps,
-        guidance=guidance, guidance_2=guidance_2, seed=11,
+        prompt=PROMPT,
+        negative_prompt="blurry",
+        width=width,
+        height=height,
+        num_frames=frames,
+        steps=steps,
+        guidance=guidance,
+        guidance_2=guidance_2,
+        seed=11,
     )
     video = runtime.generate(runtime.load(folder), request)
     latents, theirs = reference(pipe, CONFIGS[name].text_length, request)

@@ -25,9 +25,7 @@ def _axis_table(size: int, length: int, theta: float) -> torch.Tensor:
     return torch.stack([angles.cos(), angles.sin()], dim=2).float()
 
 
-def rotary_table(
-    head_size: int, grid: Sequence[int], max_positions: int, theta: float = 10000.0
-) -> torch.Tensor:
+def rotary_table(head_size: int, grid: Sequence[int], max_positions: int, theta: float = 10000.0) -> torch.Tensor:
     """Return (cos, sin) [L, K/2, 2] float32 for a (t, h, w) grid of tokens; t takes what h and w leave of the head.
 
     Raises ValueError where the grid is longer than `max_positions` on an axis.

@@ -114,9 +114,7 @@ class Context:
 class Transformer(Protocol):
     """What the stations ask of a family's transformer."""
 
-    def project(
-        self, texts: Sequence[torch.Tensor], text_length: int, latent_shape: tuple[int, int, int]
-    ) -> Projected:
+    def project(self, texts: Sequence[torch.Tensor], text_length: int, latent_shape: tuple[int, int, int]) -> Projected:
         """Project the text embeddings of R prompts, each [S, text_dim], and positions of (T, H, W), for all steps."""
         ...
 
@@ -138,9 +136,9 @@ class Autoencoder(Protocol):
     def encode_stream(
         self, chunks: Iterable[torch.Tensor], tile: tuple[int, int] | None = None
     ) -> Iterator[torch.Tensor]:
-        """Yield latent frames [B, C, 1, H, W] of chunks of pixels [B, 3, F, H, W] in [-1, 1]: one frame, then a stride's.
+        """Yield latent frames [B, C, 1, H, W] of chunks of pixels [B, 3, F, H, W] in [-1, 1].
 
-        `tile` as in `decode_stream`.
+        The first chunk holds one frame, each next one a stride's. `tile` as in `decode_stream`.
         """
         ...
 

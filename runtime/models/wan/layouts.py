@@ -59,13 +59,18 @@ def _open_diffusers(folder: Path) -> Checkpoint:
         config = TransformerConfig.from_dict(_config(folder / name / "config.json"))
         files, gone = find(folder / name, "diffusion_pytorch_model")
         missing += gone
-        transformers.append((config, Component(
-            name=name,
-            build=partial(WanTransformer, config, integer_time=schedule == "flow_linear"),
-            files=files,
-            keys=names.transformer_keys,
-            keep_float32=WanTransformer.keep_float32,
-        )))
+        transformers.append(
+            (
+                config,
+                Component(
+                    name=name,
+                    build=partial(WanTransformer, config, integer_time=schedule == "flow_linear"),
+                    files=files,
+                    keys=names.transformer_keys,
+                    keep_float32=WanTransformer.keep_float32,
+                ),
+            )
+        )
     vae_config = VAEConfig.from_dict(_config(folder / "vae" / "config.json"))
     vae_files, gone = find(folder / "vae", "diffusion_pytorch_model")
     text_files, gone_text = find(folder / "text_encoder", "model")
@@ -159,9 +164,17 @@ def _read_scheduler(file: Path) -> tuple[str, float | None, dict[str, Any], str]
         if config.get("prediction_type") != "flow_prediction" or not config.get("use_flow_sigmas"):
             raise ValueError(f"{file} is not a flow-matching schedule; supported: flow_prediction with use_flow_sigmas")
         demand(
-            predict_x0=True, thresholding=False, lower_order_final=True, final_sigmas_type="zero", solver_p=None,
-            use_dynamic_shifting=False, shift_terminal=None, use_karras_sigmas=False, use_exponential_sigmas=False,
-            use_beta_sigmas=False, num_train_timesteps=1000,
+            predict_x0=True,
+            thresholding=False,
+            lower_order_final=True,
+            final_sigmas_type="zero",
+            solver_p=None,
+            use_dynamic_shifting=False,
+            shift_terminal=None,
+            use_karras_sigmas=False,
+            use_exponential_sigmas=False,
+            use_beta_sigmas=False,
+            num_train_timesteps=1000,
         )
         options = {
             "order": int(config.get("solver_order", 2)),
@@ -171,8 +184,14 @@ def _read_scheduler(file: Path) -> tuple[str, float | None, dict[str, Any], str]
         return "flow_linear", float(config.get("flow_shift", 1.0)), options, "unipc"
     if kind == "FlowMatchEulerDiscreteScheduler":
         demand(
-            use_dynamic_shifting=False, invert_sigmas=False, shift_terminal=None, use_karras_sigmas=False,
-            use_exponential_sigmas=False, use_beta_sigmas=False, stochastic_sampling=False, num_train_timesteps=1000,
+            use_dynamic_shifting=False,
+            invert_sigmas=False,
+            shift_terminal=None,
+            use_karras_sigmas=False,
+            use_exponential_sigmas=False,
+            use_beta_sigmas=False,
+            stochastic_sampling=False,
+            num_train_timesteps=1000,
         )
         return "flow_euler", float(config.get("shift", 1.0)), {}, "euler"
     raise ValueError(
@@ -243,19 +262,21 @@ class OriginalConfig:
     @property
     def transformer(self) -> TransformerConfig:
         """The same numbers by their names in the diffusers layout."""
-        return TransformerConfig.from_dict({
-            "num_attention_heads": self.num_heads,
-            "attention_head_dim": self.dim // self.num_heads,
-            "in_channels": self.in_dim,
-            "out_channels": self.out_dim,
-            "text_dim": self.text_dim,
-            "freq_dim": self.freq_dim,
-            "ffn_dim": self.ffn_dim,
-            "num_layers": self.num_layers,
-            "eps": self.eps,
-            "patch_size": self.patch_size,
-            "cross_attn_norm": self.cross_attn_norm,
-        })
+        return TransformerConfig.from_dict(
+            {
+                "num_attention_heads": self.num_heads,
+                "attention_head_dim": self.dim // self.num_heads,
+                "in_channels": self.in_dim,
+                "out_channels": self.out_dim,
+                "text_dim": self.text_dim,
+                "freq_dim": self.freq_dim,
+                "ffn_dim": self.ffn_dim,
+                "num_layers": self.num_layers,
+                "eps": self.eps,
+                "patch_size": self.patch_size,
+                "cross_attn_norm": self.cross_attn_norm,
+            }
+        )
 
 
 def _open_original(folder: Path) -> Checkpoint:
@@ -267,13 +288,15 @@ def _open_original(folder: Path) -> Checkpoint:
     for place, config in zip(places, configs, strict=True):
         files, gone = find(place, "diffusion_pytorch_model")
         missing += gone
-        transformers.append(Component(
-            name=place.name if two else "transformer",
-            build=partial(WanTransformer, config.transformer),
-            files=files,
-            keys=names.original_transformer_keys,
-            keep_float32=WanTransformer.keep_float32,
-        ))
+        transformers.append(
+            Component(
+                name=place.name if two else "transformer",
+                build=partial(WanTransformer, config.transformer),
+                files=files,
+                keys=names.original_transformer_keys,
+                keep_float32=WanTransformer.keep_float32,
+            )
+        )
     vae_file = folder / ORIGINAL_VAES[configs[0].in_dim]
     text_file = folder / ORIGINAL_TEXT_ENCODER
     tokenizer = folder / "google" / "umt5-xxl"
@@ -305,7 +328,11 @@ def _original_vae_config(file: Path, z_dim: int) -> VAEConfig:
     numbers: dict[str, Any] = {"z_dim": z_dim, "latents_mean": mean, "latents_std": std}
     if z_dim == 48:
         numbers |= {
-            "is_residual": True, "patch_size": 2, "in_channels": 12, "out_channels": 12, "scale_factor_spatial": 16,
+            "is_residual": True,
+            "patch_size": 2,
+            "in_channels": 12,
+            "out_channels": 12,
+            "scale_factor_spatial": 16,
         }
     if file.exists():
         shapes = _shapes(file, {"encoder.conv1.weight": 5, "decoder.head.0.gamma": 4, "conv2.weight": 5})

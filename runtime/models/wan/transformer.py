@@ -62,7 +62,9 @@ class TransformerConfig:
                 )
         config = cls(**config_from(cls, given, "transformer config"))
         if config.attention_head_dim % 2 or config.attention_head_dim < 6:
-            raise ValueError(f"transformer config has attention_head_dim {config.attention_head_dim}; legal: even, 6 or more")
+            raise ValueError(
+                f"transformer config has attention_head_dim {config.attention_head_dim}; legal: even, 6 or more"
+            )
         return config
 
 
@@ -92,9 +94,7 @@ class WanTransformer(nn.Module):
         """Tell whether a parameter stays float32 in any dtype: the time path, modulation and norms, as published."""
         return name.startswith("time_") or "modulation" in name or "norm" in name
 
-    def project(
-        self, texts: Sequence[torch.Tensor], text_length: int, latent_shape: tuple[int, int, int]
-    ) -> Projected:
+    def project(self, texts: Sequence[torch.Tensor], text_length: int, latent_shape: tuple[int, int, int]) -> Projected:
         """Project the text embeddings of R prompts, each [S_r, text_dim] without padding, once for all steps.
 
         `text_length` is the length that the published model zero-pads to and attends to without a mask;
@@ -126,9 +126,7 @@ class WanTransformer(nn.Module):
         shape = x.shape
         h = self.patch_embedding(self.patchify(x.to(self.head.weight.dtype)))  # [B, L, D]
         modulation, head_modulation = self.modulate_time(sigma.view(len(sigma), -1))
-        for block, vectors, keys, values in zip(
-            self.blocks, modulation, projected.keys, projected.values, strict=True
-        ):
+        for block, vectors, keys, values in zip(self.blocks, modulation, projected.keys, projected.values, strict=True):
             h = block(h, vectors, keys, values, projected.bias, projected.rope)
         shift, scale = head_modulation.unbind(2)
         h = self.head(kernels.modulate(h, scale, shift, eps=self.config.eps))
@@ -191,8 +189,8 @@ class Block(nn.Module):
             cross = kernels.modulate(h, weight=self.cross_norm.weight, bias=self.cross_norm.bias, eps=self.eps)
         y = self.cross_attention(cross, keys, values, bias)
         h, x = kernels.gate_residual_modulate(h.expand_as(y), y, None, scale2, shift2, eps=self.eps)
-        y = kernels.mlp(x, self.ffn_in.weight, self.ffn_in.bias, self.ffn_out.weight, self.ffn_out.bias)
-        return kernels.gate_residual(h, y, gate2)
+        weights = self.ffn_in.weight, self.ffn_in.bias, self.ffn_out.weight, self.ffn_out.bias
+        return kernels.mlp(x, *weights, residual=h, gate=gate2)
 
 
 class SelfAttention(nn.Module):

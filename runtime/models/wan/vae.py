@@ -568,9 +568,7 @@ def pointwise(conv: nn.Conv2d | nn.Conv3d, x: torch.Tensor) -> torch.Tensor:
     return F.linear(x.movedim(1, -1), conv.weight.flatten(1), conv.bias).movedim(-1, 1)
 
 
-def assembled(
-    parts: Iterator[torch.Tensor], cuts: list[Tile], cells: tuple[int, int], scale: int
-) -> torch.Tensor:
+def assembled(parts: Iterator[torch.Tensor], cuts: list[Tile], cells: tuple[int, int], scale: int) -> torch.Tensor:
     """Put the results of the tiles of one chunk together, `scale` pixels per cell; a single one is the whole."""
     part = next(parts)
     if len(cuts) == 1:

@@ -18,9 +18,7 @@ def transformer_keys(module: nn.Module) -> dict[str, Slot]:
     config = cast(WanTransformer, module).config
     width = config.width
     keys = {
-        "patch_embedding.weight": Slot(
-            "patch_embedding.weight", shape=(width, config.in_channels, *config.patch_size)
-        ),
+        "patch_embedding.weight": Slot("patch_embedding.weight", shape=(width, config.in_channels, *config.patch_size)),
         "patch_embedding.bias": Slot("patch_embedding.bias"),
         "scale_shift_table": Slot("head_modulation", shape=(1, 2, width)),
     }
