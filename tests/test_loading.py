@@ -224,7 +224,7 @@ def test_a_damaged_tokenizer_is_named(folder: Path) -> None:
     for file in (folder / "tokenizer").iterdir():
         file.write_text("{")
     with pytest.raises(ValueError, match="the tokenizer in .* cannot be read"):
-        runtime.generate(runtime.load(folder), runtime.Request(prompt="a", steps=1))
+        runtime.generate(runtime.load(folder), runtime.Request(prompt="never encoded before", steps=1))
 
 
 def test_names(published: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
