@@ -55,7 +55,11 @@ def decode(
     notes: list[str] = [] if receipt is None else receipt.notes
 
     def frames() -> Iterator[np.ndarray]:
-        for chunk in ahead(lambda: timed(decode_chunks(model, latents, tile, kind, notes), stages)):
+        def chunks() -> Iterator[np.ndarray]:
+            return timed(decode_chunks(model, latents, tile, kind, notes), stages)
+
+        # On a CPU decoder and encoder share the cores, and a second thread's OpenMP workers only get in the way.
+        for chunk in chunks() if model.device.type == "cpu" else ahead(chunks):
             yield from chunk
 
     return Video(
