@@ -1,4 +1,4 @@
-"""The command line: python -m runtime generate | info.
+"""The command line: python -m runtime generate | decode | info.
 
 Exit codes: 0 done, 2 the request or its surroundings cannot work (one sentence says what to do), 1 a fault of ours,
 130 interrupted. No traceback without --debug, and no partial output file in any case.
@@ -70,6 +70,17 @@ def parser() -> argparse.ArgumentParser:
     make.add_argument("--receipt", metavar="FILE", help="write what was done as JSON")
     make.add_argument("--quiet", action="store_true", help="print nothing but errors")
 
+    make.add_argument("--latents", metavar="FILE", help="keep the denoised latents, written before decoding starts")
+
+    view = commands.add_parser("decode", parents=[shared], help="make a video of kept latents")
+    view.set_defaults(run=decode)
+    view.add_argument("latents", help="a file that generate --latents wrote")
+    view.add_argument("-o", "--output", default="video.mp4", metavar="PATH", help=".mp4 .webm .gif .png or a folder")
+    view.add_argument("--fps", type=float, metavar="F", help="frames per second (default: as asked for then)")
+    view.add_argument("--tile", type=parse_size, metavar="WIDTHxHEIGHT", help="pixels decoded at once, halo included")
+    view.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:N (default: auto)")
+    view.add_argument("--quiet", action="store_true", help="print nothing but errors")
+
     tell = commands.add_parser("info", parents=[shared], help="say what a model is and what of it is missing")
     tell.set_defaults(run=info)
     return top
@@ -96,10 +107,12 @@ def generate(options: argparse.Namespace) -> None:
         guidance_2=options.guidance_2, shift=options.shift, sampler=options.sampler, seed=options.seed,
     )  # fmt: skip
     check_writable(options.output)
-    if options.receipt:
-        check_receipt(options.receipt)
+    for what in ("receipt", "latents"):
+        if path := getattr(options, what):
+            check_file(path, what)
 
     import runtime
+    from runtime.latents import save_latents
     from runtime.trace import recording, span
 
     model = runtime.load(options.model, device=options.device, dtype=options.dtype, engine=options.engine)
@@ -109,6 +122,8 @@ def generate(options: argparse.Namespace) -> None:
         video = runtime.generate(model, resolved, on_step=progress)
     for note in video.receipt.notes:
         warnings.warn(note, stacklevel=1)
+    if options.latents:  # hours of denoising are not lost to a decode that fails
+        save_latents(options.latents, video.latents, {"model": model.spec.name, "fps": str(video.fps)})
     with Progress("decoding", "frame", quiet=options.quiet) as progress, recording(video.receipt.stages), span("save"):
         path = video.save(options.output, on_frame=progress)
     if options.receipt:
@@ -135,15 +150,38 @@ def report(video: Video, path: Path) -> None:
     print("seconds: " + ", ".join(f"{name} {value:.2f}" for name, value in seconds.items()))
 
 
-def check_receipt(path: str) -> None:
-    """Raise before any work where the receipt could not be written."""
+def check_file(path: str, what: str) -> None:
+    """Raise before any work where a file for `what` could not be written."""
     parent = Path(path).resolve().parent
     if Path(path).is_dir():
-        raise IsADirectoryError(f"the receipt {path} is a folder; legal: a file name, such as receipt.json")
+        raise IsADirectoryError(f"the file for the {what}, {path}, is a folder; legal: a file name")
     if not parent.is_dir():
-        raise FileNotFoundError(f"the folder {parent} for the receipt does not exist; make it or name another")
+        raise FileNotFoundError(f"the folder {parent} for the {what} does not exist; make it or name another")
     if not os.access(parent, os.W_OK):
-        raise PermissionError(f"the folder {parent} for the receipt cannot be written; name another")
+        raise PermissionError(f"the folder {parent} for the {what} cannot be written; name another")
+
+
+def decode(options: argparse.Namespace) -> None:
+    """Make a video of latents that were kept."""
+    from runtime.latents import load_latents
+    from runtime.progress import Progress
+    from runtime.video import check_writable
+
+    check_writable(options.output)
+    latents, notes = load_latents(options.latents)
+    if (kept := notes.get("model")) and kept != "demo" and options.model == "demo":
+        raise ValueError(f"{options.latents} holds latents of {kept}; name that model with --model")
+
+    import runtime
+
+    model = runtime.load(options.model, device=options.device)
+    tile = options.tile and (options.tile[1], options.tile[0])
+    fps = options.fps or float(notes.get("fps", model.spec.defaults.fps))
+    video = runtime.decode(model, latents, tile=tile, fps=fps)
+    with Progress("decoding", "frame", quiet=options.quiet) as progress:
+        path = video.save(options.output, on_frame=progress)
+    if not options.quiet:
+        print(f"{path}: {video.num_frames} frames, {video.width}x{video.height}, {video.fps:g} fps")
 
 
 def info(options: argparse.Namespace) -> None:

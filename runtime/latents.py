@@ -1,8 +1,15 @@
-"""Latents: seeded noise, and checks of latents that a user brings."""
+"""Latents: seeded noise, checks of latents that a user brings, and files of them."""
 
 from __future__ import annotations
 
+import os
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+
 import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 
 
 def draw_noise(shape: tuple[int, int, int, int], seed: int) -> torch.Tensor:
@@ -30,3 +37,24 @@ def check_latents(
     if bad:
         raise ValueError(f"{what} holds NaN or infinity in latent frame {bad[0]}; legal: finite numbers")
     return latents.detach().float().unsqueeze(0)
+
+
+def save_latents(path: str | Path, latents: torch.Tensor, notes: Mapping[str, str]) -> Path:
+    """Write latents [C, T, H, W] and notes about them as safetensors; the file appears only when it is complete."""
+    path = Path(path)
+    with tempfile.TemporaryDirectory(dir=path.absolute().parent, prefix=f".{path.name}.") as scratch:
+        unfinished = Path(scratch) / path.name
+        save_file({"latents": latents.contiguous()}, unfinished, metadata=dict(notes))
+        os.replace(unfinished, path)
+    return path
+
+
+def load_latents(path: str | Path) -> tuple[torch.Tensor, dict[str, str]]:
+    """Return (latents [C, T, H, W], notes) of a file that `save_latents` wrote; ValueError for any other."""
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"there is no file {path}; legal: latents that generate --latents wrote")
+    try:
+        with safe_open(path, framework="pt") as handle:
+            return handle.get_tensor("latents").clone(), dict(handle.metadata() or {})
+    except SafetensorError as error:
+        raise ValueError(f"{path} does not hold latents ({error}); legal: what generate --latents wrote") from error

@@ -47,6 +47,33 @@ def test_generate_writes_a_video_and_a_receipt(tmp_path: Path) -> None:
     assert sorted(p.name for p in tmp_path.iterdir()) == ["ball.mp4", "r.json"]
 
 
+def test_kept_latents_decode_to_the_same_video(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    kept, first, second = (tmp_path / name for name in ("x.safetensors", "a.mp4", "b.mp4"))
+    command = ["generate", "a red ball", *QUICK, "--fps", "12", "--quiet"]
+    assert main([*command, "-o", str(first), "--latents", str(kept)]) == 0
+    assert main(["decode", str(kept), "-o", str(second), "--quiet"]) == 0
+    assert first.read_bytes() == second.read_bytes()
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["a.mp4", "b.mp4", "x.safetensors"]
+    assert main(["decode", str(first), "-o", str(second)]) == 2
+    assert "does not hold latents" in capsys.readouterr().err
+    assert main(["decode", str(tmp_path / "gone"), "-o", str(second)]) == 2
+    assert "there is no file" in capsys.readouterr().err
+    assert main(["decode", str(kept), "-o", str(second), "--tile", "64x64"]) == 2
+    assert "halo" in capsys.readouterr().err
+
+
+def test_latents_survive_a_decode_that_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import torch
+
+    def fail(*_: object) -> None:
+        raise torch.OutOfMemoryError
+
+    monkeypatch.setattr("runtime.decoding._decode_on", fail)
+    command = ["generate", "a red ball", *QUICK, "-o", str(tmp_path / "a.mp4"), "--latents", str(tmp_path / "x")]
+    assert main([*command, "--quiet"]) == 2
+    assert [p.name for p in tmp_path.iterdir()] == ["x"]
+
+
 @pytest.mark.parametrize("name", ["clip.webm", "clip.gif", "frames", "still.png"])
 def test_other_formats(tmp_path: Path, name: str, capsys: pytest.CaptureFixture[str]) -> None:
     frames = "1" if name.endswith("png") else "5"
