@@ -122,7 +122,7 @@ def generate(options: argparse.Namespace) -> None:
         video = runtime.generate(model, resolved, on_step=progress)
     for note in video.receipt.notes:
         warnings.warn(note, stacklevel=1)
-    if options.latents:  # hours of denoising are not lost to a decode that fails
+    if options.latents and video.latents is not None:  # denoising is not lost to a decode that fails
         save_latents(options.latents, video.latents, {"model": model.spec.name, "fps": str(video.fps)})
     with Progress("decoding", "frame", quiet=options.quiet) as progress, recording(video.receipt.stages), span("save"):
         path = video.save(options.output, on_frame=progress)
