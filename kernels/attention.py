@@ -25,8 +25,7 @@ import torch
 import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from . import backend
-from .backend import capability_of, jit, launch, next_power_of_2, pick, register, tl, triton
+from .backend import capability_of, is_forced, jit, launch, next_power_of_2, pick, register, tl, triton
 from .checks import expect_floating, expect_shape
 
 HALVES = (torch.float16, torch.bfloat16)
@@ -297,7 +296,7 @@ def attention_picked(
         return q.new_zeros(q.shape).flatten(2)
     if core is not None:
         return named(core, call_of(q, k, bias)).run(q, k, v, bias)
-    if q.device.type == "cuda" and backend._forced.get() is None:
+    if q.device.type == "cuda" and not is_forced():
         return CORES[choose(call_of(q, k, bias), gpu_of(q.device))].run(q, k, v, bias)
     return pick(q, ref=attention_ref, triton=attention_triton if triton is not None else None)(q, k, v, bias)
 

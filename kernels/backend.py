@@ -47,6 +47,11 @@ def forced(name: str) -> Iterator[None]:
         _forced.reset(token)
 
 
+def is_forced() -> bool:
+    """Tell whether an implementation is forced, so that defaults of an operation's own do not apply."""
+    return _forced.get() is not None
+
+
 def pick(tensor: torch.Tensor, **implementations: Implementation | None) -> Implementation:
     """Return the implementation for a tensor: the forced one, Triton on an NVIDIA GPU, else the reference.
 

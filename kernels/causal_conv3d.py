@@ -28,8 +28,7 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 
-from . import backend
-from .backend import jit, launch, pick, register, tl, triton
+from .backend import is_forced, jit, launch, pick, register, tl, triton
 from .checks import expect_floating, expect_shape
 
 LARGE_BLOCK = 2**25  # bytes; a larger block that is freed goes back to the system, and the next one is zeroed anew
@@ -312,7 +311,7 @@ def causal_conv3d_picked(
     float32 on GPUs is left to cuDNN: Triton would multiply outside the tensor cores.
     """
     suits_triton = triton is not None and x.is_cuda and x.element_size() == 2
-    if suits_triton or backend._forced.get() is not None:
+    if suits_triton or is_forced():
         chosen = pick(x, ref=causal_conv3d_ref, triton=causal_conv3d_triton)
     else:
         by_taps = x.device.type == "cpu" and x.dtype == torch.float32

@@ -14,8 +14,7 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
-from . import backend
-from .backend import capability_of, jit, launch, next_power_of_2, pick, register, tl, triton
+from .backend import capability_of, is_forced, jit, launch, next_power_of_2, pick, register, tl, triton
 from .checks import expect_floating, expect_shape
 from .mlp import linear_triton, rows_of
 
@@ -135,7 +134,7 @@ def linear_fp8_picked(
     """The forced implementation; else PyTorch's product where it takes the call, then Triton's, then the reference."""
     if x.numel() == 0:
         return x.new_zeros(*x.shape[:-1], weight_fp8.shape[0])
-    if backend._forced.get() is None and cutlass_takes(x, weight_fp8):
+    if not is_forced() and cutlass_takes(x, weight_fp8):
         return linear_fp8_cutlass(x, weight_fp8, weight_scale, bias, gelu)
     ours = linear_fp8_triton if has_fp8(x.device) else None
     return pick(x, ref=linear_fp8_ref, triton=ours)(x, weight_fp8, weight_scale, bias, gelu)

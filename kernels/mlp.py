@@ -15,8 +15,7 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
-from . import backend
-from .backend import jit, launch, pick, register, tl, triton
+from .backend import is_forced, jit, launch, pick, register, tl, triton
 from .checks import expect_floating, expect_groups, expect_shape
 from .gate_residual import gate_residual
 
@@ -207,7 +206,7 @@ def mlp_picked(
     arguments = (x, w_in, b_in, w_out, b_out, residual, gate)
     if x.numel() == 0:
         return x.new_zeros(*x.shape[:2], w_out.shape[0])
-    if backend._forced.get() is None:
+    if not is_forced():
         if x.device.type == "cuda" and x.dtype in (torch.float16, torch.bfloat16):
             return mlp_cublas(*arguments)
         if x.device.type == "cpu" and x.dtype == torch.float32 and torch.backends.mkldnn.is_available():

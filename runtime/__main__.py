@@ -200,7 +200,9 @@ def explain(error: Exception) -> tuple[int, str]:
         if isinstance(error, OSError) and error.strerror:
             sentence = f"{error.strerror}: {error.filename}" if error.filename else error.strerror
         return 2, sentence
-    if type(error).__name__ in ("OutOfMemoryError", "MemoryError"):
+    from runtime.decoding import out_of_memory
+
+    if out_of_memory(error):
         return 2, "out of memory; ask for a smaller --size or fewer --frames, or use a device with more memory"
     return 1, f"{type(error).__name__}: {sentence} (a fault of dit-runtime: run again with --debug and report it)"
 

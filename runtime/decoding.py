@@ -7,7 +7,6 @@ give the same numbers, so frames that are out stay, and the clip goes on where i
 from __future__ import annotations
 
 import contextvars
-import copy
 import gc
 import queue
 import threading
@@ -21,7 +20,7 @@ import torch
 
 from runtime.latents import check_latents
 from runtime.model import Model, choose_dtype
-from runtime.models.spec import Autoencoder
+from runtime.models.spec import nearest_counts, nearest_multiples
 from runtime.receipt import Receipt
 from runtime.trace import Stages, recording, span
 from runtime.video import Video
@@ -113,8 +112,8 @@ def decode_chunks(
 
     What happened on the way down the ladder is added to `notes`. Raises the last rung's out-of-memory error.
     """
-    _, across, _ = model.spec.stride
-    rungs = ladder(model, latents.shape[3] * across, latents.shape[4] * across, tile)
+    _, down, across = model.spec.stride
+    rungs = ladder(model, latents.shape[3] * down, latents.shape[4] * across, tile)
     done = 0
     for rung, below in zip(rungs, [*rungs[1:], None], strict=True):
         try:
@@ -138,22 +137,9 @@ def decode_chunks(
 @torch.inference_mode()
 def _decode_on(model: Model, latents: torch.Tensor, rung: Rung, dtype: torch.dtype) -> Iterator[np.ndarray]:
     device = torch.device("cpu") if rung.on_cpu else model.device
-    network = _placed(model, device, dtype)
+    network = model.autoencoder(device, dtype)
     for pixels in network.decode_stream(latents.to(device), rung.tile):
         yield to_bytes(pixels[0])
-
-
-def _placed(model: Model, device: torch.device, dtype: torch.dtype) -> Autoencoder:
-    """Return the autoencoder on a device in a dtype; one copy of another kind is kept with the model."""
-    if device.type == model.device.type and dtype == torch.float32:
-        return model.vae
-    kept: tuple[Any, Autoencoder] | None = model.__dict__.get("_other_vae")
-    if kept is None or kept[0] != (device, dtype):
-        other = copy.deepcopy(model.vae)
-        assert isinstance(other, torch.nn.Module)
-        kept = ((device, dtype), other.to(device, dtype))
-        model.__dict__["_other_vae"] = kept
-    return kept[1]
 
 
 def out_of_memory(error: BaseException) -> bool:
@@ -228,7 +214,7 @@ def encode(
     kind = torch.float32 if dtype is None else choose_dtype(dtype, model.device)
     with torch.inference_mode():
         chunks = _pixel_chunks(iter(frames), model.spec.stride[0], model.device)
-        latents = list(_placed(model, model.device, kind).encode_stream(chunks, tile))
+        latents = list(model.autoencoder(model.device, kind).encode_stream(chunks, tile))
         joined = torch.cat(latents, dim=2)[0].float().cpu()
     return joined.clone()
 
@@ -236,17 +222,14 @@ def encode(
 def _check_clip(model: Model, count: int, height: int, width: int) -> None:
     time, down, across = model.spec.stride
     if height % down or width % across or not height or not width:
-        low = (max(width // across, 1) * across, max(height // down, 1) * down)
-        high = (-(-max(width, 1) // across) * across, -(-max(height, 1) // down) * down)
+        widths, heights = nearest_multiples(width, across), nearest_multiples(height, down)
         raise ValueError(
             f"the frames are {width}x{height}; {model.spec.name} takes widths in multiples of {across} and heights of "
-            f"{down}: scale or crop to {low[0]}x{low[1]} or {high[0]}x{high[1]}"
+            f"{down}: scale or crop to {widths[0]}x{heights[0]} or {widths[1]}x{heights[1]}"
         )
     if count < 1 or (count - 1) % time:
-        low_count = max(count - 1, 0) // time * time + 1
-        raise ValueError(
-            f"there are {count} frames; {model.spec.name} takes 1 + {time} * n: give {low_count} or {low_count + time}"
-        )
+        below, above = nearest_counts(count, time)
+        raise ValueError(f"there are {count} frames; {model.spec.name} takes 1 + {time} * n: give {below} or {above}")
 
 
 def _pixel_chunks(frames: Iterator[np.ndarray], step: int, device: torch.device) -> Iterator[torch.Tensor]:

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import os
-import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+
+from runtime.weights import publish
 
 
 def draw_noise(shape: tuple[int, int, int, int], seed: int) -> torch.Tensor:
@@ -41,12 +40,8 @@ def check_latents(
 
 def save_latents(path: str | Path, latents: torch.Tensor, notes: Mapping[str, str]) -> Path:
     """Write latents [C, T, H, W] and notes about them as safetensors; the file appears only when it is complete."""
-    path = Path(path)
-    with tempfile.TemporaryDirectory(dir=path.absolute().parent, prefix=f".{path.name}.") as scratch:
-        unfinished = Path(scratch) / path.name
-        save_file({"latents": latents.contiguous()}, unfinished, metadata=dict(notes))
-        os.replace(unfinished, path)
-    return path
+    publish(Path(path), {"latents": latents}, notes)
+    return Path(path)
 
 
 def load_latents(path: str | Path) -> tuple[torch.Tensor, dict[str, str]]:

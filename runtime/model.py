@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -30,11 +31,22 @@ class Model:
     dtype: torch.dtype
     engine: str
     load_stages: Stages = field(default_factory=dict)
+    _other_vae: tuple[torch.device, torch.dtype, Autoencoder] | None = field(default=None, repr=False)
 
     @property
     def spec(self) -> ModelSpec:
         """The model's facts and defaults."""
         return self.checkpoint.spec
+
+    def autoencoder(self, device: torch.device, dtype: torch.dtype) -> Autoencoder:
+        """Return the autoencoder on a device in a dtype; beside the loaded one, the last other copy is kept."""
+        if device.type == self.device.type and dtype == torch.float32:
+            return self.vae
+        if self._other_vae is None or self._other_vae[:2] != (device, dtype):
+            other = copy.deepcopy(self.vae)
+            assert isinstance(other, torch.nn.Module)
+            self._other_vae = device, dtype, other.to(device, dtype)
+        return self._other_vae[2]
 
     @cached_property
     def text_encoder(self) -> Any:

@@ -6,7 +6,7 @@ import math
 import secrets
 from dataclasses import dataclass, replace
 
-from runtime.models.spec import ModelSpec
+from runtime.models.spec import ModelSpec, nearest_counts, nearest_multiples
 from runtime.samplers import LEGAL_OPTIONS
 
 
@@ -79,18 +79,16 @@ class Request:
         assert self.width and self.height and self.num_frames
         down, across = spec.size_multiple
         if self.height % down or self.width % across:
-            below = (max(self.width // across, 1) * across, max(self.height // down, 1) * down)
-            above = (-(-self.width // across) * across, -(-self.height // down) * down)
+            widths, heights = nearest_multiples(self.width, across), nearest_multiples(self.height, down)
             raise ValueError(
                 f"the size is {self.width}x{self.height}; {spec.name} makes widths in multiples of {across} and "
-                f"heights of {down}: take {below[0]}x{below[1]} or {above[0]}x{above[1]}"
+                f"heights of {down}: take {widths[0]}x{heights[0]} or {widths[1]}x{heights[1]}"
             )
         time = spec.stride[0] * spec.patch[0]
         if (self.num_frames - 1) % time:
-            below_frames = (self.num_frames - 1) // time * time + 1
+            below, above = nearest_counts(self.num_frames, time)
             raise ValueError(
-                f"num_frames is {self.num_frames}; {spec.name} makes 1 + {time} * n frames: "
-                f"take {below_frames} or {below_frames + time}"
+                f"num_frames is {self.num_frames}; {spec.name} makes 1 + {time} * n frames: take {below} or {above}"
             )
         for what, given, tokens, per_token in (
             ("num_frames", self.num_frames, 1 + (self.num_frames - 1) // time, time),

@@ -7,7 +7,6 @@ import html
 import json
 import os
 import re
-import tempfile
 import warnings
 from collections import OrderedDict
 from dataclasses import dataclass
@@ -16,11 +15,11 @@ from pathlib import Path
 import ftfy
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 
 from runtime.model import Model
 from runtime.request import Request
 from runtime.trace import span
+from runtime.weights import publish
 
 MEMORY_ENTRIES = 256
 DISK_ENTRIES = 4096
@@ -126,12 +125,9 @@ def _write(key: str, entry: Embedding) -> None:
     folder = cache_folder()
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=folder) as scratch:
-            file = Path(scratch) / "entry"
-            save_file({"tokens": entry.tokens.contiguous()}, file, metadata={"cut": entry.cut})
-            file.replace(folder / f"{key}.safetensors")
+        publish(folder / f"{key}.safetensors", {"tokens": entry.tokens}, {"cut": entry.cut})
         _prune(folder)
-    except (OSError, SafetensorError) as error:
+    except OSError as error:
         warnings.warn(f"the text cache in {folder} cannot be written ({error}); going on without", stacklevel=2)
 
 

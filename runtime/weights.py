@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +16,7 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import nn
 
 # How much of a file is read between two openings: touched pages count as resident memory until the file is closed.
@@ -106,12 +108,12 @@ def _allocate(
 def pieces(files: tuple[Path, ...]) -> Iterator[tuple[str, tuple[int, ...], int, torch.Tensor]]:
     """Yield (name, full shape, first row, rows from there on) over all tensors of all files, a window at a time."""
     for file in files:
-        handle, opened = None, 0
-        for name, (shape, _) in shapes(file).items():
+        handle, opened = WeightFile(file), 0
+        for name, (shape, _) in handle.shapes().items():
             count = shape[0] if shape else 1
             first = 0
             while first == 0 or first < count:
-                if handle is None or opened >= WINDOW_BYTES:
+                if opened >= WINDOW_BYTES:
                     handle, opened = WeightFile(file), 0
                 piece = handle.rows(name, first, WINDOW_BYTES) if shape else handle.whole(name)
                 opened += piece.nbytes
@@ -137,10 +139,9 @@ class WeightFile:
 
     def rows(self, name: str, first: int, most: int) -> torch.Tensor:
         """Return rows of a tensor from `first` on, of at most `most` bytes, or one."""
-        tensor = self.tensors[name] if self.tensors else self.slices.get_slice(name)[first : first + 1]
-        count = max(most // max(tensor[:1].nbytes, 1), 1)
-        stop = first + count
-        return self.tensors[name][first:stop] if self.tensors else self.slices.get_slice(name)[first:stop]
+        tensor = self.tensors[name] if self.tensors else self.slices.get_slice(name)
+        count = max(most // max(tensor[first : first + 1].nbytes, 1), 1)
+        return tensor[first : first + count]
 
     def shapes(self) -> dict[str, tuple[tuple[int, ...], str]]:
         """Return name -> (shape, dtype)."""
@@ -191,6 +192,17 @@ def refusal(file: Path) -> str:
         f"{file} is a pickle, which can run code when it is read; legal are safetensors files. Convert it where you "
         "trust it: safetensors.torch.save_file(torch.load(FILE, weights_only=True), 'model.safetensors')"
     )
+
+
+def publish(path: Path, tensors: Mapping[str, torch.Tensor], notes: Mapping[str, str]) -> None:
+    """Write tensors and notes as safetensors; the file appears only when it is complete. OSError where it cannot."""
+    with tempfile.TemporaryDirectory(dir=path.absolute().parent, prefix=f".{path.name}.") as scratch:
+        unfinished = Path(scratch) / "unfinished"
+        try:
+            save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, unfinished, dict(notes))
+        except SafetensorError as error:
+            raise OSError(f"{path} cannot be written ({error}); free some space or name another place") from error
+        unfinished.replace(path)
 
 
 def find(folder: Path, stem: str) -> tuple[tuple[Path, ...], tuple[str, ...]]:

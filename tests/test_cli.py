@@ -172,6 +172,34 @@ def test_a_full_disk(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
         subprocess.run(["umount", str(disk)], check=True)
 
 
+def test_memory_that_the_host_lacks(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+
+    def fail(*_: object, **__: object) -> None:
+        raise RuntimeError("[enforce fail at alloc_cpu.cpp] DefaultCPUAllocator: can't allocate memory")
+
+    monkeypatch.setattr("runtime.pipeline.denoise", fail)
+    assert main(["generate", "a"]) == 2
+    assert "smaller --size" in capsys.readouterr().err
+
+
+def test_latents_that_cannot_be_kept(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from safetensors import SafetensorError
+
+    def fail(*_: object) -> None:
+        raise SafetensorError('I/O error: Os { code: 28, message: "No space left on device" }')
+
+    monkeypatch.setattr("runtime.weights.save_file", fail)
+    command = ["generate", "a red ball", *QUICK, "-o", str(tmp_path / "a.mp4"), "--latents", str(tmp_path / "x")]
+    assert main([*command, "--quiet"]) == 2
+    assert "cannot be written" in capsys.readouterr().err.splitlines()[-1]
+    assert not list(tmp_path.iterdir())
+
+
 def test_our_fault_is_exit_code_1(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -54,6 +54,17 @@ class ModelSpec:
         return self.latent_channels, (num_frames - 1) // t + 1, height // h, width // w
 
 
+def nearest_multiples(value: int, step: int) -> tuple[int, int]:
+    """Return the positive multiples of `step` next to `value`, below and above."""
+    return max(value // step, 1) * step, -(-max(value, 1) // step) * step
+
+
+def nearest_counts(count: int, step: int) -> tuple[int, int]:
+    """Return the numbers of frames 1 + n * step next to `count`, below and above it."""
+    below = max(count - 1, 0) // step * step + 1
+    return below, below + step
+
+
 @dataclass(frozen=True)
 class Checkpoint:
     """A model on disk, described from its configs alone; nothing of its weights has been read."""
