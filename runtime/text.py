@@ -16,6 +16,7 @@ import ftfy
 import torch
 from safetensors import SafetensorError, safe_open
 
+from runtime.engines.store import cache_root
 from runtime.model import Model
 from runtime.request import Request
 from runtime.trace import span
@@ -100,10 +101,8 @@ def cache_key(model: Model, text: str) -> str:
 
 
 def cache_folder() -> Path:
-    """Return the folder of cached embeddings, under $DIT_RUNTIME_CACHE or the user's cache folder."""
-    root = os.environ.get("DIT_RUNTIME_CACHE")
-    base = Path(root) if root else Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "dit-runtime"
-    return base / "text"
+    """Return the folder of cached embeddings."""
+    return cache_root() / "text"
 
 
 def _read(key: str) -> Embedding | None:
