@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
+from torch import nn
 
 from runtime.weights import Component
 
@@ -122,6 +123,14 @@ class Context:
         return Context(tuple(projected.row(index) for projected in self.experts))
 
 
+RunBlock = Callable[..., torch.Tensor]  # (block, *the block's arguments) -> what the block returns
+
+
+def run_block(block: nn.Module, *arguments: Any) -> torch.Tensor:
+    """Call a block as it is written."""
+    return block(*arguments)
+
+
 class Transformer(Protocol):
     """What the stations ask of a family's transformer."""
 
@@ -129,8 +138,26 @@ class Transformer(Protocol):
         """Project the text embeddings of R prompts, each [S, text_dim], and positions of (T, H, W), for all steps."""
         ...
 
-    def __call__(self, x: torch.Tensor, sigma: torch.Tensor, projected: Projected) -> torch.Tensor:
-        """Return the velocity [R, C, T, H, W] float32; the arguments are a Denoiser's."""
+    def __call__(
+        self, x: torch.Tensor, sigma: torch.Tensor, projected: Projected, run: RunBlock = run_block
+    ) -> torch.Tensor:
+        """Return the velocity [R, C, T, H, W] float32; the arguments are a Denoiser's. `run` calls each block."""
+        ...
+
+    def patchify(self, x: torch.Tensor) -> torch.Tensor:
+        """Cut x [B, C, T, H, W] into tokens [B, L, C']."""
+        ...
+
+    def unpatchify(self, h: torch.Tensor, shape: torch.Size) -> torch.Tensor:
+        """Join the tokens [R, L, C''] of a velocity into [R, C, T, H, W], where x had `shape`."""
+        ...
+
+    def times(self, sigma: torch.Tensor) -> torch.Tensor:
+        """Turn sigma into the model's own times [B, M] float32, on its device."""
+        ...
+
+    def flow(self, tokens: torch.Tensor, time: torch.Tensor, projected: Projected) -> torch.Tensor:
+        """Return the velocity's tokens: what lies between `patchify` and `unpatchify`, tensors alone."""
         ...
 
 

@@ -18,7 +18,7 @@ from torch import nn
 
 from runtime import kernels
 from runtime.models.layers import rotary_table, timestep_embedding
-from runtime.models.spec import Projected, config_from
+from runtime.models.spec import Projected, RunBlock, config_from, run_block
 
 Attention = Callable[..., torch.Tensor]
 
@@ -121,24 +121,38 @@ class WanTransformer(nn.Module):
             rope=rope.to(device),
         )
 
-    def forward(self, x: torch.Tensor, sigma: torch.Tensor, projected: Projected) -> torch.Tensor:
+    def forward(
+        self, x: torch.Tensor, sigma: torch.Tensor, projected: Projected, run: RunBlock = run_block
+    ) -> torch.Tensor:
         """Return the velocity [R, C, T, H, W] float32 of x [B, C, T, H, W] at sigma [B] or [B, T], B = R or 1."""
-        shape = x.shape
-        h = self.patch_embedding(self.patchify(x.to(self.head.weight.dtype)))  # [B, L, D]
-        modulation, head_modulation = self.modulate_time(sigma.view(len(sigma), -1))
-        for block, vectors, keys, values in zip(self.blocks, modulation, projected.keys, projected.values, strict=True):
-            h = block(h, vectors, keys, values, projected.bias, projected.rope)
-        shift, scale = head_modulation.unbind(2)
-        h = self.head(kernels.modulate(h, scale, shift, eps=self.config.eps))
-        return self.unpatchify(h, shape).float()
+        tokens = self.patchify(x.to(self.head.weight.dtype))
+        return self.unpatchify(self.flow(tokens, self.times(sigma), projected, run), x.shape).float()
 
-    def modulate_time(self, sigma: torch.Tensor) -> tuple[Sequence[torch.Tensor], torch.Tensor]:
-        """Turn sigma [B, M] into modulation vectors: per block [B, M, 6, D], for the head [B, M, 2, D]; float32."""
-        time = sigma * 1000.0
+    def flow(
+        self, tokens: torch.Tensor, time: torch.Tensor, projected: Projected, run: RunBlock = run_block
+    ) -> torch.Tensor:
+        """Return the velocity's patches [R, L, C * pt * ph * pw] of x's patches, same but [B, ...], at times [B, M].
+
+        Tensors in, tensors out, L tokens whatever grid they come from: what engines export. `run(block, *arguments)`
+        calls each block.
+        """
+        h = self.patch_embedding(tokens)  # [B, L, D]
+        modulation, head_modulation = self.modulate_time(time)
+        for block, vectors, keys, values in zip(self.blocks, modulation, projected.keys, projected.values, strict=True):
+            h = run(block, h, vectors, keys, values, projected.bias, projected.rope)
+        shift, scale = head_modulation.unbind(2)
+        return self.head(kernels.modulate(h, scale, shift, eps=self.config.eps))
+
+    def times(self, sigma: torch.Tensor) -> torch.Tensor:
+        """Turn sigma [B] or [B, T] float64 into the model's own times [B, M] float32, on its device."""
+        time = sigma.view(len(sigma), -1) * 1000.0
         if self.integer_time:
             time = time.floor()
-        time = time.float().to(self.time_in.weight.device)
-        t = timestep_embedding(time.flatten(), self.config.freq_dim).unflatten(0, sigma.shape)
+        return time.float().to(self.time_in.weight.device)
+
+    def modulate_time(self, time: torch.Tensor) -> tuple[Sequence[torch.Tensor], torch.Tensor]:
+        """Turn times [B, M] into modulation vectors: per block [B, M, 6, D], for the head [B, M, 2, D]; float32."""
+        t = timestep_embedding(time.flatten(), self.config.freq_dim).unflatten(0, time.shape)
         t = self.time_out(F.silu(self.time_in(t)))  # [B, M, D]
         vectors = self.time_projection(F.silu(t)).unflatten(2, (6, -1))  # [B, M, 6, D]
         modulation = vectors + self.modulation[:, None, None]  # [blocks, B, M, 6, D]
