@@ -25,7 +25,7 @@ import torch
 import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from .backend import capability_of, is_forced, jit, launch, next_power_of_2, pick, register, tl, triton
+from .backend import capability_of, is_forced, is_opaque, jit, launch, next_power_of_2, pick, register, tl, triton
 from .checks import expect_floating, expect_shape
 
 HALVES = (torch.float16, torch.bfloat16)
@@ -34,6 +34,8 @@ TUNED = Path(__file__).parent / "tuned"
 
 def attention_ref(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
     """The definition, by PyTorch's own attention."""
+    if bias is not None and torch.compiler.is_compiling():
+        bias = bias.expand(-1, -1, q.shape[1], -1)  # other formats broadcast a bias over heads, not over queries
     out = F.scaled_dot_product_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), attn_mask=bias)
     return out.transpose(1, 2).flatten(2)
 
@@ -332,6 +334,6 @@ def attention(
         if bias.dim() != 4 or bias.shape[0] not in (1, rows):
             raise ValueError(f"bias has shape {list(bias.shape)}; expected [1 or {rows}, 1, 1, {k.shape[1]}]")
         expect_shape("bias", bias, (None, 1, 1, k.shape[1]))
-    if torch.compiler.is_compiling():
+    if is_opaque():
         return torch.ops.runtime.attention(q, k, v, bias, core)
     return attention_picked(q, k, v, bias, core)

@@ -52,6 +52,14 @@ def is_forced() -> bool:
     return _forced.get() is not None
 
 
+def is_opaque() -> bool:
+    """Tell whether a tracer runs that shall see one node per operation.
+
+    Under `forced("ref")` torch.export sees the definition's own steps instead; Dynamo cannot read a context variable.
+    """
+    return torch.compiler.is_compiling() and (torch.compiler.is_dynamo_compiling() or not is_forced())
+
+
 def pick(tensor: torch.Tensor, **implementations: Implementation | None) -> Implementation:
     """Return the implementation for a tensor: the forced one, Triton on an NVIDIA GPU, else the reference.
 

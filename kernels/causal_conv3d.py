@@ -28,7 +28,7 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 
-from .backend import is_forced, jit, launch, pick, register, tl, triton
+from .backend import is_forced, is_opaque, jit, launch, pick, register, tl, triton
 from .checks import expect_floating, expect_shape
 
 LARGE_BLOCK = 2**25  # bytes; a larger block that is freed goes back to the system, and the next one is zeroed anew
@@ -360,6 +360,6 @@ def causal_conv3d(
     for name, tensor in (("weight", weight), ("bias", bias), ("history", history), ("residual", residual)):
         if tensor is not None and tensor.dtype != x.dtype:
             raise ValueError(f"{name} has dtype {tensor.dtype}; expected that of x, {x.dtype}")
-    if torch.compiler.is_compiling():
+    if is_opaque():
         return torch.ops.runtime.causal_conv3d(x, weight, bias, history, stride, residual)
     return causal_conv3d_picked(x, weight, bias, history, stride, residual)

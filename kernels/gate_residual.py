@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from .backend import jit, launch, next_power_of_2, pick, register, tl
+from .backend import is_opaque, jit, launch, next_power_of_2, pick, register, tl
 from .checks import expect_floating, expect_groups, expect_shape
 from .cuda import gate_residual_cuda, gate_residual_modulate_cuda
 from .modulate import adapt, expect_modulation, modulate_ref
@@ -162,7 +162,7 @@ register(
 def gate_residual(x: torch.Tensor, y: torch.Tensor, gate: torch.Tensor | None = None) -> torch.Tensor:
     """Return x + gate * y, [B, L, D]; ValueError for shapes that do not fit together."""
     _expect_sum(x, y, gate)
-    if torch.compiler.is_compiling():
+    if is_opaque():
         return torch.ops.runtime.gate_residual(x, y, gate)
     return gate_residual_picked(x, y, gate)
 
@@ -181,7 +181,7 @@ def gate_residual_modulate(
     """Return (x + gate * y, modulate(x + gate * y, scale, shift)), both [B, L, D]; ValueError as its two parts."""
     _expect_sum(x, y, gate)
     expect_modulation(x, scale, shift, weight, bias)
-    if torch.compiler.is_compiling():
+    if is_opaque():
         return torch.ops.runtime.gate_residual_modulate(x, y, gate, scale, shift, weight, bias, eps)
     return gate_residual_modulate_picked(x, y, gate, scale, shift, weight, bias, eps)
 

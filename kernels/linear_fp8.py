@@ -14,7 +14,7 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
-from .backend import capability_of, is_forced, jit, launch, next_power_of_2, pick, register, tl, triton
+from .backend import capability_of, is_forced, is_opaque, jit, launch, next_power_of_2, pick, register, tl, triton
 from .checks import expect_floating, expect_shape
 from .mlp import linear_triton, rows_of
 
@@ -170,6 +170,6 @@ def linear_fp8(
             raise ValueError(f"{name} has dtype {tensor.dtype}; expected {expected}")
     if bias is not None:
         expect_shape("bias", bias, (weight_fp8.shape[0],))
-    if torch.compiler.is_compiling():
+    if is_opaque():
         return torch.ops.runtime.linear_fp8(x, weight_fp8, weight_scale, bias, gelu)
     return linear_fp8_picked(x, weight_fp8, weight_scale, bias, gelu)

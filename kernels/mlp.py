@@ -15,7 +15,7 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
-from .backend import is_forced, jit, launch, pick, register, tl, triton
+from .backend import is_forced, is_opaque, jit, launch, pick, register, tl, triton
 from .checks import expect_floating, expect_groups, expect_shape
 from .gate_residual import gate_residual
 
@@ -255,6 +255,6 @@ def mlp(
     ):  # fmt: skip
         if tensor is not None and tensor.dtype != x.dtype:
             raise ValueError(f"{name} has dtype {tensor.dtype}; expected x's, {x.dtype}")
-    if torch.compiler.is_compiling():
+    if is_opaque():
         return torch.ops.runtime.mlp(x, w_in, b_in, w_out, b_out, residual, gate)
     return mlp_picked(x, w_in, b_in, w_out, b_out, residual, gate)

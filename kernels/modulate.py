@@ -14,7 +14,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from .backend import jit, launch, next_power_of_2, pick, register, tl
+from .backend import is_opaque, jit, launch, next_power_of_2, pick, register, tl
 from .checks import expect_floating, expect_groups, expect_shape
 from .cuda import modulate_cuda
 
@@ -128,7 +128,7 @@ def modulate(
 ) -> torch.Tensor:
     """Return LayerNorm(x) * (1 + scale) + shift, [B, L, D]; ValueError for shapes that do not fit together."""
     expect_modulation(x, scale, shift, weight, bias)
-    if torch.compiler.is_compiling():
+    if is_opaque():
         return torch.ops.runtime.modulate(x, scale, shift, weight, bias, eps)
     return modulate_picked(x, scale, shift, weight, bias, eps)
 

@@ -17,7 +17,7 @@ import math
 import torch
 import torch.nn.functional as F
 
-from .backend import jit, launch, next_power_of_2, pick, register, tl
+from .backend import is_opaque, jit, launch, next_power_of_2, pick, register, tl
 from .checks import expect_floating
 from .cuda import norm_silu_cuda
 
@@ -138,7 +138,7 @@ def norm_silu(
         raise ValueError("upsample and inplace are both set; the enlarged result does not fit into x's memory")
     if upsample and x.dim() not in (4, 5):
         raise ValueError(f"x has shape {list(x.shape)}; expected [B, C, H, W] or [B, C, T, H, W] to upsample")
-    if torch.compiler.is_compiling():
+    if is_opaque():
         if not inplace:
             return torch.ops.runtime.norm_silu(x, gamma, silu, upsample)
         torch.ops.runtime.norm_silu_(x, gamma, silu)

@@ -23,7 +23,7 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 
-from .backend import jit, launch, next_power_of_2, pick, register, tl
+from .backend import is_opaque, jit, launch, next_power_of_2, pick, register, tl
 from .checks import expect_floating, expect_shape
 from .cuda import qk_norm_rope_cuda
 
@@ -83,22 +83,30 @@ def qk_norm_rope_ref(
         elif norm == "none":
             h = h.clone(memory_format=torch.contiguous_format)
         if table is not None:
-            rotate_(h[:, skip[0] : h.shape[1] - skip[1]], table.unsqueeze(1), pairing)
+            h = rotated(h, table.unsqueeze(1), pairing, skip)
         return h.to(qkv.dtype)
 
-    q, k, v = qkv.split(width, dim=2)
+    q, k, v = (qkv[..., part * width : (part + 1) * width] for part in range(3))
     return treated(q, q_weight, q_bias), treated(k, k_weight, k_bias), v.unflatten(2, (heads, -1))
 
 
-def rotate_(h: torch.Tensor, table: torch.Tensor, pairing: str) -> None:
-    """Turn the pairs of h [B, R, N, K] by table [R, 1, K/2, 2], in place."""
+def rotated(h: torch.Tensor, table: torch.Tensor, pairing: str, skip: tuple[int, int]) -> torch.Tensor:
+    """Return h [B, L, N, K] with the pairs of its R middle tokens turned by table [R, 1, K/2, 2]; h is overwritten."""
+    middle = h[:, skip[0] : h.shape[1] - skip[1]]
+    if torch.compiler.is_compiling():  # other formats know no complex numbers and no writing in place
+        axis = 4 if pairing == "interleaved" else 3
+        pairs = middle.unflatten(3, (-1, 2) if axis == 4 else (2, -1))
+        (a, b), (cos, sin) = pairs.unbind(axis), table.unbind(3)
+        turned = torch.stack([a * cos - b * sin, a * sin + b * cos], axis).flatten(3)
+        return torch.cat([h[:, : skip[0]], turned, h[:, h.shape[1] - skip[1] :]], 1) if any(skip) else turned
     if pairing == "interleaved":  # a pair is one complex number, so a rotation is one multiplication
-        torch.view_as_complex(h.unflatten(3, (-1, 2))).mul_(torch.view_as_complex(table))
-        return
-    (a, b), (cos, sin) = h.chunk(2, dim=3), table.unbind(3)
+        torch.view_as_complex(middle.unflatten(3, (-1, 2))).mul_(torch.view_as_complex(table))
+        return h
+    (a, b), (cos, sin) = middle.chunk(2, dim=3), table.unbind(3)
     turned = a * cos - b * sin
     b.mul_(cos).addcmul_(a, sin)
     a.copy_(turned)
+    return h
 
 
 @jit
@@ -375,7 +383,7 @@ def qk_norm_rope(
         raise ValueError(f"skip is {tuple(skip)}; expected two counts that sum to at most {qkv.shape[1]} tokens")
     _expect_rope(rope, qkv.shape[1] - sum(skip), width // heads // 2)
     others = (heads, eps, norm, q_bias, k_bias, pairing, skip)
-    if torch.compiler.is_compiling():
+    if is_opaque():
         qkv = qkv.contiguous()
         tables = rope if isinstance(rope, AxisTables) else (rope, None, None)
         torch.ops.runtime.qk_norm_rope_(qkv, q_weight, k_weight, *tables, *others)

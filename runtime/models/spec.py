@@ -134,6 +134,11 @@ def run_block(block: nn.Module, *arguments: Any) -> torch.Tensor:
 class Transformer(Protocol):
     """What the stations ask of a family's transformer."""
 
+    @property
+    def text_dim(self) -> int:
+        """Width of the text embeddings that `project` takes."""
+        ...
+
     def project(self, texts: Sequence[torch.Tensor], text_length: int, latent_shape: tuple[int, int, int]) -> Projected:
         """Project the text embeddings of R prompts, each [S, text_dim], and positions of (T, H, W), for all steps."""
         ...

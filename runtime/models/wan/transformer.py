@@ -89,6 +89,11 @@ class WanTransformer(nn.Module):
         self.head_modulation = nn.Parameter(torch.empty(2, width))
         self.head = nn.Linear(width, config.out_channels * math.prod(config.patch_size))
 
+    @property
+    def text_dim(self) -> int:
+        """Width of the text embeddings."""
+        return self.config.text_dim
+
     @staticmethod
     def keep_float32(name: str) -> bool:
         """Tell whether a parameter stays float32 in any dtype: the time path, modulation and norms, as published."""
