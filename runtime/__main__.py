@@ -66,7 +66,7 @@ def parser() -> argparse.ArgumentParser:
     make.add_argument("--seed", type=int, metavar="N", help="the same seed makes the same video")
     make.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:N (default: auto)")
     make.add_argument("--dtype", default="auto", help="auto, float32, bfloat16, float16 (default: auto)")
-    make.add_argument("--engine", default="eager", help="eager (default)")
+    make.add_argument("--engine", default="eager", help="eager (default), inductor")
     make.add_argument("--receipt", metavar="FILE", help="write what was done as JSON")
     make.add_argument("--quiet", action="store_true", help="print nothing but errors")
 

@@ -47,7 +47,7 @@ def compose(model: Model, request: Request, tokens: int) -> Denoiser:
     build = engine(model.engine).build
     scales = (request.guidance, request.guidance_2)
     experts = [
-        guided(build(network, i), float(scale or 0.0), batched=tokens <= BATCHED_TOKENS)
+        guided(build(network, i, model.fingerprint), float(scale or 0.0), batched=tokens <= BATCHED_TOKENS)
         for i, (network, scale) in enumerate(zip(model.transformers, scales, strict=False))
     ]
     if len(experts) == 1:

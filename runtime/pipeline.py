@@ -35,7 +35,7 @@ def generate(
         noise = draw_noise(plan.shape, request.seed)
     noise = check_latents(noise, plan.shape, "noise")
     sigmas = make_schedule(model.spec.schedule, request.steps, request.shift, plan.start)
-    with recording(receipt.stages), torch.inference_mode():
+    with recording(receipt.stages, receipt.notes), torch.inference_mode():
         with span("text", memory=True):
             texts, notes = encode_prompt(model, request)
         receipt.notes += notes

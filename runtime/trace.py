@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import time
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from contextvars import ContextVar
@@ -24,16 +25,27 @@ class Stage:
 
 Stages = dict[str, Stage]
 _recorder: ContextVar[Stages | None] = ContextVar("recorder", default=None)
+_notes: ContextVar[list[str] | None] = ContextVar("notes", default=None)
 
 
 @contextmanager
-def recording(stages: Stages) -> Iterator[None]:
-    """Let the spans inside add to `stages`."""
-    token = _recorder.set(stages)
+def recording(stages: Stages, notes: list[str] | None = None) -> Iterator[None]:
+    """Let the spans inside add to `stages`, and what is noted to `notes`."""
+    token, kept = _recorder.set(stages), _notes.set(notes)
     try:
         yield
     finally:
         _recorder.reset(token)
+        _notes.reset(kept)
+
+
+def note(sentence: str) -> None:
+    """Say once, in the receipt's notes or else as a warning, what the user should know, such as a fallback."""
+    notes = _notes.get()
+    if notes is None:
+        warnings.warn(sentence, stacklevel=2)
+    elif sentence not in notes:
+        notes.append(sentence)
 
 
 @contextmanager

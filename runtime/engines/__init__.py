@@ -1,12 +1,15 @@
-"""Ways to run a transformer: one module each, `build(transformer, expert) -> Denoiser`."""
+"""Ways to run a transformer: one module each, `build(transformer, expert, weights) -> Denoiser`.
+
+`weights` is the hash of the model's weights, for engines that hold them.
+"""
 
 from __future__ import annotations
 
 from types import ModuleType
 
-from runtime.engines import eager
+from runtime.engines import eager, inductor
 
-ENGINES: dict[str, ModuleType] = {"eager": eager}
+ENGINES: dict[str, ModuleType] = {"eager": eager, "inductor": inductor}
 
 
 def engine(name: str) -> ModuleType:

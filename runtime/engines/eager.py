@@ -7,7 +7,7 @@ import torch
 from runtime.models.spec import Context, Denoiser, Transformer
 
 
-def build(transformer: Transformer, expert: int) -> Denoiser:
+def build(transformer: Transformer, expert: int, weights: str = "") -> Denoiser:
     """Return a Denoiser that calls the transformer with its own expert's part of the context."""
 
     def denoise(x: torch.Tensor, sigma: torch.Tensor, context: Context) -> torch.Tensor:

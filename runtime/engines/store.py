@@ -11,6 +11,7 @@ import errno
 import hashlib
 import json
 import os
+import platform
 import re
 import shutil
 import tempfile
@@ -22,6 +23,7 @@ from functools import cache, cached_property
 from pathlib import Path
 from typing import Any, TypeVar
 
+import torch
 from filelock import FileLock, Timeout
 
 FORMAT = 1
@@ -283,3 +285,15 @@ def code_hash() -> str:
         for source in sorted(package.rglob("*.py")):
             digest.update(source.name.encode() + source.read_bytes())
     return digest.hexdigest()[:32]
+
+
+def architecture(device: torch.device) -> str:
+    """Name what compiled code runs on: "sm90" for a GPU's compute capability, else the CPU and its features' hash."""
+    if device.type == "cuda":
+        major, minor = torch.cuda.get_device_capability(device)
+        return f"sm{major}{minor}"
+    features = ""
+    with suppress(OSError, StopIteration):
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        features = next(line for line in lines if line.startswith(("flags", "Features")))
+    return f"{platform.machine()} {hashlib.sha256(features.encode()).hexdigest()[:8]}"

@@ -132,7 +132,12 @@ def run_block(block: nn.Module, *arguments: Any) -> torch.Tensor:
 
 
 class Transformer(Protocol):
-    """What the stations ask of a family's transformer."""
+    """What the stations ask of a family's transformer.
+
+    The class of its blocks declares `shapes`, one per argument: "B L D" in the letters of the dimension key.
+    """
+
+    config: Any  # a frozen dataclass
 
     @property
     def text_dim(self) -> int:

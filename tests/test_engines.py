@@ -1,0 +1,130 @@
+"""Engines against eager: the same numbers, a start without compiling, and what they say where they cannot work."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import runtime
+from kernels.tolerance import judge
+from runtime.denoising import prepare_context
+from runtime.engines import eager, inductor
+from runtime.engines.store import Store
+from tests.published import Tiny, write
+
+PROMPT = "a red ball rolls left over green grass"
+SMALL = runtime.Request(prompt=PROMPT, width=32, height=32, num_frames=5, steps=2, guidance=3.0, seed=3)
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("published")
+    write(Tiny(seed=70), folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def warm(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """One cache for all tests of a module, so that each kind of block is compiled once."""
+    return tmp_path_factory.mktemp("cache")
+
+
+@pytest.fixture(autouse=True)
+def _warm_cache(warm: Path, monkeypatch: pytest.MonkeyPatch, _own_cache: None) -> None:
+    monkeypatch.setenv("DIT_RUNTIME_CACHE", str(warm))
+
+
+def refuse(*_: object) -> None:
+    raise AssertionError("this must not be compiled")
+
+
+def arguments(model: runtime.Model, shape: tuple[int, int, int], lengths: tuple[int, ...]) -> tuple:
+    """A Denoiser's arguments, with one prompt per length."""
+    generator = torch.Generator().manual_seed(9)
+    channels = model.spec.latent_channels
+    x = torch.randn(1, channels, *shape, generator=generator)
+    texts = [torch.randn(n, model.transformers[0].text_dim, generator=generator) for n in lengths]
+    return x, torch.tensor([0.6123], dtype=torch.float64), prepare_context(model, texts, (channels, *shape))
+
+
+def test_inductor_equals_eager_at_sizes_it_was_not_compiled_for(
+    tiny: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    model = runtime.load(tiny)
+    network = model.transformers[0]
+    for number, (shape, length) in enumerate([((2, 4, 6), 7), ((5, 8, 4), 19), ((1, 2, 2), 3)]):
+        given = arguments(model, shape, (length,))
+        with torch.inference_mode():
+            ours, plain = inductor.build(network, 0)(*given), eager.build(network, 0)(*given)
+        verdict = judge(ours, plain)
+        assert verdict.correct, verdict
+        if number == 0:
+            monkeypatch.setattr(inductor, "package", refuse)
+    assert [entry.key.kind for entry in Store().entries()] == ["inductor"]
+
+
+def test_generate_with_inductor(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    plain = runtime.generate(runtime.load(tiny), SMALL)
+    video = runtime.generate(runtime.load(tiny, engine="inductor"), SMALL)
+    assert video.receipt.engine == "inductor" and video.receipt.notes == []
+    assert video.receipt.stages["denoise/compile"].calls >= 1
+    verdict = judge(video.latents, plain.latents)
+    assert verdict.correct, verdict
+    # A new process, and other weights of the same shape, start without compiling.
+    write(Tiny(seed=71), tmp_path / "other")
+    for folder in (tiny, tmp_path / "other"):
+        code = (
+            "import sys, runtime; from runtime.engines import inductor; inductor.package = None;"
+            f"model = runtime.load({str(folder)!r}, engine='inductor');"
+            f"runtime.generate(model, runtime.Request(prompt={PROMPT!r}, width=64, height=32, num_frames=9, steps=1,"
+            "guidance=3.0)).latents.sum()"
+        )
+        subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_damaged_packages_are_compiled_again(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = runtime.load(tiny)
+    given = arguments(model, (2, 4, 6), (7,))
+    with torch.inference_mode():
+        expected = inductor.build(model.transformers[0], 0)(*given)
+        (entry,) = (entry for entry in Store().entries() if " 1 1 1 S;" in entry.key.parts["shapes"])  # one prompt
+        file = Store().folder / entry.name / inductor.PACKAGE
+        whole = file.read_bytes()
+        file.write_bytes(whole[: len(whole) // 2])
+        monkeypatch.setattr(inductor, "package", lambda block, given, path: path.write_bytes(whole))
+        with pytest.warns(UserWarning, match="truncated or replaced; it is made again"):
+            found = inductor.build(runtime.load(tiny).transformers[0], 0)(*given)
+        assert torch.equal(found, expected) and file.read_bytes() == whole
+
+
+def test_no_compiler_says_what_to_install(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from torch._inductor import cpp_builder
+    from torch._inductor.exc import InvalidCxxCompiler
+
+    def none() -> str:
+        raise InvalidCxxCompiler
+
+    monkeypatch.setenv("DIT_RUNTIME_CACHE", str(tmp_path))
+    monkeypatch.setattr(cpp_builder, "get_cpp_compiler", none)
+    with pytest.raises(ValueError, match="finds no compiler; install g\\+\\+, or take eager"):
+        runtime.generate(runtime.load(tiny, engine="inductor"), SMALL)
+
+
+def test_where_packaging_fails_blocks_are_compiled_in_the_process(
+    tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(*_: object, **__: object) -> None:
+        raise RuntimeError("no such backend")
+
+    monkeypatch.setenv("DIT_RUNTIME_CACHE", str(tmp_path))
+    monkeypatch.setattr(torch._inductor, "aoti_compile_and_package", broken)
+    request = runtime.Request(prompt=PROMPT, width=32, height=32, num_frames=1, steps=2, guidance=1.0, seed=3)
+    video = runtime.generate(runtime.load(tiny, engine="inductor"), request)
+    (said,) = video.receipt.notes
+    assert "no compiled package could be made (no such backend)" in said
+    assert judge(video.latents, runtime.generate(runtime.load(tiny), request).latents).correct
+    assert Store().entries() == []
