@@ -1,4 +1,4 @@
-"""The command line: python -m runtime generate | decode | info.
+"""The command line: python -m runtime generate | decode | plan | info.
 
 Exit codes: 0 done, 2 the request or its surroundings cannot work (one sentence says what to do), 1 a fault of ours,
 130 interrupted. No traceback without --debug, and no partial output file in any case.
@@ -7,6 +7,7 @@ Exit codes: 0 done, 2 the request or its surroundings cannot work (one sentence 
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import sys
 import traceback
@@ -80,6 +81,18 @@ def parser() -> argparse.ArgumentParser:
     view.add_argument("--tile", type=parse_size, metavar="WIDTHxHEIGHT", help="pixels decoded at once, halo included")
     view.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:N (default: auto)")
     view.add_argument("--quiet", action="store_true", help="print nothing but errors")
+
+    ahead = commands.add_parser("plan", parents=[shared], help="say what a request will take, without weights")
+    ahead.set_defaults(run=plan)
+    ahead.add_argument("--size", type=parse_size, metavar="WIDTHxHEIGHT", help="pixels, such as 832x480")
+    ahead.add_argument("--frames", type=int, metavar="N", help="number of frames, such as 81")
+    ahead.add_argument("--steps", type=int, metavar="N", help="denoising steps")
+    ahead.add_argument("--guidance", type=float, metavar="G", help="guidance scale; 1 is none")
+    ahead.add_argument("--gpu", metavar="NAME", help="h200 h100 a100 l40s 4090 5090, or cpu (default: this machine)")
+    ahead.add_argument("--memory", metavar="SIZE", help="bytes that may be used, such as 24GiB")
+    ahead.add_argument("--tile", type=parse_size, metavar="WIDTHxHEIGHT", help="pixels decoded at once, halo included")
+    ahead.add_argument("--dtype", default="auto", help="auto, float32, bfloat16, float16 (default: auto)")
+    ahead.add_argument("--json", action="store_true", help="print a JSON object")
 
     tell = commands.add_parser("info", parents=[shared], help="say what a model is and what of it is missing")
     tell.set_defaults(run=info)
@@ -182,6 +195,20 @@ def decode(options: argparse.Namespace) -> None:
         path = video.save(options.output, on_frame=progress)
     if not options.quiet:
         print(f"{path}: {video.num_frames} frames, {video.width}x{video.height}, {video.fps:g} fps")
+
+
+def plan(options: argparse.Namespace) -> None:
+    """Print what a request will take."""
+    from runtime.planner import plan_request
+    from runtime.prediction import table
+
+    width, height = options.size or (None, None)
+    found = plan_request(
+        options.model, width=width, height=height, num_frames=options.frames, steps=options.steps,
+        guidance=options.guidance, gpu=options.gpu, memory=options.memory, dtype=options.dtype,
+        tile=options.tile and (options.tile[1], options.tile[0]),
+    )  # fmt: skip
+    print(json.dumps(found.to_dict(), indent=2) if options.json else table(found))
 
 
 def info(options: argparse.Namespace) -> None:

@@ -7,20 +7,34 @@ from importlib import import_module
 from pathlib import Path
 from types import ModuleType
 
-from runtime.models.spec import Checkpoint, Defaults
+from runtime.models.costs import Costs
+from runtime.models.spec import Checkpoint, Defaults, ModelSpec
 from runtime.weights import read_json
 
 FAMILIES = ("wan",)
 
 
 def families() -> list[ModuleType]:
-    """Return the family packages; each has `recognise(folder)`, `open_checkpoint(folder)` and `REPOSITORIES`."""
+    """Return the family packages.
+
+    Each has `recognise(folder)`, `open_checkpoint(folder)`, `REPOSITORIES`, `published(name)`, `PUBLISHED_NAMES`.
+    """
     return [import_module(f"{__name__}.{name}") for name in FAMILIES]
 
 
 def repository(name: str) -> str:
     """Return the repository id of a published model's short name, or the name itself."""
     return next((f.REPOSITORIES[name] for f in families() if name in f.REPOSITORIES), name)
+
+
+def published(name: str) -> tuple[ModelSpec, Costs] | None:
+    """Return the facts and formulas of a published model, from its name in lower case alone; None for other names."""
+    return next((found for family in families() if (found := family.published(name.lower()))), None)
+
+
+def published_names() -> list[str]:
+    """Return the names that `published` knows."""
+    return [name for family in families() for name in family.PUBLISHED_NAMES]
 
 
 def open_checkpoint(folder: Path) -> Checkpoint:

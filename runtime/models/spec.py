@@ -10,6 +10,7 @@ from typing import Any, Protocol
 import torch
 from torch import nn
 
+from runtime.models.costs import Costs
 from runtime.weights import Component
 
 
@@ -76,6 +77,7 @@ class Checkpoint:
     vae: Component
     text_encoder: Component
     tokenizer: Path  # a folder that transformers' AutoTokenizer reads
+    costs: Callable[[], Costs]  # the family's formulas for this checkpoint, from its configs
     missing: tuple[str, ...] = ()  # files that the layout asks for and that are not there
 
     @property

@@ -16,6 +16,7 @@ from torch import nn
 
 from runtime.models.spec import Checkpoint, ModelSpec, config_from
 from runtime.models.wan import weights as names
+from runtime.models.wan.costs import WanCosts
 from runtime.models.wan.specs import LATENT_STATISTICS, PUBLISHED, TEXT_LENGTH, VARIANTS
 from runtime.models.wan.transformer import TransformerConfig, WanTransformer
 from runtime.models.wan.vae import VAEConfig, WanVAE
@@ -97,6 +98,7 @@ def _open_diffusers(folder: Path) -> Checkpoint:
             ignored=frozenset({"shared.weight", "encoder.embed_tokens.weight"}),
         ),
         tokenizer=tokenizer,
+        costs=partial(WanCosts, transformers[0][0], vae_config, text_config),
         missing=tuple(missing),
     )
 
@@ -318,6 +320,7 @@ def _open_original(folder: Path) -> Checkpoint:
             keys=names.original_text_encoder_keys,
         ),
         tokenizer=tokenizer,
+        costs=lambda: WanCosts(configs[0].transformer, vae_config, _original_text_config(text_file)),
         missing=tuple(missing),
     )
 

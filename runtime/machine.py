@@ -1,0 +1,190 @@
+"""What a device can do: published peaks of GPUs, whose times are ideal, and measured rates, whose times are real."""
+
+from __future__ import annotations
+
+import math
+import os
+from bisect import bisect_left
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Protocol
+
+from runtime.models.costs import Operation, Work
+
+RESERVED = 2**30  # bytes of a GPU that its driver, libraries and fragmentation take
+
+
+class Machine(Protocol):
+    """What the planner asks of a device."""
+
+    @property
+    def name(self) -> str:
+        """What it is called."""
+        ...
+
+    @property
+    def basis(self) -> str:
+        """Either "ideal": arithmetic and traffic at the peaks; or "measured": calibrated on the device."""
+        ...
+
+    @property
+    def memory(self) -> int:
+        """Bytes that may be used in all."""
+        ...
+
+    @property
+    def capability(self) -> tuple[int, int]:
+        """A GPU's compute capability, (0, 0) without one."""
+        ...
+
+    def seconds(self, work: Work) -> float:
+        """Seconds that the work takes."""
+        ...
+
+    def bound(self, work: Work) -> str:
+        """What most of the time goes to: "compute", "memory" or "calls"."""
+        ...
+
+    def resident(self, stage: str) -> int:
+        """Bytes that the process itself takes in a stage, beside weights and what the work holds."""
+        ...
+
+    def transfer(self, count: int) -> float:
+        """Seconds to bring so many bytes of weights from where they wait."""
+        ...
+
+
+@dataclass(frozen=True)
+class Gpu:
+    """A GPU by its peaks: dense bfloat16 FLOP/s, bytes/s of its memory and of its link to the host."""
+
+    name: str
+    flops: float
+    bandwidth: float
+    memory: int
+    link: float
+    capability: tuple[int, int]
+    basis: str = "ideal"
+
+    def seconds(self, work: Work) -> float:
+        """The larger of arithmetic and traffic, perfectly overlapped: nothing runs faster."""
+        return max(work.flops / self.flops, work.bytes / self.bandwidth)
+
+    def bound(self, work: Work) -> str:
+        """The larger of the two."""
+        return "compute" if work.flops / self.flops >= work.bytes / self.bandwidth else "memory"
+
+    def resident(self, stage: str) -> int:
+        """What PyTorch's allocator does not count."""
+        return 0
+
+    def transfer(self, count: int) -> float:
+        """Over the link at its peak."""
+        return count / self.link
+
+
+def _gpu(name: str, teraflops: float, terabytes: float, gigabytes: float, link: float, sm: tuple[int, int]) -> Gpu:
+    return Gpu(name, teraflops * 1e12, terabytes * 1e12, int(gigabytes * 2**30) - RESERVED, link * 1e9, sm)
+
+
+# H200: measured products of 8192^3 and a copy. H100: the same chip, so the same rate of products; its memory is the
+# vendor's. The others: the vendors' dense bfloat16 peaks (sums in float32) and memory rates. Links: PCIe 4 and 5 x16.
+GPUS = {
+    gpu.name: gpu
+    for gpu in (
+        _gpu("h200", 790, 4.3, 140, 64, (9, 0)),
+        _gpu("h100", 790, 3.35, 80, 64, (9, 0)),
+        _gpu("a100", 312, 2.039, 80, 32, (8, 0)),
+        _gpu("l40s", 362, 0.864, 48, 32, (8, 9)),
+        _gpu("4090", 165.2, 1.008, 24, 32, (8, 9)),
+        _gpu("5090", 209.5, 1.792, 32, 64, (12, 0)),
+    )
+}
+
+
+@dataclass(frozen=True)
+class Rate:
+    """Seconds of one kind of operation, as measured.
+
+    Either `weights` of (call, FLOPs, bytes, scores), or a curve of seconds over bytes between `curve`'s points.
+    """
+
+    weights: tuple[float, float, float, float] = (0.0, 0.0, 0.0, 0.0)
+    curve: tuple[tuple[float, float], ...] = ()
+
+    def parts(self, operation: Operation) -> tuple[float, float, float]:
+        """Seconds of one call that go to (calls, compute, memory)."""
+        if self.curve:
+            least = self.curve[0][1]
+            seconds = interpolated(self.curve, operation.bytes)
+            return min(least, seconds), 0.0, max(seconds - least, 0.0)
+        call, flops, moved, scores = self.weights
+        return call, flops * operation.flops + scores * operation.scores, moved * operation.bytes
+
+
+def interpolated(curve: Sequence[tuple[float, float]], at: float) -> float:
+    """Return seconds at so many bytes, straight between the points in logarithms; beyond the last, in proportion."""
+    places = [point[0] for point in curve]
+    if at <= places[0]:
+        return curve[0][1]
+    if at >= places[-1]:
+        return curve[-1][1] * at / places[-1]
+    right = bisect_left(places, at)
+    (a, seconds_a), (b, seconds_b) = curve[right - 1], curve[right]
+    share = math.log(at / a) / math.log(b / a)
+    return math.exp((1 - share) * math.log(seconds_a) + share * math.log(seconds_b))
+
+
+@dataclass(frozen=True)
+class Measured:
+    """A device by its calibration."""
+
+    name: str
+    memory: int
+    rates: Mapping[str, Rate]
+    residents: Mapping[str, int] = field(default_factory=dict)  # stage -> bytes of the process itself
+    read: float = 1e9  # bytes/s of weights from where they wait
+    capability: tuple[int, int] = (0, 0)
+    basis: str = "measured"
+
+    def seconds(self, work: Work) -> float:
+        """The sum over all calls."""
+        return sum(self._parts(work))
+
+    def bound(self, work: Work) -> str:
+        """The largest share of the time."""
+        calls, compute, moved = self._parts(work)
+        return max((compute, "compute"), (moved, "memory"), (calls, "calls"))[1]
+
+    def _parts(self, work: Work) -> tuple[float, float, float]:
+        found = [
+            tuple(part * each.count for part in self.rates[each.kind].parts(each))
+            for each in work.operations
+            if each.count
+        ]
+        calls, compute, moved = (sum(column) for column in zip(*found, strict=True))
+        return calls, compute, moved
+
+    def resident(self, stage: str) -> int:
+        """As measured with the built-in model."""
+        return self.residents.get(stage, 0)
+
+    def transfer(self, count: int) -> float:
+        """At the measured rate."""
+        return count / self.read
+
+
+def host_memory() -> int:
+    """Bytes that this process may use: what is available now, and what it has."""
+    try:
+        lines = dict(line.split(":", 1) for line in Path("/proc/meminfo").read_text().splitlines())
+        return int(lines["MemAvailable"].split()[0]) * 1024 + resident_now()
+    except (OSError, KeyError):
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def resident_now() -> int:
+    """Bytes that this process has in memory."""
+    pages = int(Path("/proc/self/statm").read_text().split()[1])
+    return pages * os.sysconf("SC_PAGE_SIZE")

@@ -1,0 +1,161 @@
+"""What a network computes, counted before it runs: operations, the bytes they move, the bytes they hold.
+
+A family writes its formulas in these terms; the planner turns them into seconds for a device. FLOPs are counted as
+torch's FlopCounterMode does: two per multiplication of a matrix product, attention or convolution, none for the rest.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Protocol
+
+NARROW = 16  # channels below which a convolution's vectors stay partly empty
+
+
+@dataclass(frozen=True)
+class Operation:
+    """`count` equal calls of one kind; numbers are of one call."""
+
+    kind: str
+    flops: float = 0.0
+    bytes: float = 0.0  # operands read and results written, once each
+    scores: float = 0.0  # entries of attention's matrix: each costs an exponential beside its FLOPs
+    count: float = 1
+
+    def times(self, count: float) -> Operation:
+        """Return so many times as many calls."""
+        return replace(self, count=self.count * count)
+
+
+@dataclass(frozen=True)
+class Work:
+    """One stage's operations, and the bytes that are live at once beside the weights, at most."""
+
+    operations: tuple[Operation, ...]
+    live: int
+
+    @property
+    def flops(self) -> float:
+        """Floating-point operations of all calls."""
+        return sum(each.flops * each.count for each in self.operations)
+
+    @property
+    def bytes(self) -> float:
+        """Bytes moved by all calls, if none finds its operands in a cache."""
+        return sum(each.bytes * each.count for each in self.operations)
+
+
+@dataclass(frozen=True)
+class Weights:
+    """Numbers of one network: outside its blocks and in each block, those that follow the dtype and float32 ones."""
+
+    outer: int
+    outer_float32: int = 0
+    block: int = 0
+    block_float32: int = 0
+    blocks: int = 0
+
+    def outer_bytes(self, itemsize: int) -> int:
+        """Bytes outside the blocks, at `itemsize` bytes per number of the chosen dtype."""
+        return self.outer * itemsize + self.outer_float32 * 4
+
+    def block_bytes(self, itemsize: int) -> int:
+        """Bytes of one block."""
+        return self.block * itemsize + self.block_float32 * 4
+
+    def bytes(self, itemsize: int) -> int:
+        """Bytes of the whole network."""
+        return self.outer_bytes(itemsize) + self.blocks * self.block_bytes(itemsize)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Shape:
+    """The shape of one forward pass: `rows` prompts of `text` tokens over latents [T, H, W], `itemsize` bytes each."""
+
+    latents: tuple[int, int, int]
+    text: int
+    rows: int = 1
+    itemsize: int = 2
+
+
+class Costs(Protocol):
+    """A family's formulas for one checkpoint.
+
+    `published` counts the arithmetic that the published code does (padding attended to, text projected in every
+    pass, zero frames convolved), which benchmarks and limits refer to; without it, what this runtime executes.
+    """
+
+    @property
+    def heads(self) -> tuple[int, int]:
+        """Heads of the transformer's attention, and the size of each."""
+        ...
+
+    @property
+    def text_encoder(self) -> Weights:
+        """Its numbers; blocks are its layers."""
+        ...
+
+    @property
+    def transformer(self) -> Weights:
+        """The numbers of one expert."""
+        ...
+
+    @property
+    def vae(self) -> Weights:
+        """The numbers of the autoencoder, laid out for running."""
+        ...
+
+    def text(self, tokens: int, itemsize: int) -> Work:
+        """Encoding one prompt of so many tokens."""
+        ...
+
+    def project(self, shape: Shape) -> Work:
+        """What one transformer computes of the text once per request."""
+        ...
+
+    def forward(self, shape: Shape, *, published: bool = False) -> Work:
+        """One pass of one transformer over all rows."""
+        ...
+
+    def decode(
+        self, latents: tuple[int, int, int], tile: tuple[int, int] | None, itemsize: int, *, published: bool = False
+    ) -> Work:
+        """Decoding latents [T, H, W], in tiles (height, width) in pixels with their halo."""
+        ...
+
+    def encode(
+        self, latents: tuple[int, int, int], tile: tuple[int, int] | None, itemsize: int, *, published: bool = False
+    ) -> Work:
+        """Encoding the clip of such latents."""
+        ...
+
+    def tile_of(self, height: int, width: int, parts: int) -> tuple[int, int]:
+        """Return the tile (height, width) in pixels, halo included, that cuts a frame into `parts` each way."""
+        ...
+
+
+def linear(rows: int, inputs: int, outputs: int, itemsize: int, count: float = 1) -> Operation:
+    """x [rows, inputs] times a matrix."""
+    moved = rows * inputs + inputs * outputs + rows * outputs
+    return Operation("linear", 2.0 * rows * inputs * outputs, float(moved * itemsize), count=count)
+
+
+def attention(length: int, keys: int, heads: int, size: int, itemsize: int, count: float = 1) -> Operation:
+    """`length` queries over `keys` keys in each head."""
+    scores = float(heads * length * keys)
+    return Operation(
+        "attention", 4.0 * scores * size, 2.0 * (length + keys) * heads * size * itemsize, scores, count=count
+    )
+
+
+def convolution(kind: str, pixels: int, taps: float, inputs: int, outputs: int, itemsize: int) -> Operation:
+    """A convolution to `pixels` pixels (all frames) by `taps` taps each; "narrow" where a vector is not filled."""
+    if kind == "convolution" and min(inputs, outputs) < NARROW:
+        kind = "narrow"
+    moved = pixels * (inputs + outputs) + taps * inputs * outputs
+    return Operation(kind, 2.0 * pixels * taps * inputs * outputs, float(moved * itemsize))
+
+
+def sweep(kind: str, numbers: int, itemsize: int, count: float = 1) -> Operation:
+    """A pass that moves so many numbers and computes next to nothing."""
+    return Operation(kind, bytes=float(numbers * itemsize), count=count)

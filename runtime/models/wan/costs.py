@@ -1,0 +1,213 @@
+"""Wan's arithmetic, bytes and memory as formulas over the published configs; `published` as in `models.costs.Costs`.
+
+Held against torch's FlopCounterMode, and the runtime's own peaks, in tests/test_costs.py.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import torch
+
+from runtime.models.costs import Operation, Shape, Weights, Work, attention, linear, sweep
+from runtime.models.tiles import tiles
+from runtime.models.wan.transformer import TransformerConfig
+from runtime.models.wan.vae import UpsamplingConv2d, VAEConfig, WanVAE
+from runtime.models.wan.vae_costs import decoder, encoder
+
+IMAGE_WIDTH = 1280  # of the picture's embedding in Wan 2.1's image-to-video models
+
+
+@dataclass(frozen=True)
+class WanCosts:
+    """The formulas of one checkpoint; `image_tokens` are those of the picture that image-to-video models attend to."""
+
+    config: TransformerConfig
+    vae_config: VAEConfig
+    text_config: Mapping[str, Any]
+    image_tokens: int = 0
+
+    @property
+    def heads(self) -> tuple[int, int]:
+        """Heads of the transformer's attention, and the size of each."""
+        return self.config.num_attention_heads, self.config.attention_head_dim
+
+    @cached_property
+    def text_encoder(self) -> Weights:
+        """UMT5's encoder: a token table, layers of attention and gated feed-forward."""
+        c = self.text_config
+        width, inner = c["d_model"], c["num_heads"] * c["d_kv"]
+        layer = 4 * width * inner + 3 * width * c["d_ff"] + 2 * width
+        layer += c["relative_attention_num_buckets"] * c["num_heads"]
+        return Weights(outer=c["vocab_size"] * width + width, block=layer, blocks=c["num_layers"])
+
+    @cached_property
+    def transformer(self) -> Weights:
+        """One expert."""
+        c, d = self.config, self.config.width
+        cells = math.prod(c.patch_size)
+        block = 8 * d * d + 8 * d + 2 * d * c.ffn_dim + c.ffn_dim + d  # eight products with biases, the feed-forward
+        norms = (4 + 2 * c.cross_attn_norm) * d
+        outer = (c.in_channels * cells + 1) * d + (d + 1) * c.out_channels * cells
+        outer += (c.text_dim + 1) * d + (d + 1) * d
+        wide = (c.freq_dim + 1) * d + (d + 1) * d + (d + 1) * 6 * d + (c.num_layers * 6 + 2) * d
+        if self.image_tokens:
+            block += 2 * (d + 1) * d
+            norms += d
+            outer += (IMAGE_WIDTH + 1) * IMAGE_WIDTH + (IMAGE_WIDTH + 1) * d
+            wide += 2 * IMAGE_WIDTH + 2 * d
+        return Weights(outer, wide, block, norms, c.num_layers)
+
+    @cached_property
+    def vae(self) -> Weights:
+        """The autoencoder with its upsampling kernels folded from 3 x 3 to 4 x 4."""
+        count = 0
+        for module in self._vae_module.modules():
+            numbers = sum(parameter.numel() for parameter in module.parameters(recurse=False))
+            if isinstance(module, UpsamplingConv2d):
+                numbers += module.weight.numel() * 7 // 9
+            count += numbers
+        return Weights(outer=count)
+
+    @cached_property
+    def _vae_module(self) -> WanVAE:
+        with torch.device("meta"):
+            return WanVAE(self.vae_config)
+
+    def tile_of(self, height: int, width: int, parts: int) -> tuple[int, int]:
+        """Return the tile (height, width) in pixels, halo included, that cuts a frame into `parts` each way."""
+        return self._vae_module.tile_of(height, width, parts)
+
+    def text(self, tokens: int, itemsize: int) -> Work:
+        """One prompt through UMT5."""
+        c = self.text_config
+        width, inner, size, layers = c["d_model"], c["num_heads"] * c["d_kv"], itemsize, c["num_layers"]
+        operations = (
+            linear(tokens, width, inner, size, 3 * layers),
+            attention(tokens, tokens, c["num_heads"], c["d_kv"], size, layers),
+            linear(tokens, inner, width, size, layers),
+            linear(tokens, width, c["d_ff"], size, 2 * layers),
+            linear(tokens, c["d_ff"], width, size, layers),
+            # norms, residuals, the gated GELU, positions and softmax as separate passes
+            sweep("pass", 4 * tokens * width, size, 8 * layers),
+            sweep("pass", 3 * tokens * c["d_ff"], size, 9 * layers),
+            sweep("pass", 2 * c["num_heads"] * tokens**2, 4, 4 * layers),
+        )
+        live = tokens * (6 * width + 3 * c["d_ff"]) * size + 3 * c["num_heads"] * tokens**2 * 4
+        return Work(operations, live)
+
+    def project(self, shape: Shape) -> Work:
+        """The text's way into keys and values of every block."""
+        c, d, size = self.config, self.config.width, shape.itemsize
+        rows = shape.rows * shape.text
+        operations = [
+            linear(rows, c.text_dim, d, size),
+            linear(rows, d, d, size),
+            linear(rows, d, 2 * d, size, c.num_layers),
+            sweep("modulate", 2 * rows * d, size, c.num_layers),
+        ]
+        if self.image_tokens:
+            image = shape.rows * self.image_tokens
+            operations += [
+                linear(image, IMAGE_WIDTH, IMAGE_WIDTH, size),
+                linear(image, IMAGE_WIDTH, d, size),
+                linear(image, d, 2 * d, size, c.num_layers),
+            ]
+        kept = 2 * (rows + shape.rows * self.image_tokens) * d * c.num_layers * size
+        return Work(tuple(operations), kept + rows * (c.text_dim + 4 * d) * size)
+
+    def forward(self, shape: Shape, *, published: bool = False) -> Work:
+        """All rows through one transformer; rows of one batch share x as far as the first text attention."""
+        c = self.config
+        tokens = math.prod(n // p for n, p in zip(shape.latents, c.patch_size, strict=True))
+        shared = 0 if published or shape.rows == 1 else 1
+        operations = [
+            *self._ends(shape, tokens, published),
+            *(each.times(c.num_layers - shared) for each in self._to_query(shape.rows, tokens, shape.itemsize)),
+            *(each.times(shared) for each in self._to_query(1, tokens, shape.itemsize) if shared),
+            *(each.times(c.num_layers) for each in self._from_query(shape, tokens)),
+            *(self.project(shape).operations if published else ()),
+        ]
+        return Work(tuple(operations), self._live(shape, tokens))
+
+    def _ends(self, shape: Shape, tokens: int, published: bool) -> list[Operation]:
+        """Patches in and out, and the time's way into modulation."""
+        c, d, size = self.config, self.config.width, shape.itemsize
+        cells = math.prod(c.patch_size)
+        begun = shape.rows if published else 1
+        return [
+            linear(begun * tokens, c.in_channels * cells, d, size),
+            linear(begun, c.freq_dim, d, 4),
+            linear(begun, d, d, 4),
+            linear(begun, d, 6 * d, 4),
+            sweep("modulate", 2 * shape.rows * tokens * d, size),
+            linear(shape.rows * tokens, d, c.out_channels * cells, size),
+            sweep("pass", 2 * shape.rows * tokens * c.out_channels * cells, 4, 3),
+        ]
+
+    def _to_query(self, rows: int, tokens: int, size: int) -> list[Operation]:
+        """A block as far as the text attention's query: self-attention."""
+        c, d, count = self.config, self.config.width, rows * tokens
+        return [
+            sweep("modulate", 2 * count * d, size),
+            linear(count, d, 3 * d, size),
+            sweep("qk_norm_rope", 4 * count * d, size),
+            attention(tokens, tokens, c.num_attention_heads, c.attention_head_dim, size, rows),
+            linear(count, d, d, size, 2),
+            sweep("gate_residual", 3 * count * d, size),
+            sweep("modulate", 2 * count * d, size, 1 + c.cross_attn_norm),
+        ]
+
+    def _from_query(self, shape: Shape, tokens: int) -> list[Operation]:
+        """The rest of a block: text attention and feed-forward."""
+        c, d, size, rows = self.config, self.config.width, shape.itemsize, shape.rows
+        count = rows * tokens
+        operations = [
+            sweep("modulate", 2 * count * d, size),
+            linear(count, d, d, size),
+            attention(tokens, shape.text, c.num_attention_heads, c.attention_head_dim, size, rows),
+            sweep("gate_residual", 3 * count * d, size, 2),
+            linear(count, d, c.ffn_dim, size),
+            linear(count, c.ffn_dim, d, size),
+        ]
+        if self.image_tokens:
+            heads, head_size = c.num_attention_heads, c.attention_head_dim
+            operations.append(attention(tokens, self.image_tokens, heads, head_size, size, rows))
+        return operations
+
+    def _live(self, shape: Shape, tokens: int) -> int:
+        """Bytes at the worst place of a block, in widths of the residual stream: attention's end or the feed-forward's.
+
+        At attention's end: stream, normed input, q k v joined, q, k, result, output. In the feed-forward: stream,
+        input, the branch before, its normed input, inner, output, sum. In 16 bits on a CPU float32 copies add to it.
+        """
+        d = self.config.width
+        widths = max(9.0, 6.0 + self.config.ffn_dim / d)
+        latents = 8 * shape.rows * math.prod(shape.latents) * self.config.out_channels * 4
+        return int(widths * shape.rows * tokens * d * shape.itemsize) + latents
+
+    def decode(
+        self, latents: tuple[int, int, int], tile: tuple[int, int] | None, itemsize: int, *, published: bool = False
+    ) -> Work:
+        """The decoder over all chunks and tiles."""
+        return decoder(self.vae_config, latents, self._cuts(latents, tile, True), itemsize, published)
+
+    def encode(
+        self, latents: tuple[int, int, int], tile: tuple[int, int] | None, itemsize: int, *, published: bool = False
+    ) -> Work:
+        """The encoder over all chunks and tiles."""
+        return encoder(self.vae_config, latents, self._cuts(latents, tile, False), itemsize, published)
+
+    def _cuts(self, latents: tuple[int, int, int], tile: tuple[int, int] | None, up: bool) -> list[tuple[int, int]]:
+        """Latent cells (height, width) of each tile with its halo; the whole frame where there is none."""
+        if tile is None:
+            return [latents[1:]]
+        module = self._vae_module
+        halo = module.decoder.reach() if up else module.encoder.reach()
+        size = tile[0] // module.stride[1], tile[1] // module.stride[2]
+        cut = tiles(latents[1:], size, halo)
+        return [(each.rows.high - each.rows.low, each.columns.high - each.columns.low) for each in cut]

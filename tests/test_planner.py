@@ -1,0 +1,208 @@
+"""The planner: the ideal times that were computed by hand, what fits, what is chosen, and how it refuses."""
+
+from __future__ import annotations
+
+import json
+import re
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from runtime.__main__ import main
+from runtime.machine import GPUS, Measured, Rate
+from runtime.models import published, published_names
+from runtime.offload import Offload, choices
+from runtime.planner import Job, Setting, find_model, parse_bytes, plan_request, predict
+from runtime.prediction import GIB, STAGES, table
+from runtime.request import Request
+
+# facts: FLOPs per pass, and ideal seconds of a pass, a guided step and 50 of them on an H200 at 790 TFLOP/s
+IDEAL = [
+    ("wan2.1-t2v-1.3b", 832, 480, 32760, 283.0, 0.358, 0.716, 35.8),
+    ("wan2.1-t2v-1.3b", 1280, 720, 75600, 1249.8, 1.582, 3.164, 158.2),
+    ("wan2.1-t2v-14b", 832, 480, 32760, 1678.4, 2.124, 4.249, 212.5),
+    ("wan2.1-t2v-14b", 1280, 720, 75600, 6523.4, 8.257, 16.515, 825.8),
+]
+
+
+@pytest.mark.parametrize(("name", "width", "height", "tokens", "teraflops", "one", "step", "all_steps"), IDEAL)
+def test_h200_has_the_ideal_times_of_the_limits(
+    name: str, width: int, height: int, tokens: int, teraflops: float, one: float, step: float, all_steps: float
+) -> None:
+    found = plan_request(name, width=width, height=height, num_frames=81, steps=50, gpu="h200")
+    assert found.tokens == tokens
+    assert found.flops["forward"] / 1e12 == pytest.approx(teraflops, rel=1e-3)
+    assert found.flops["forward"] / 790e12 == pytest.approx(one, rel=2e-3)
+    assert found.seconds["step"] == pytest.approx(step, rel=2e-3)
+    assert found.seconds["denoise"] == pytest.approx(all_steps, rel=2e-3)
+    assert found.bound["step"] == "compute"
+    assert found.choices["offload"]["transformer"] == "resident"
+
+
+@pytest.mark.parametrize(
+    ("name", "width", "height", "frames", "teraflops", "seconds"),
+    [
+        ("wan2.1-t2v-1.3b", 832, 480, 81, 275.4, 0.349),
+        ("wan2.1-t2v-14b", 1280, 720, 81, 639.2, 0.809),
+        ("wan2.1-t2v-14b", 1280, 704, 61, 471.2, 0.596),
+        ("wan2.2-ti2v-5b", 1280, 704, 121, 2011.1, 2.546),
+    ],
+)
+def test_h200_has_the_ideal_decoding_of_the_limits(
+    name: str, width: int, height: int, frames: int, teraflops: float, seconds: float
+) -> None:
+    found = plan_request(name, width=width, height=height, num_frames=frames, gpu="h200")
+    assert found.flops["decode"] / 1e12 == pytest.approx(teraflops, rel=1e-3)
+    assert found.seconds["decode"] == pytest.approx(seconds, rel=3e-3)
+
+
+def test_5b_and_the_text_encoder_have_the_numbers_of_the_limits() -> None:
+    found = plan_request("wan2.2-ti2v-5b", gpu="h200")
+    assert (found.width, found.height, found.frames, found.steps) == (1280, 704, 121, 50)
+    assert found.tokens == 27280
+    assert found.flops["forward"] / 1e12 == pytest.approx(517, rel=1e-3)
+    assert found.seconds["denoise"] == pytest.approx(65.4, rel=2e-3)
+    assert found.flops["text"] / 1e12 == pytest.approx(4.8, rel=0.02)
+    assert found.weights_bytes["text_encoder"] / 2 / 1e9 == pytest.approx(4.63 + 1.05, rel=0.01)
+    assert found.flops["total"] == pytest.approx(
+        2 * found.flops["text"] + 100 * found.flops["forward"] + found.flops["decode"]
+    )
+
+
+@pytest.mark.parametrize("gpu", GPUS)
+@pytest.mark.parametrize("name", published_names())
+def test_every_published_model_is_planned_for_every_gpu_without_weights(name: str, gpu: str) -> None:
+    found = plan_request(name, width=832, height=480, num_frames=49, gpu=gpu)
+    for stage in STAGES:
+        assert found.seconds[stage] > 0
+        assert found.peak_bytes[stage] > 0
+        assert found.bound[stage] in ("compute", "memory")
+    assert found.most <= found.memory
+    assert f"{found.tokens:,} tokens" in table(found)
+
+
+def test_json_of_the_command_line(capsys: pytest.CaptureFixture[str]) -> None:
+    asked = ["--size", "1280x720", "--frames", "81", "--steps", "50", "--gpu", "h200", "--json"]
+    assert main(["plan", "--model", "wan2.1-t2v-14b", *asked]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["tokens"] == 75600
+    assert found["flops"].keys() >= {"text", "forward", "decode", "total"}
+    for part in ("seconds", "peak_bytes", "bound", "bytes"):
+        assert found[part].keys() >= {"text", "step", "decode", "encode"}
+    assert found["choices"].keys() >= {"engine", "attention", "offload", "tiles"}
+
+
+def test_a_refusal_names_the_nearest_that_fits_and_that_one_fits(capsys: pytest.CaptureFixture[str]) -> None:
+    asked = ["plan", "--model", "wan2.1-t2v-14b", "--gpu", "4090", "--memory", "12GiB", "--size", "1280x720"]
+    assert main([*asked, "--frames", "81"]) == 2
+    told = capsys.readouterr().err
+    assert "1280x720 with 81 frames" in told and "12.00 GiB may be used" in told
+    frames, size, memory = (
+        re.search(pattern, told)[1] for pattern in (r"--frames (\d+)", r"--size (\d+x\d+)", r"--memory ([\d.]+GiB)")
+    )  # type: ignore[index]
+    assert main([*asked, "--frames", frames]) == 0
+    assert main([*asked, "--frames", str(int(frames) + 4)]) == 2
+    assert main([*asked[:-1], size, "--frames", "81"]) == 0
+    assert main([*asked[:-3], memory, *asked[-2:], "--frames", "81"]) == 0
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--model", "wan9"], "wan2.1-t2v-14b"),
+        (["--model", "wan2.1-t2v-14b", "--gpu", "h900"], "legal: h200"),
+        (["--model", "wan2.1-t2v-14b", "--gpu", "h200", "--memory", "much"], "24GiB"),
+        (["--model", "wan2.1-t2v-14b", "--gpu", "h200", "--size", "833x480"], "832x480"),
+        (["--model", "wan2.1-t2v-14b", "--gpu", "h200", "--frames", "80"], "77 or 81"),
+    ],
+)
+def test_bad_input_is_one_sentence(arguments: list[str], words: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["plan", *arguments]) == 2
+    told = capsys.readouterr().err
+    assert words in told and told.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("text", "count"), [("24GiB", 24 * GIB), ("1.5 GiB", 3 * GIB // 2), ("800MiB", 800 * 2**20), ("12GB", 12 * 10**9)]
+)
+def test_bytes_are_read(text: str, count: int) -> None:
+    assert parse_bytes(text) == count
+
+
+def job(name: str, memory: int, machine: Any = GPUS["4090"], **asked: Any) -> Job:
+    spec, costs = find_model(name)
+    request = Request(prompt="x", seed=0, **asked).resolved(spec)
+    return Job(spec, costs, request, machine, Setting(dtype="bfloat16", itemsize=2, memory=memory))
+
+
+@given(
+    name=st.sampled_from(["wan2.1-t2v-1.3b", "wan2.1-t2v-14b", "wan2.2-t2v-a14b"]),
+    memory=st.integers(6, 90),
+    frames=st.integers(0, 20).map(lambda n: 1 + 4 * n),
+    size=st.sampled_from([(832, 480), (480, 832), (1280, 720), (256, 256)]),
+)
+@settings(deadline=None, max_examples=25)
+def test_what_is_chosen_keeps_the_budget_and_more_memory_is_never_slower(
+    name: str, memory: int, frames: int, size: tuple[int, int]
+) -> None:
+    spec, costs = find_model(name)
+    request = Request(prompt="x", seed=0, width=size[0], height=size[1], num_frames=frames).resolved(spec)
+
+    def predicted(gibibytes: int) -> Any:
+        try:
+            return predict(
+                spec, costs, request, GPUS["4090"], Setting(dtype="bfloat16", itemsize=2, memory=gibibytes * GIB)
+            )
+        except ValueError:
+            return None
+
+    little, much = predicted(memory), predicted(memory + 10)
+    if little is not None:
+        assert little.most <= memory * GIB
+        assert much is not None and much.seconds["total"] <= little.seconds["total"] * (1 + 1e-9)
+
+
+def test_weights_leave_the_device_in_order_of_what_they_cost() -> None:
+    found = published("wan2.2-t2v-a14b")
+    assert found is not None
+    _, costs = found
+    ways = choices(costs.transformer, 2)
+    assert ways[0] == Offload() and ways[3] == Offload("resident", 40) and ways[-1] == Offload("streamed", 0)
+    held = [way.transformer_bytes(costs.transformer, 2, 2) for way in ways]
+    assert held == sorted(held, reverse=True)
+    assert ways[0].coming_bytes(costs.transformer, 2) == ways[3].coming_bytes(costs.transformer, 2) == 0
+    assert ways[-1].coming_bytes(costs.transformer, 2) == 40 * costs.transformer.block_bytes(2)
+
+
+def test_streamed_blocks_hide_behind_arithmetic_or_bound_the_step() -> None:
+    small = predict_with("wan2.1-t2v-14b", Offload("streamed", 0), width=256, height=256, num_frames=1)
+    large = predict_with("wan2.1-t2v-14b", Offload("streamed", 0), width=832, height=480, num_frames=81)
+    blocks = 40 * find_model("wan2.1-t2v-14b")[1].transformer.block_bytes(2)
+    assert small.seconds["step"] == pytest.approx(blocks / 32e9)
+    assert large.seconds["step"] == pytest.approx(2 * large.flops["forward"] / GPUS["4090"].flops)
+
+
+def predict_with(name: str, offload: Offload, **asked: Any) -> Any:
+    spec, costs = find_model(name)
+    request = Request(prompt="x", seed=0, **asked).resolved(spec)
+    setting = Setting(dtype="bfloat16", itemsize=2, memory=64 * GIB, offload=offload)
+    return predict(spec, costs, request, GPUS["4090"], setting)
+
+
+def test_a_measured_machine_adds_up_what_is_executed() -> None:
+    rate = Rate(weights=(0.0, 1e-11, 0.0, 0.0))
+    kinds = ("linear", "attention", "convolution", "narrow", "upsample")
+    curve = Rate(curve=((1.0, 1e-12), (2.0, 2e-12)))
+    swept = ("modulate", "gate_residual", "qk_norm_rope", "norm_silu", "pass")
+    machine = Measured("bench", 10**12, dict.fromkeys(kinds, rate) | dict.fromkeys(swept, curve))
+    spec, costs = find_model("demo")
+    request = Request(prompt="x", seed=0).resolved(spec)
+    setting = Setting(dtype="float32", itemsize=4, memory=10**12, text_tokens=(1, 5))
+    found = predict(spec, costs, request, machine, setting)
+    assert found.basis == "measured"
+    assert found.executed["total"] < found.flops["total"]
+    assert found.seconds["total"] == pytest.approx(1e-11 * found.executed["total"], rel=0.01)
+    assert torch.float32.itemsize == setting.itemsize
