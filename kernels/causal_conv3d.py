@@ -31,8 +31,6 @@ import torch.nn.functional as F
 from .backend import is_forced, is_opaque, jit, launch, pick, register, tl, triton
 from .checks import expect_floating, expect_shape
 
-LARGE_BLOCK = 2**25  # bytes; a larger block that is freed goes back to the system, and the next one is zeroed anew
-
 
 def causal_conv3d_ref(
     x: torch.Tensor,
@@ -73,44 +71,63 @@ def causal_conv3d_taps(
     history: torch.Tensor | None,
     stride: int,
     residual: torch.Tensor | None = None,
+    inplace: bool = False,
 ) -> torch.Tensor:
-    """The sum of one 2-D convolution per tap in time, for float32 on CPUs.
+    """The sum of one 2-D convolution per tap in time, for CPUs; with `inplace` in the residual's memory.
 
     Nothing is joined or padded, and frames that are zero cost nothing. Fastest where x is channels_last_3d and
-    weight[:, :, k] is channels_last for each k.
+    weight[:, :, k] is channels_last for each k. Sums of 16 bits are rounded once per tap, so there the residual,
+    often larger than they are, comes last.
     """
     taps = weight.shape[2]
-    outputs = x.shape[2] // stride
     past = 0 if history is None else history.shape[2]
-    y = _conv_frames(x[:, :, stride - 1 :: stride], weight[:, :, taps - 1], bias)
+    x = x.contiguous(memory_format=torch.channels_last_3d)
+    newest = x[:, :, stride - 1 :: stride]
+    late = residual if x.element_size() == 2 else None
+    if residual is None or late is not None:
+        y = _conv_frames(newest.transpose(1, 2).flatten(0, 1), weight[:, :, -1], bias)
+        y = y.unflatten(0, newest.shape[:1] + newest.shape[2:3]).transpose(1, 2)
+    else:
+        kept = inplace and residual.is_contiguous(memory_format=torch.channels_last_3d)
+        y = residual if kept else residual.clone(memory_format=torch.channels_last_3d)
+        _add_frames(y, newest, weight[:, :, -1], bias)
     for tap in range(taps - 1):
-        newest = stride - taps + tap  # the frame that output 0 sees through this tap; negative: in the history
-        inside = min(outputs, -(min(newest, 0) // stride))  # first output whose frame is in x
-        if inside < outputs:
-            _add_frames(y[:, :, inside:], x[:, :, newest + inside * stride :: stride], weight[:, :, tap])
-        begin = max(0, -((past + newest) // stride))  # first output whose frame is not before the history
+        first = stride - taps + tap  # the frame that output 0 sees through this tap; negative: in the history
+        inside = min(y.shape[2], -(min(first, 0) // stride))  # first output whose frame is in x
+        if inside < y.shape[2]:
+            _add_frames(y[:, :, inside:], x[:, :, first + inside * stride :: stride], weight[:, :, tap])
+        begin = max(0, -((past + first) // stride))  # first output whose frame is not before the history
         if history is not None and begin < inside:
             _add_frames(
-                y[:, :, begin:inside], history[:, :, past + newest + begin * stride :: stride], weight[:, :, tap]
+                y[:, :, begin:inside], history[:, :, past + first + begin * stride :: stride], weight[:, :, tap]
             )
-    return y if residual is None else y.add_(residual)
+    return y if late is None else y.add_(late)
 
 
 def _conv_frames(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
-    """Convolve each frame of x [B, C, T, H, W] with weight [O, C, KH, KW], keeping its size."""
+    """Convolve frames x [n, C, H, W] with weight [O, C, KH, KW], keeping their size."""
     rows, columns = weight.shape[2:]
-    frames = x.transpose(1, 2).flatten(0, 1)  # [B * T, C, H, W]
-    y = F.conv2d(frames, weight, bias, padding=(rows // 2, columns // 2))
-    return y.unflatten(0, (x.shape[0], x.shape[2])).transpose(1, 2)
+    y = F.conv2d(x, weight, bias, padding=(rows // 2, columns // 2))
+    return y.contiguous(memory_format=torch.channels_last)
 
 
-def _add_frames(y: torch.Tensor, x: torch.Tensor, weight: torch.Tensor) -> None:
-    """Add the convolution of the first frames of x to y in place, as many at once as make no large block."""
-    count = y.shape[2]
-    step = max(1, LARGE_BLOCK * count // (y.numel() * y.element_size()))
-    for start in range(0, count, step):
-        part = slice(start, min(start + step, count))
-        y[:, :, part] += _conv_frames(x[:, :, part], weight)
+def _add_frames(y: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> None:
+    """Add the convolution of the first frames of x [B, C, T, H, W] to y [B, O, T, H, W], channels_last_3d, in place."""
+    padding = [weight.shape[2] // 2, weight.shape[3] // 2]
+    for sums, clip in zip(y.transpose(1, 2), x.transpose(1, 2), strict=True):  # frames first, dense in a sample
+        frames = clip[: len(sums)]
+        if _adds_in_place(y.dtype):
+            add_conv = torch.ops.mkldnn._convolution_pointwise_.binary
+            add_conv(sums, frames, weight, bias, padding, [1, 1], [1, 1], 1, "add", 1.0, None, [], None)
+        else:
+            sums += _conv_frames(frames, weight, bias)
+
+
+def _adds_in_place(dtype: torch.dtype) -> bool:
+    """Tell whether PyTorch's oneDNN can add a convolution to what is there: no pass of its own, no large block."""
+    if not torch.backends.mkldnn.enabled or not hasattr(torch.ops.mkldnn, "_convolution_pointwise_"):
+        return False
+    return dtype == torch.float32 or (dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
 
 @jit
@@ -305,17 +322,18 @@ def causal_conv3d_picked(
     history: torch.Tensor | None,
     stride: int,
     residual: torch.Tensor | None = None,
+    inplace: bool = False,
 ) -> torch.Tensor:
     """What runs eagerly: the forced implementation; else Triton for 16-bit numbers on GPUs and PyTorch elsewhere.
 
     float32 on GPUs is left to cuDNN: Triton would multiply outside the tensor cores.
     """
-    suits_triton = triton is not None and x.is_cuda and x.element_size() == 2
-    if suits_triton or is_forced():
+    if not is_forced() and x.device.type == "cpu":
+        return causal_conv3d_taps(x, weight, bias, history, stride, residual, inplace)
+    if is_forced() or (triton is not None and x.is_cuda and x.element_size() == 2):
         chosen = pick(x, ref=causal_conv3d_ref, triton=causal_conv3d_triton)
     else:
-        by_taps = x.device.type == "cpu" and x.dtype == torch.float32
-        chosen = causal_conv3d_taps if by_taps else causal_conv3d_window
+        chosen = causal_conv3d_window
     return chosen(x, weight, bias, history, stride, residual)
 
 
@@ -334,10 +352,12 @@ def causal_conv3d(
     *,
     stride: int = 1,
     residual: torch.Tensor | None = None,
+    inplace: bool = False,
 ) -> torch.Tensor:
     """Return the causal convolution of x after history, plus the residual, [B, O, T / stride, H, W].
 
-    ValueError for what does not fit. On GPUs all that is channels_last_3d is read in place, and the rest copied.
+    With `inplace` the result may take the residual's memory. ValueError for what does not fit. On GPUs all that is
+    channels_last_3d is read in place, and the rest copied.
     """
     expect_floating("x", x)
     expect_shape("x", x, (None, None, None, None, None))
@@ -362,4 +382,4 @@ def causal_conv3d(
             raise ValueError(f"{name} has dtype {tensor.dtype}; expected that of x, {x.dtype}")
     if is_opaque():
         return torch.ops.runtime.causal_conv3d(x, weight, bias, history, stride, residual)
-    return causal_conv3d_picked(x, weight, bias, history, stride, residual)
+    return causal_conv3d_picked(x, weight, bias, history, stride, residual, inplace)

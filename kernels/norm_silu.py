@@ -17,11 +17,12 @@ import math
 import torch
 import torch.nn.functional as F
 
-from .backend import is_opaque, jit, launch, next_power_of_2, pick, register, tl
+from .backend import is_forced, is_opaque, jit, launch, next_power_of_2, pick, register, tl
 from .checks import expect_floating
 from .cuda import norm_silu_cuda
 
 SMALLEST_NORM = 1e-12
+BLOCK = 2**16  # numbers that a core of a CPU takes at a time: 256 KiB in float32
 
 
 def norm_silu_ref(x: torch.Tensor, gamma: torch.Tensor, silu: bool, inplace: bool, upsample: bool) -> torch.Tensor:
@@ -37,6 +38,18 @@ def norm_silu_ref(x: torch.Tensor, gamma: torch.Tensor, silu: bool, inplace: boo
     if upsample:
         return F.interpolate(h.to(x.dtype), scale_factor=(1.0, 2.0, 2.0)[5 - x.dim() :], mode="nearest")
     return x.copy_(h) if inplace and h is not x else h.to(x.dtype)
+
+
+def norm_silu_blocks(x: torch.Tensor, gamma: torch.Tensor, silu: bool, inplace: bool, upsample: bool) -> torch.Tensor:
+    """The reference over blocks of pixels whose float32 numbers stay in a core's cache, for 16 bits on CPUs."""
+    moved = x.movedim(1, -1)
+    if upsample or not moved.is_contiguous():
+        return norm_silu_ref(x, gamma, silu, inplace, upsample)
+    out = moved if inplace else torch.empty_like(moved)
+    rows = max(BLOCK * torch.get_num_threads() // x.shape[1], 1)
+    for source, target in zip(moved.flatten(0, -2).split(rows), out.flatten(0, -2).split(rows), strict=True):
+        target.copy_(norm_silu_ref(source, gamma, silu, False, False))
+    return x if inplace else out.movedim(-1, 1)
 
 
 @jit
@@ -97,6 +110,8 @@ def norm_silu_triton(x: torch.Tensor, gamma: torch.Tensor, silu: bool, inplace: 
 
 def norm_silu_picked(x: torch.Tensor, gamma: torch.Tensor, silu: bool, inplace: bool, upsample: bool) -> torch.Tensor:
     """What runs eagerly, and behind `torch.ops.runtime.norm_silu` (to channels-last) and `norm_silu_` (in place)."""
+    if x.device.type == "cpu" and x.element_size() == 2 and not is_forced():
+        return norm_silu_blocks(x, gamma, silu, inplace, upsample)
     return pick(x, ref=norm_silu_ref, triton=norm_silu_triton, cuda=norm_silu_cuda)(x, gamma, silu, inplace, upsample)
 
 

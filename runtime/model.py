@@ -45,7 +45,8 @@ class Model:
         if self._other_vae is None or self._other_vae[:2] != (device, dtype):
             other = copy.deepcopy(self.vae)
             assert isinstance(other, torch.nn.Module)
-            self._other_vae = device, dtype, other.to(device, dtype)
+            self.checkpoint.vae.prepare(other.to(device, dtype))
+            self._other_vae = device, dtype, other
         return self._other_vae[2]
 
     @cached_property

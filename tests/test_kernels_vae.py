@@ -16,7 +16,7 @@ from runtime.kernels.causal_conv3d import (
     causal_conv3d_taps,
     causal_conv3d_window,
 )
-from runtime.kernels.norm_silu import norm_silu
+from runtime.kernels.norm_silu import BLOCK, norm_silu, norm_silu_ref
 
 TOLERANCE = 1e-5  # float32, relative to the largest number
 
@@ -78,6 +78,30 @@ def test_causal_conv3d_is_its_formula(case: tuple) -> None:
     assert_near(causal_conv3d(x, weight, bias, history, stride=stride), expected)
     if not history.shape[2]:
         assert_near(causal_conv3d(x, weight, None, None, stride=stride), expected - bias.double().view(-1, 1, 1, 1))
+    residual = torch.randn(expected.shape, generator=torch.Generator().manual_seed(1))
+    given, sums = residual.clone(), residual + expected
+    assert_near(causal_conv3d(x, weight, bias, history, stride=stride, residual=given), sums)
+    assert torch.equal(given, residual)
+    assert_near(causal_conv3d(x, weight, bias, history, stride=stride, residual=given, inplace=True), sums)
+
+
+def test_causal_conv3d_adds_where_the_residual_is() -> None:
+    shape = (2, 3, 4, 5, 6)
+    x, residual = (torch.randn(shape).contiguous(memory_format=torch.channels_last_3d) for _ in range(2))
+    result = causal_conv3d(x, torch.randn(3, 3, 3, 3, 3), residual=residual, inplace=True)
+    assert result.data_ptr() == residual.data_ptr()
+
+
+def test_norm_silu_in_blocks_is_the_reference() -> None:
+    x = torch.randn(2, 24, 3, 40, 41).bfloat16().contiguous(memory_format=torch.channels_last_3d)
+    assert x.numel() > 2 * BLOCK
+    gamma = torch.randn(24).bfloat16()
+    for silu in (True, False):
+        expected = norm_silu_ref(x, gamma, silu, False, False)
+        assert torch.equal(norm_silu(x, gamma, silu=silu), expected)
+        given = x.clone()
+        assert norm_silu(given, gamma, silu=silu, inplace=True) is given
+        assert torch.equal(given, expected)
 
 
 @settings(max_examples=40, deadline=None, derandomize=True)

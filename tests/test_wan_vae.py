@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from pathlib import Path
 from typing import Any
@@ -9,9 +10,11 @@ from typing import Any
 import pytest
 import torch
 from diffusers import AutoencoderKLWan
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 import runtime
-from runtime.models.wan.vae import VAEConfig, WanVAE, diffusers_keys
+from runtime.models.wan.vae import Ring, VAEConfig, WanVAE, diffusers_keys
 
 TOLERANCE = 1e-4  # of the largest number; what a different order of float32 sums may change
 
@@ -153,6 +156,54 @@ def test_encoding_streams(name: str) -> None:
     assert torch.equal(torch.cat(list(vae.encode_stream(chunks())), dim=2), whole)
 
 
+@settings(deadline=None, max_examples=50)
+@given(size=st.integers(1, 4), chunks=st.lists(st.integers(1, 5), min_size=1, max_size=5))
+def test_a_ring_holds_the_newest_frames_in_place(size: int, chunks: list[int]) -> None:
+    ring, clip = Ring(size), torch.arange(sum(chunks) * 6.0).view(1, 1, -1, 3, 2)
+    assert ring.newest() is None
+    places = set()
+    for start, count in zip(itertools.accumulate(chunks, initial=0), chunks, strict=False):
+        ring.remember(clip[:, :, start : start + count])
+        newest = ring.newest()
+        assert torch.equal(newest, clip[:, :, : start + count][:, :, -size:])
+        places.add(ring.frames.data_ptr())
+    assert len(places) == 1
+
+
+class Chunk(torch.nn.Module):
+    """A later chunk through the decoder's branch, its rings given as tensors, as an engine would hold them."""
+
+    def __init__(self, vae: WanVAE) -> None:
+        super().__init__()
+        self.decoder = vae.decoder
+
+    def forward(self, x: torch.Tensor, rings: list[torch.Tensor]) -> torch.Tensor:
+        history = self.decoder.empty_history()
+        used = history[-len(rings) :]
+        for ring, frames in zip(used, rings, strict=True):
+            ring.frames, ring.filled = frames, ring.size
+        return self.decoder.branch(x, history, False)
+
+
+@pytest.mark.parametrize("name", ["2.1", "2.2"])
+def test_a_chunk_exports_with_its_rings(name: str) -> None:
+    vae = ours(reference(name))
+    x = torch.randn(1, vae.decoder.mid_block.resnets[1].conv2.weight.shape[0], 1, 3, 2)
+    x = x.contiguous(memory_format=torch.channels_last_3d)
+    history = vae.decoder.empty_history()
+    with torch.no_grad():
+        vae.decoder.branch(x.clone(), history, True)
+        vae.decoder.branch(x.clone(), history, False)
+        vae.decoder.branch(x.clone(), history, False)
+        rings = [ring.frames for ring in history if ring.frames is not None]
+        copies = [frames.clone() for frames in rings]
+        program = torch.export.export(Chunk(vae), (x.clone(), [frames.clone() for frames in rings]))
+        given = program.module()(x.clone(), copies)
+        assert_near(given, vae.decoder.branch(x.clone(), history, False))
+    for exported, eager in zip(copies, rings, strict=True):
+        assert_near(exported, eager)
+
+
 def test_results_carry_no_graph_and_may_be_changed() -> None:
     vae = ours(reference("2.1"))
     latents = torch.randn(1, 16, 2, 2, 2, requires_grad=True)
@@ -164,10 +215,10 @@ def test_results_carry_no_graph_and_may_be_changed() -> None:
 
 
 def test_published_names_and_shapes() -> None:
-    for name, given in (("2.1", {}), ("2.2", WAN22_PUBLISHED | {"z_dim": 48})):
-        given = given | ({"latents_mean": [0.0] * 48, "latents_std": [1.0] * 48} if name == "2.2" else {})
+    for name, config in (("2.1", {}), ("2.2", WAN22_PUBLISHED | {"z_dim": 48})):
+        config = config | ({"latents_mean": [0.0] * 48, "latents_std": [1.0] * 48} if name == "2.2" else {})
         with torch.device("meta"):
-            model = AutoencoderKLWan(**given)
+            model = AutoencoderKLWan(**config)
             vae = WanVAE(VAEConfig.from_dict(dict(model.config)))
         shapes = {key: tensor.shape for key, tensor in vae.state_dict().items()}
         keys = diffusers_keys(vae.config)

@@ -2,8 +2,9 @@
 
 One structure serves both: 2.2 adds parameter-free residual paths around its blocks (`is_residual`) and folds pixels
 into channels in front (`patch_size`). A clip passes in chunks of one latent frame: the first holds 1 pixel frame,
-each next one `stride[0]`. What a causal convolution must remember of the chunks before stands in a `History`, one
-slot per convolution, made anew for each clip; so memory does not grow with the clip, and no call disturbs another.
+each next one `stride[0]`. What a causal convolution must remember of the chunks before stands in its `Ring` of the
+clip's `History`; so memory does not grow with the clip, and no call disturbs another. A block owns its input: it
+writes into it where nothing needs it later.
 
 B batch, C channels, T H W latent time, height, width, F pixel frames; z_dim is C of the latents.
 Source of the architecture: the published configs and code of Wan 2.1 and 2.2, https://arxiv.org/abs/2503.20314.
@@ -26,7 +27,7 @@ from runtime.kernels.norm_silu import norm_silu
 from runtime.models.spec import config_from
 from runtime.models.tiles import Tile, tiles
 
-History = list[torch.Tensor | None]  # per causal convolution: its newest input frames [B, C, P, H, W]; None: none yet
+History = list["Ring"]  # of one clip, a ring per causal convolution
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -142,7 +143,8 @@ class WanVAE(nn.Module):
         self, x: torch.Tensor, cuts: list[Tile], histories: list[History], first: bool
     ) -> Iterator[torch.Tensor]:
         for tile, history in zip(cuts, histories, strict=True):
-            pixels = self.decoder.branch(tile.cut(x), history, first)
+            part = tile.cut(x) if len(cuts) == 1 else tile.cut(x).clone(memory_format=torch.channels_last_3d)
+            pixels = self.decoder.branch(part, history, first)
             yield unpatchify(pixels, self.config.patch_size or 1).float().clamp_(-1.0, 1.0)
 
     def tile_of(self, height: int, width: int, parts: int) -> tuple[int, int]:
@@ -215,7 +217,6 @@ class WanVAE(nn.Module):
     ) -> Iterator[torch.Tensor]:
         scale = self.stride[1] // (self.config.patch_size or 1)
         for tile, history in zip(cuts, histories, strict=True):
-            # A copy in any case: the history outlives the caller's chunk.
             part = tile.cut(x, scale).clone(memory_format=torch.channels_last_3d)
             yield self.encoder.branch(part, history, first)
 
@@ -263,21 +264,44 @@ def diffusers_keys(config: VAEConfig, vae: WanVAE | None = None) -> dict[str, st
     return {published(name): name for name, _ in vae.named_parameters()}
 
 
-class Streaming(nn.Module):
-    """A network over a stream of chunks: it knows how many histories its causal convolutions need."""
+class Ring:
+    """The newest input frames of one causal convolution, `filled` of at most `size`; their memory stays in place."""
 
-    slots: int
+    def __init__(self, size: int) -> None:
+        self.size, self.filled = size, 0
+        self.frames: torch.Tensor | None = None  # [B, C, size, H, W], the newest last
+
+    def newest(self) -> torch.Tensor | None:
+        """Return the frames that are there, [B, C, filled, H, W]; None for none."""
+        return self.frames[:, :, self.size - self.filled :] if self.frames is not None and self.filled else None
+
+    def remember(self, x: torch.Tensor) -> None:
+        """Copy the newest frames of x [B, C, F, H, W] in, over the oldest."""
+        if self.frames is None:
+            shape, layout = (*x.shape[:2], self.size, *x.shape[3:]), torch.channels_last_3d
+            self.frames = torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=layout)
+        staying = max(self.size - x.shape[2], 0)
+        for place in range(staying):
+            self.frames[:, :, place].copy_(self.frames[:, :, place + x.shape[2]])
+        self.frames[:, :, staying:].copy_(x[:, :, -self.size :])
+        self.filled = min(self.filled + x.shape[2], self.size)
+
+
+class Streaming(nn.Module):
+    """A network over a stream of chunks: it knows how many frames its causal convolutions must remember."""
+
+    kept: tuple[int, ...]  # per causal convolution
 
     def number_slots(self) -> None:
         """Give each causal convolution its place in the history; the last step of construction."""
         convolutions = [module for module in self.modules() if isinstance(module, CausalConv3d)]
         for slot, convolution in enumerate(convolutions):
             convolution.slot = slot
-        self.slots = len(convolutions)
+        self.kept = tuple(convolution.weight.shape[2] - convolution.time_stride for convolution in convolutions)
 
     def empty_history(self) -> History:
         """Return the history in front of a clip's first chunk."""
-        return [None] * self.slots
+        return [Ring(size) for size in self.kept]
 
 
 class Decoder(Streaming):
@@ -374,7 +398,7 @@ class UpBlock(nn.Module):
     def forward(self, x: torch.Tensor, history: History, first: bool) -> torch.Tensor:
         y = x
         for resnet in self.resnets:
-            y = resnet(y, history)
+            y = resnet(y, history, keep=self.shortcut and y is x)
         if self.upsampler is not None:
             y = self.upsampler(y, history, first)
         return add_repeated(y, x, self.time, first) if self.shortcut else y
@@ -399,12 +423,12 @@ class DownBlock(nn.Module):
     def forward(self, x: torch.Tensor, history: History, first: bool) -> torch.Tensor:
         y = x
         for resnet in self.resnets:
-            y = resnet(y, history)
+            y = resnet(y, history, keep=self.factors is not None and y is x)
         if self.downsampler is not None:
             y = self.downsampler(y, history, first)
         if self.factors is None:
             return y
-        return y + averaged(x, y.shape[1], *self.factors)  # not in place: y may stand in the history
+        return y.add_(averaged(x, y.shape[1], *self.factors))
 
     def reach(self, after: int) -> int:
         """Return how many cells to each side the block sees at its input, if `after` are seen at its output."""
@@ -437,10 +461,12 @@ class ResidualBlock(nn.Module):
         self.conv2 = CausalConv3d(out, out, (3, 3, 3))
         self.conv_shortcut = nn.Conv3d(width, out, 1) if width != out else None
 
-    def forward(self, x: torch.Tensor, history: History) -> torch.Tensor:
+    def forward(self, x: torch.Tensor, history: History, keep: bool = False) -> torch.Tensor:
+        """With `keep`, x is not overwritten."""
         h = self.conv1(norm_silu(x, self.norm1.gamma), history)
         shortcut = x if self.conv_shortcut is None else pointwise(self.conv_shortcut, x)
-        return self.conv2(norm_silu(h, self.norm2.gamma, inplace=True), history, shortcut)
+        h = norm_silu(h, self.norm2.gamma, inplace=True)
+        return self.conv2(h, history, shortcut, inplace=not keep or shortcut is not x)
 
     def reach(self) -> int:
         """Return how many cells to each side a result depends on."""
@@ -493,7 +519,10 @@ class Downsampler(nn.Module):
         y = y.unflatten(0, (x.shape[0], x.shape[2])).transpose(1, 2)
         if self.time_conv is None:
             return y
-        return self.time_conv.remember(y, history) if first else self.time_conv(y, history)
+        if first:
+            history[self.time_conv.slot].remember(y)
+            return y
+        return self.time_conv(y, history)
 
 
 class CausalConv3d(nn.Module):
@@ -507,20 +536,16 @@ class CausalConv3d(nn.Module):
         self.bias = nn.Parameter(torch.empty(out))
         self.time_stride = time_stride
 
-    def forward(self, x: torch.Tensor, history: History, residual: torch.Tensor | None = None) -> torch.Tensor:
-        before = history[self.slot]
-        self.remember(x, history)
-        return causal_conv3d(x, self.weight, self.bias, before, stride=self.time_stride, residual=residual)
-
-    def remember(self, x: torch.Tensor, history: History) -> torch.Tensor:
-        """Put the frames that the next chunk needs into the history; return x."""
-        keep = self.weight.shape[2] - self.time_stride
-        before = history[self.slot]
-        if before is not None and x.shape[2] < keep:
-            history[self.slot] = torch.cat([before, x], dim=2)[:, :, -keep:]
-        else:  # a copy only where a view would keep the other frames alive
-            history[self.slot] = x[:, :, -keep:].clone() if x.shape[2] > keep else x
-        return x
+    def forward(
+        self, x: torch.Tensor, history: History, residual: torch.Tensor | None = None, *, inplace: bool = False
+    ) -> torch.Tensor:
+        """Return the result plus the residual, with `inplace` maybe in the residual's memory."""
+        ring = history[self.slot]
+        y = causal_conv3d(
+            x, self.weight, self.bias, ring.newest(), stride=self.time_stride, residual=residual, inplace=inplace
+        )
+        ring.remember(x)
+        return y
 
     def prepare(self) -> None:
         """Make each tap in time a channels-last block on CPUs, the whole channels-last elsewhere."""
