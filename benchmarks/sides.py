@@ -45,7 +45,7 @@ class Case:
     @property
     def shape(self) -> tuple[int, int, int, int]:
         """[C, T, H, W] of the latents."""
-        return plan_task(self.request, self.spec).shape
+        return plan_task(self.request, self.spec).windows[0].shape
 
     def inputs(self) -> tuple[torch.Tensor, np.ndarray]:
         """Return random latents [1, C, T, H, W] and frames uint8 [F, H, W, 3], the same each time."""

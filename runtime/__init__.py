@@ -12,6 +12,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from runtime.clips import Clip
     from runtime.decoding import decode, encode
     from runtime.denoising import Cancelled
     from runtime.model import Model, load
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
 # Names are handed out at first use, so that a process which only serves HTTP never imports torch.
 _HOMES = {
     "Cancelled": "denoising",
+    "Clip": "clips",
     "Model": "model",
     "Receipt": "receipt",
     "Request": "request",
@@ -33,7 +35,7 @@ _HOMES = {
     "load": "model",
 }
 
-__all__ = ["Cancelled", "Model", "Receipt", "Request", "Video", "decode", "encode", "generate", "load"]
+__all__ = ["Cancelled", "Clip", "Model", "Receipt", "Request", "Video", "decode", "encode", "generate", "load"]
 
 
 def __getattr__(name: str) -> Any:

@@ -1,8 +1,14 @@
-"""Noise -> latents: composes engine, experts and guidance into one Denoiser and runs the sampler over it."""
+"""Noise -> latents: composes engine, experts and guidance into one Denoiser and runs the sampler over it.
+
+Known frames are held by a wrapper as well: whatever the network says of them, their velocity leads to what is known.
+"""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from itertools import count
 
 import torch
 
@@ -11,7 +17,7 @@ from runtime.guidance import guided
 from runtime.model import Model
 from runtime.models.spec import Context, Denoiser
 from runtime.request import Request
-from runtime.samplers import make_sampler, start
+from runtime.samplers import SamplerState, make_sampler, start
 from runtime.trace import span
 
 OnStep = Callable[[int, int, torch.Tensor], None]
@@ -19,6 +25,18 @@ OnStep = Callable[[int, int, torch.Tensor], None]
 # Up to this many video tokens both guidance branches run as one batch: launches and weights are read once. Beyond it
 # the matrices are large enough alone, and one branch at a time halves the memory.
 BATCHED_TOKENS = 4096
+RESAMPLE = 2  # times each step is taken where known frames are blended in; more agrees better and costs as much more
+
+
+@dataclass(frozen=True)
+class Known:
+    """Latents [1, C, T, H, W] that are known, and how firmly each frame is held [T]: 0 not at all, 1 to the end.
+
+    A frame is held while sigma is above 1 - hold; below it the network may change it.
+    """
+
+    latents: torch.Tensor
+    hold: torch.Tensor
 
 
 class Cancelled(Exception):
@@ -38,6 +56,45 @@ def switch_at(sigma: float, high: Denoiser, low: Denoiser) -> Denoiser:
 
     def denoise(x: torch.Tensor, at: torch.Tensor, context: Context) -> torch.Tensor:
         return (high if float(at.max()) >= sigma else low)(x, at, context)
+
+    return denoise
+
+
+def held(denoiser: Denoiser, known: Known, *, clean: bool) -> Denoiser:
+    """Return a Denoiser that leads known frames to what is known: their velocity is (x - known) / sigma.
+
+    `clean` shows them to the network without noise, at sigma 0 (Wan 2.2 TI2V, https://arxiv.org/abs/2503.20314);
+    otherwise it sees them as noisy as the others.
+    """
+
+    def denoise(x: torch.Tensor, sigma: torch.Tensor, context: Context) -> torch.Tensor:
+        level = float(sigma.max())
+        firm = known.hold > 1.0 - level
+        if not firm.any():
+            return denoiser(x, sigma, context)
+        there = firm.view(1, 1, -1, 1, 1).to(x.device)
+        if clean:
+            seen, at = torch.where(there, known.latents, x), torch.where(firm, 0.0, sigma.view(-1, 1))
+            velocity = denoiser(seen, at, context)
+        else:
+            velocity = denoiser(x, sigma, context)
+        return torch.where(there, (x - known.latents) / level, velocity)
+
+    return denoise
+
+
+def rolled(denoiser: Denoiser) -> Denoiser:
+    """Return a Denoiser for which time is a circle: each call sees the frames turned further, so none is the first.
+
+    The turns are by the golden section of the length, which soon has started everywhere.
+    Source of the idea: latent shift, https://arxiv.org/abs/2502.20307.
+    """
+    calls = count()
+
+    def denoise(x: torch.Tensor, sigma: torch.Tensor, context: Context) -> torch.Tensor:
+        frames = x.shape[2]
+        turn = round(next(calls) * frames * (math.sqrt(5) - 1) / 2) % frames
+        return denoiser(x.roll(turn, dims=2), sigma, context).roll(-turn, dims=2)
 
     return denoise
 
@@ -63,29 +120,67 @@ def denoise(
     sigmas: torch.Tensor,
     request: Request,
     on_step: OnStep | None = None,
+    *,
+    known: Known | None = None,
+    periodic: bool = False,
 ) -> torch.Tensor:
     """Return the denoised latents [1, C, T, H, W] float32 of `noise`, same shape, over `sigmas` [steps + 1].
 
-    `on_step(step, total, latents)` is called after each step with step from 1, and may raise Cancelled. Raises
-    FloatingPointError where the latents stop being finite.
+    `known` frames are held, and where `sigmas` begin below 1 also what sampling starts from; with `periodic` the last
+    frame is followed by the first. `on_step(step, total, latents)` is called after each step with step from 1, and may
+    raise Cancelled. Raises FloatingPointError where the latents stop being finite.
     """
     patch = model.spec.patch
     tokens = noise[0, 0].numel() // (patch[0] * patch[1] * patch[2])
     denoiser = compose(model, request, tokens)
-    assert request.sampler is not None
+    state = start(noise.to(model.device))
+    if known is not None:
+        denoiser = held(denoiser, known, clean=model.spec.conditioning == "clean_tokens")
+        first = float(sigmas[0])
+        if first < 1 - 1e-5:
+            state = start((1.0 - first) * known.latents + first * state.x)
+    if periodic:
+        denoiser = rolled(denoiser)
+    assert request.sampler is not None and request.seed is not None
     sampler = make_sampler(request.sampler, model.spec.sampler_options)
     levels = sigmas.tolist()
     total = len(levels) - 1
-    state = start(noise.to(model.device))
+    generator = torch.Generator().manual_seed((request.seed + 1) % 2**64)
     for step in range(total):
+        rounds = visits(model, request, known) if step < total - 1 else 1
         with span("denoise/step"):
-            velocity = denoiser(state.x, sigmas[step : step + 1], context)
-            state = sampler(state, velocity, levels)
+            for left in reversed(range(rounds)):
+                velocity = denoiser(state.x, sigmas[step : step + 1], context)
+                moved = sampler(state, velocity, levels)
+                state = renoised(state, moved, levels, generator) if left else moved
         if on_step is not None:
             on_step(step + 1, total, state.x)
-    if not torch.isfinite(state.x).all():
+    x = state.x
+    if known is not None:
+        x = torch.where((known.hold == 1).view(1, 1, -1, 1, 1).to(x.device), known.latents, x)
+    if not torch.isfinite(x).all():
         raise FloatingPointError(
             f"the latents are not finite after {total} steps in {model.dtype}; try --dtype float32, and if that fails "
             "too, the weights are damaged"
         )
-    return state.x
+    return x
+
+
+def visits(model: Model, request: Request, known: Known | None) -> int:
+    """Return how often each step is taken: more than once only where known frames are blended in from outside.
+
+    Each further time lets the rest agree with them (RePaint, https://arxiv.org/abs/2201.09865).
+    """
+    blended = known is not None and model.spec.conditioning == "blend" and bool((known.hold == 1).any())
+    return (request.resample or RESAMPLE) if blended else 1
+
+
+def renoised(
+    before: SamplerState, after: SamplerState, sigmas: Sequence[float], generator: torch.Generator
+) -> SamplerState:
+    """Return the state of a step with its x taken back from the step behind it: noised up to where it began."""
+    low, high = sigmas[after.step], sigmas[before.step]
+    signal = (1 - high) / (1 - low)
+    fresh = torch.randn(after.x.shape, generator=generator).to(after.x.device)
+    x = signal * after.x + math.sqrt(high**2 - (signal * low) ** 2) * fresh
+    return replace(before, x=x, corrected=None)

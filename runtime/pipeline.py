@@ -2,21 +2,31 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
+from collections import deque
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import closing
+from dataclasses import dataclass
+from itertools import islice
 
+import numpy as np
 import torch
 
+from runtime.clips import conformed, part_of
 from runtime.decoding import decode
 from runtime.denoising import OnStep, denoise, prepare_context
+from runtime.known import encode_known, firmness, given_frames
 from runtime.latents import check_latents, draw_noise
 from runtime.model import Model
 from runtime.receipt import Receipt
 from runtime.request import Request
 from runtime.schedules import make_schedule
-from runtime.tasks import plan_task
+from runtime.splicing import Splicer
+from runtime.tasks import Part, Plan, plan_task
 from runtime.text import encode_prompt
 from runtime.trace import recording, span
 from runtime.video import Video
+
+LEAD = 8  # latent frames decoded before the first of a loop, so that the decoder has forgotten where it began
 
 
 def generate(
@@ -24,32 +34,145 @@ def generate(
 ) -> Video:
     """Make the video that a request asks for; its frames are decoded as they are iterated or saved.
 
-    `noise` is [C, T, H, W] or [1, C, T, H, W], drawn from the seed where None; `on_step(step, total, latents)` is
-    called after each step and may raise Cancelled. Raises ValueError for what the model cannot make.
+    `noise` is [C, T, H, W] or [1, C, T, H, W], the first window's, drawn from the seed where None; `on_step(step,
+    total, latents)` is called after each step and may raise Cancelled. Raises ValueError for what cannot be made.
     """
     request = request.resolved(model.spec)
-    receipt = start_receipt(model, request)
-    plan = plan_task(request, model.spec)
+    assert request.width and request.height and request.fps
+    footage = [conformed(clip, request.width, request.height, request.fps, request.fit) for clip in request.clips]
+    plan = plan_task(request, model.spec, [clip.num_frames for clip in footage])
+    job = Job(model, request, plan, footage, start_receipt(model, request), on_step)
+    given = given_frames(plan.windows[0], footage, before_first(job))
+    latents = sample(job, 0, given, noise)
+    video = decode_window(job, 0, latents)
+    if plan.plain:
+        return video
+    return Video(
+        lambda: assemble(job, latents, given),
+        fps=request.fps,
+        num_frames=plan.num_frames,
+        height=request.height,
+        width=request.width,
+        latents=video.latents if len(plan.windows) == 1 else None,
+        receipt=job.receipt,
+    )
+
+
+@dataclass(frozen=True)
+class Job:
+    """One request under way."""
+
+    model: Model
+    request: Request
+    plan: Plan
+    footage: Sequence[Video]  # the clips, at the request's size and rate
+    receipt: Receipt
+    on_step: OnStep | None
+
+    def told(self, index: int) -> OnStep | None:
+        """Return the callback of one window's steps, which counts those of all."""
+        if (tell := self.on_step) is None:
+            return None
+        windows = len(self.plan.windows)
+        return lambda step, total, latents: tell(index * total + step, windows * total, latents)
+
+
+def sample(job: Job, index: int, given: Mapping[int, np.ndarray], noise: torch.Tensor | None = None) -> torch.Tensor:
+    """Return the latents [1, C, T, H, W] of one window, on the CPU, where `given` frames stand in their places."""
+    model, request, window = job.model, job.request, job.plan.windows[index]
     assert request.seed is not None and request.steps is not None and request.shift is not None
     if noise is None:
-        noise = draw_noise(plan.shape, request.seed)
-    noise = check_latents(noise, plan.shape, "noise")
-    sigmas = make_schedule(model.spec.schedule, request.steps, request.shift, plan.start)
-    with recording(receipt.stages, receipt.notes), torch.inference_mode():
+        noise = draw_noise(window.shape, (request.seed + index) % 2**64)
+    noise = check_latents(noise, window.shape, "noise")
+    sigmas = make_schedule(model.spec.schedule, request.steps, request.shift, window.start)
+    with recording(job.receipt.stages, job.receipt.notes), torch.inference_mode():
         with span("text", memory=True):
             texts, notes = encode_prompt(model, request)
-        receipt.notes += notes
+        job.receipt.notes += [note for note in notes if note not in job.receipt.notes]
+        known = None
+        if given:
+            with span("encode", memory=True):
+                known = encode_known(model, window, given)
         with span("denoise", memory=True):
-            context = prepare_context(model, texts, plan.shape)
-            latents = denoise(model, noise, context, sigmas, request, on_step)
-    return decode(model, latents.clone().cpu(), fps=request.fps, receipt=receipt)
+            context = prepare_context(model, texts, window.shape)
+            latents = denoise(
+                model, noise, context, sigmas, request, job.told(index), known=known, periodic=window.periodic
+            )
+        return latents.clone().cpu()
+
+
+def assemble(job: Job, latents: torch.Tensor, given: Mapping[int, np.ndarray]) -> Iterator[np.ndarray]:
+    """Yield the frames of the result: clips as they are, windows as they are made, the first from its `latents`.
+
+    What is kept between windows is the last frames of the result, so memory does not grow with its length.
+    """
+    tails: deque[np.ndarray] = deque(maxlen=max(1, *(window.tail for window in job.plan.windows)))
+    place = 0
+    for part in job.plan.parts:
+        if part.source == "clip":
+            frames = part_of(job.footage[part.index], part.start, part.stop - part.start)
+        else:
+            window = job.plan.windows[part.index]
+            if part.index:
+                given = given_frames(window, job.footage, list(tails)[-window.tail :])
+                latents = sample(job, part.index, given)
+            frames = made(job, part, latents, given, place)
+        for frame in frames:
+            tails.append(frame)
+            yield frame
+        place += part.stop - part.start
+
+
+def made(
+    job: Job, part: Part, latents: torch.Tensor, given: Mapping[int, np.ndarray], place: int
+) -> Iterator[np.ndarray]:
+    """Yield a window's part of the result, from `place` on there: what is held to the end is given back unchanged."""
+    held = firmness(job.plan.windows[part.index])
+    firm = {index: frame for index, frame in given.items() if held[index] == 1}
+    splicer = Splicer(decode_window(job, part.index, latents), firm, place - part.start)
+    with closing(splicer.frames()) as frames:
+        yield from islice(frames, part.start, part.stop)
+    known = {seam.frame for seam in job.receipt.seams}
+    job.receipt.seams += [seam for seam in splicer.seams if seam.frame not in known]
+
+
+def decode_window(job: Job, index: int, latents: torch.Tensor) -> Video:
+    """Return the frames that one window's latents stand for.
+
+    A periodic one is decoded going round. It is cut inside a latent frame: between two the step is larger.
+    """
+    fps = job.request.fps
+    if not job.plan.windows[index].periodic:
+        return decode(job.model, latents, fps=fps, receipt=job.receipt)
+    step, length = job.model.spec.stride[0], latents.shape[2]
+    places = [place % length for place in range(-LEAD, length + 1)]
+    video = decode(job.model, latents[:, :, places], fps=fps, receipt=job.receipt)
+    first, count = 1 + step * (LEAD - 1) + step // 2, step * length
+    return Video(
+        lambda: islice(iter(video), first, first + count),
+        fps=video.fps,
+        num_frames=count,
+        height=video.height,
+        width=video.width,
+        latents=latents[0],
+        receipt=job.receipt,
+    )
+
+
+def before_first(job: Job) -> list[np.ndarray]:
+    """Return the last frames of the clips that stand before the first window, as many as it is to know."""
+    tail = job.plan.windows[0].tail
+    if not tail:
+        return []
+    part = job.plan.parts[0]
+    return list(part_of(job.footage[part.index], part.stop - tail, tail))
 
 
 def start_receipt(model: Model, request: Request) -> Receipt:
     """Return the receipt of a resolved request, its stages still to come but for the loading."""
     assert request.seed is not None
     return Receipt(
-        request=asdict(request),
+        request=request.record(),
         seed=request.seed,
         model=model.spec.name,
         model_hash=model.fingerprint,

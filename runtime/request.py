@@ -4,10 +4,16 @@ from __future__ import annotations
 
 import math
 import secrets
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, fields, replace
+from typing import Any
 
+from runtime.clips import FITS, Clip, natural_size
 from runtime.models.spec import ModelSpec, nearest_counts, nearest_multiples
 from runtime.samplers import LEGAL_OPTIONS
+
+DIRECTIONS = {"forward": "extend", "backward": "prepend", "between": "connect"}
+WHOLE = 3  # up to so many times the model's own length a video is made at once, beyond that window by window
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -16,6 +22,12 @@ class Request:
 
     `width` and `height` are pixels, `num_frames` frames, `fps` frames per second; `guidance_2` is the second
     expert's. Raises ValueError for values that no model could take.
+
+    With `clips` and nothing more, each stands in the result where its `at` says. `direction` "forward" goes on after
+    the one clip, "backward" comes before it, "between" connects two: `num_frames` (or `seconds`) then counts the new
+    frames alone. `periodic` makes a loop, of the text or of a clip. `strength` in (0, 1] makes a clip anew from that
+    sigma on. `fit` ("crop", "pad", "stretch") brings clips to the size asked for. A video much longer than the model's
+    own length is made in windows of `window` frames that share `overlap` frames.
     """
 
     prompt: str
@@ -23,6 +35,7 @@ class Request:
     width: int | None = None
     height: int | None = None
     num_frames: int | None = None
+    seconds: float | None = None
     fps: float | None = None
     steps: int | None = None
     guidance: float | None = None
@@ -30,6 +43,14 @@ class Request:
     shift: float | None = None
     sampler: str | None = None
     seed: int | None = None
+    clips: tuple[Clip, ...] = ()
+    direction: str | None = None
+    periodic: bool = False
+    strength: float | None = None
+    fit: str = "crop"
+    window: int | None = None
+    overlap: int | None = None
+    resample: int | None = None
 
     def __post_init__(self) -> None:
         for name in ("prompt", "negative_prompt"):
@@ -37,11 +58,13 @@ class Request:
                 raise ValueError(f"{name} is a {type(given).__name__}; legal: text")
         if not self.prompt.strip():
             raise ValueError("the prompt is empty; legal: some text, so say what the video shows")
-        for name in ("width", "height", "num_frames", "steps"):
+        for name in ("width", "height", "num_frames", "steps", "window", "overlap", "resample"):
             given = getattr(self, name)
             if given is not None and (isinstance(given, bool) or not isinstance(given, int) or given < 1):
                 raise ValueError(f"{name} is {given!r}; legal: a whole number of at least 1")
-        for name, floor in (("fps", 0.0), ("guidance", None), ("guidance_2", None), ("shift", 0.0)):
+        for name, floor in (
+            ("fps", 0.0), ("seconds", 0.0), ("guidance", None), ("guidance_2", None), ("shift", 0.0), ("strength", 0.0),
+        ):  # fmt: skip
             given = getattr(self, name)
             if given is None:
                 continue
@@ -53,17 +76,55 @@ class Request:
             isinstance(self.seed, bool) or not isinstance(self.seed, int) or not 0 <= self.seed < 2**64
         ):
             raise ValueError(f"seed is {self.seed!r}; legal: a whole number from 0 to 2^64 - 1")
-        if self.sampler is not None and self.sampler not in LEGAL_OPTIONS:
-            raise ValueError(f"sampler is {self.sampler!r}; legal: {', '.join(sorted(LEGAL_OPTIONS))}")
+        for name, legal in (("sampler", sorted(LEGAL_OPTIONS)), ("direction", sorted(DIRECTIONS)), ("fit", FITS)):
+            if (given := getattr(self, name)) is not None and given not in legal:
+                raise ValueError(f"{name} is {given!r}; legal: {', '.join(legal)}")
+        self._check_clips()
+
+    def _check_clips(self) -> None:
+        clips = tuple(Clip(**c) if isinstance(c, Mapping) else c for c in self.clips)
+        if wrong := next((c for c in clips if not isinstance(c, Clip)), None):
+            raise ValueError(f"clips holds a {type(wrong).__name__}; legal: runtime.Clip")
+        object.__setattr__(self, "clips", clips)
+        if sum((self.periodic, self.direction is not None, self.strength is not None)) > 1:
+            raise ValueError("direction, periodic and strength are three tasks; give one of them")
+        if self.strength is not None and self.strength > 1:
+            raise ValueError(
+                f"strength is {self.strength!r}; legal: more than 0, up to 1 (nothing of the clip is left)"
+            )
+        wanted = {"extend": (1, 1), "prepend": (1, 1), "connect": (2, 2), "loop": (0, 1), "edit": (1, 1)}
+        least, most = wanted.get(self.task, (0, len(clips)))
+        if not least <= len(clips) <= most:
+            legal = f"{least}" if least == most else f"{least} or {most}"
+            raise ValueError(f"{len(clips)} clips are given; the task {self.task!r} takes {legal}")
+
+    @property
+    def task(self) -> str:
+        """What is asked: "text", "place", "extend", "prepend", "connect", "loop" or "edit"."""
+        if self.periodic:
+            return "loop"
+        if self.strength is not None:
+            return "edit"
+        if self.direction is not None:
+            return DIRECTIONS[self.direction]
+        return "place" if self.clips else "text"
+
+    def record(self) -> dict[str, Any]:
+        """Return what a receipt says of it; Request(**record) asks the same again where clips came from files."""
+        plain = {f.name: getattr(self, f.name) for f in fields(self)}
+        return plain | {"clips": [clip.record() for clip in self.clips]}
 
     def resolved(self, spec: ModelSpec) -> Request:
-        """Return the request with every None filled from the model; ValueError where the model cannot make it."""
+        """Return the request with every None filled from the model and the clips; ValueError where it cannot be made.
+
+        A clip brings its own size, as far as the model makes it, and its own rate.
+        """
         own = spec.defaults
         if self.guidance_2 is not None and spec.boundary is None:
             raise ValueError(f"guidance_2 is {self.guidance_2:g}, but {spec.name} has one expert; leave it out")
-        filled = {
+        filled: dict[str, Any] = {
             name: getattr(own, name)
-            for name in ("width", "height", "num_frames", "fps", "steps", "guidance", "shift", "sampler")
+            for name in ("steps", "guidance", "shift", "sampler")
             if getattr(self, name) is None
         }
         if self.guidance_2 is None and spec.boundary is not None:
@@ -71,12 +132,49 @@ class Request:
             filled["guidance_2"] = own.guidance_2 if own.guidance_2 is not None else guidance
         if self.seed is None:
             filled["seed"] = secrets.randbelow(2**31)
+        if self.fps is None:
+            filled["fps"] = next((clip.fps for clip in self.clips if clip.fps is not None), own.fps)
+        width, height = own.width, own.height
+        if self.clips:
+            video = self.clips[0].video
+            width, height = natural_size(video.width, video.height, spec.size_multiple, width * height)
+        filled |= {"width": self.width or width, "height": self.height or height}
         request = replace(self, **filled)
+        request = replace(request, **request._lengths(spec))
         request._check_size(spec)
         return request
 
+    def _lengths(self, spec: ModelSpec) -> dict[str, Any]:
+        """Return `num_frames`, `window` and `overlap`, each as given or as fits the task."""
+        assert self.fps is not None
+        time, own = spec.stride[0] * spec.patch[0], spec.defaults.num_frames
+        overlap = self.overlap or 1 + time * max(1, (own - 1) // time // 4)
+        frames = self.num_frames
+        if self.seconds is not None:
+            frames = max(1, round(self.seconds * self.fps))
+            if self.task == "loop" and not self.clips:
+                frames = max(1, round(frames / time)) * time
+            if self.num_frames not in (None, frames):
+                raise ValueError(
+                    f"num_frames is {self.num_frames}, but {self.seconds:g} seconds at {self.fps:g} frames per second "
+                    f"are {frames}; give one of them"
+                )
+        if frames is None:
+            counts = [clip.count(self.fps) for clip in self.clips]
+            frames = {
+                "extend": own - overlap,
+                "prepend": own - overlap,
+                "connect": max(own - 2 * overlap, time),
+                "loop": max(own - 2 * overlap, time) if counts else own - 1,
+                "edit": counts[0] if counts else 0,
+                "place": max([own, *(n + c.at for c, n in zip(self.clips, counts, strict=True) if c.at != "end")]),
+            }.get(self.task, own)
+        room = spec.sampled_frames(frames + 2 * overlap)
+        window = self.window or (max(own, room) if frames <= WHOLE * own else max(own, overlap + time))
+        return {"num_frames": frames, "window": window, "overlap": overlap}
+
     def _check_size(self, spec: ModelSpec) -> None:
-        assert self.width and self.height and self.num_frames
+        assert self.width and self.height and self.num_frames and self.window and self.overlap
         down, across = spec.size_multiple
         if self.height % down or self.width % across:
             widths, heights = nearest_multiples(self.width, across), nearest_multiples(self.height, down)
@@ -85,13 +183,19 @@ class Request:
                 f"heights of {down}: take {widths[0]}x{heights[0]} or {widths[1]}x{heights[1]}"
             )
         time = spec.stride[0] * spec.patch[0]
-        if (self.num_frames - 1) % time:
+        text_at_once = self.task == "text" and self.seconds is None and self.window >= self.num_frames
+        if text_at_once and (self.num_frames - 1) % time:
             below, above = nearest_counts(self.num_frames, time)
             raise ValueError(
                 f"num_frames is {self.num_frames}; {spec.name} makes 1 + {time} * n frames: take {below} or {above}"
             )
+        for name, least in (("overlap", 1), ("window", self.overlap + time)):
+            given = getattr(self, name)
+            if (given - 1) % time or given < least:
+                raise ValueError(f"{name} is {given}; legal: 1 + {time} * n frames, at least {least}")
+        at_once = spec.sampled_frames(min(self.num_frames, self.window))
         for what, given, tokens, per_token in (
-            ("num_frames", self.num_frames, 1 + (self.num_frames - 1) // time, time),
+            ("num_frames", at_once, 1 + (at_once - 1) // time, time),
             ("height", self.height, self.height // down, down),
             ("width", self.width, self.width // across, across),
         ):

@@ -38,6 +38,9 @@ SCHEDULES: dict[str, Callable[[int, float], np.ndarray]] = {"flow_linear": flow_
 
 
 def make_schedule(name: str, steps: int, shift: float, start: float = 1.0) -> torch.Tensor:
-    """Return sigmas [steps' + 1] float64, descending to 0; those above `start` are skipped."""
+    """Return sigmas [steps' + 1] float64, descending to 0; those above `start` are skipped and the next is `start`."""
     sigmas = torch.from_numpy(SCHEDULES[name](steps, shift).astype(np.float64))
-    return sigmas[(sigmas <= start)] if start < 1 else sigmas
+    if start < 1:
+        below = sigmas[sigmas <= start]
+        sigmas = torch.cat([torch.tensor([start], dtype=torch.float64), below[1:] if len(below) > 1 else below])
+    return sigmas

@@ -3,12 +3,21 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
 import torch
-from diffusers import AutoencoderKLWan, UniPCMultistepScheduler, WanPipeline, WanTransformer3DModel
+from diffusers import (
+    AutoencoderKLWan,
+    DiffusionPipeline,
+    UniPCMultistepScheduler,
+    WanImageToVideoPipeline,
+    WanPipeline,
+    WanTransformer3DModel,
+)
 from transformers import AutoTokenizer, UMT5Config, UMT5EncoderModel
 
 DEMO = Path(__file__).parent.parent / "runtime" / "demo"
@@ -128,9 +137,18 @@ def pipeline(tiny: Tiny) -> WanPipeline:
     return pipe
 
 
-def write(tiny: Tiny, folder: Path, **save: object) -> WanPipeline:
+def image_pipeline(tiny: Tiny) -> WanImageToVideoPipeline:
+    """Build the reference pipeline for a picture, in the layout of Wan 2.2 TI2V: clean tokens, times per token."""
+    plain = pipeline(tiny)
+    parts = {name: plain.components[name] for name in ("tokenizer", "text_encoder", "vae", "scheduler", "transformer")}
+    pipe = WanImageToVideoPipeline(**parts, expand_timesteps=True)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def write(tiny: Tiny, folder: Path, build: Callable[[Tiny], DiffusionPipeline] = pipeline, **save: object) -> Any:
     """Save the reference pipeline into a folder, with our runtime.json beside it, and return it."""
-    pipe = pipeline(tiny)
+    pipe = build(tiny)
     pipe.save_pretrained(folder, **save)
     settings = {"text_length": tiny.text_length, "defaults": {"width": 32, "height": 32, "num_frames": 5, "steps": 4}}
     (folder / "runtime.json").write_text(json.dumps(settings))

@@ -5,13 +5,17 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import torch
 from torch import nn
 
 from runtime.models.costs import Costs
 from runtime.weights import Component
+
+# How weights take frames that are known: as extra input channels; as clean tokens at sigma 0 beside noisy ones; or not
+# at all, so that the known frames are renoised to the current sigma and put in place at each step.
+Conditioning = Literal["channels", "clean_tokens", "blend"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,6 +48,7 @@ class ModelSpec:
     sampler_options: Mapping[str, Any]
     defaults: Defaults
     boundary: float | None = None  # sigma at and above which the first of two experts works
+    conditioning: Conditioning = "blend"  # how known frames are consumed
 
     @property
     def size_multiple(self) -> tuple[int, int]:
@@ -54,6 +59,11 @@ class ModelSpec:
         """Return [C, T, H, W] of the latents of a clip."""
         t, h, w = self.stride
         return self.latent_channels, (num_frames - 1) // t + 1, height // h, width // w
+
+    def sampled_frames(self, num_frames: int) -> int:
+        """Return the smallest number of frames, at least `num_frames`, that the model makes: 1 + time stride * n."""
+        step = self.stride[0] * self.patch[0]
+        return -(-(num_frames - 1) // step) * step + 1
 
 
 def nearest_multiples(value: int, step: int) -> tuple[int, int]:

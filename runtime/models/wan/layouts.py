@@ -23,6 +23,7 @@ from runtime.models.wan.vae import VAEConfig, WanVAE
 from runtime.weights import Component, find, read_json
 from runtime.weights import shapes as tensor_shapes
 
+PIPELINES = ("WanPipeline", "WanImageToVideoPipeline", "WanVideoToVideoPipeline")
 EXPERT_FOLDERS = ("high_noise_model", "low_noise_model")  # of the original layout
 ORIGINAL_BOUNDARY = 0.875
 ORIGINAL_VAES = {16: "Wan2.1_VAE.pth", 48: "Wan2.2_VAE.pth"}  # latent channels -> file
@@ -48,10 +49,8 @@ def open_checkpoint(folder: Path) -> Checkpoint:
 
 def _open_diffusers(folder: Path) -> Checkpoint:
     index = read_json(folder / "model_index.json")
-    if index["_class_name"] != "WanPipeline":
-        raise ValueError(
-            f"{folder} holds a {index['_class_name']}; supported is WanPipeline: give a text-to-video model"
-        )
+    if index["_class_name"] not in PIPELINES:
+        raise ValueError(f"{folder} holds a {index['_class_name']}; supported: {', '.join(PIPELINES)}")
     experts = [name for name in ("transformer", "transformer_2") if (index.get(name) or [None])[0] is not None]
     schedule, shift, options, sampler = _read_scheduler(folder / "scheduler" / "scheduler_config.json")
     missing: list[str] = []
@@ -80,7 +79,11 @@ def _open_diffusers(folder: Path) -> Checkpoint:
     if len(experts) == 2 and boundary is None:
         raise ValueError(f"{folder} has two experts and no boundary_ratio in model_index.json; expected one in (0, 1)")
     spec = _spec(folder.name, [config for config, _ in transformers], vae_config, schedule, options, boundary)
-    spec = replace(spec, defaults=replace(spec.defaults, shift=shift or spec.defaults.shift, sampler=sampler))
+    spec = replace(
+        spec,
+        conditioning="clean_tokens" if index.get("expand_timesteps") else "blend",
+        defaults=replace(spec.defaults, shift=shift or spec.defaults.shift, sampler=sampler),
+    )
     text_config = _config(folder / "text_encoder" / "config.json")
     tokenizer = folder / "tokenizer"
     if not tokenizer.is_dir():
@@ -310,7 +313,11 @@ def _open_original(folder: Path) -> Checkpoint:
     )
     return Checkpoint(
         folder=folder,
-        spec=replace(spec, text_length=configs[0].text_len),
+        spec=replace(
+            spec,
+            text_length=configs[0].text_len,
+            conditioning="clean_tokens" if configs[0].in_dim == 48 else "blend",  # only Wan 2.2 TI2V has 48
+        ),
         transformers=tuple(transformers),
         vae=_vae(vae_config, (vae_file,), names.original_vae_keys),
         text_encoder=Component(

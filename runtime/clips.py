@@ -1,0 +1,148 @@
+"""Clip: frames that a request brings; here they become what the model takes: one size, one rate, uint8."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import islice
+from typing import Any, Literal
+
+import av
+import numpy as np
+from av.video.reformatter import VideoReformatter
+
+from runtime.video import Video, read_video
+
+FITS = ("crop", "pad", "stretch")
+BICUBIC_EXACT = 0x4 | 0x40000  # swscale's flags: bicubic, accurate rounding
+
+
+@dataclass(frozen=True, eq=False)
+class Clip:
+    """Frames that are known: a Video, a uint8 array [F, H, W, 3] or [H, W, 3], or the path of a clip or picture.
+
+    `at` is the frame of the result where it begins, "end" so that it ends there. `hold` says how firmly it is kept: 1
+    is unchanged, less lets it go once the noise is below 1 - hold. Raises ValueError for anything else, and what
+    `read_video` raises for a file.
+    """
+
+    frames: Video | np.ndarray | str | os.PathLike[str]
+    at: int | Literal["end"] = 0
+    hold: float = 1.0
+
+    def __post_init__(self) -> None:
+        if self.at != "end" and (isinstance(self.at, bool) or not isinstance(self.at, int) or self.at < 0):
+            raise ValueError(f"a clip stands at {self.at!r}; legal: a frame number of at least 0, or 'end'")
+        if isinstance(self.hold, bool) or not isinstance(self.hold, int | float) or not 0 < self.hold <= 1:
+            raise ValueError(f"a clip's hold is {self.hold!r}; legal: more than 0, up to 1 (unchanged)")
+        if isinstance(self.frames, np.ndarray):
+            shape, kind = self.frames.shape, self.frames.dtype
+            if kind != np.uint8 or len(shape) not in (3, 4) or shape[-1] != 3 or 0 in shape:
+                raise ValueError(
+                    f"a clip's frames are {kind} {list(shape)}; legal: uint8 [frames, height, width, 3] or [height, "
+                    "width, 3], a Video, or a path"
+                )
+        elif not isinstance(self.frames, Video | str | os.PathLike):
+            raise ValueError(f"a clip's frames are {type(self.frames).__name__}; legal: a Video, a uint8 array, a path")
+
+    @cached_property
+    def video(self) -> Video:
+        """The frames as a Video; a path is opened, not yet decoded."""
+        if isinstance(self.frames, Video):
+            return self.frames
+        if isinstance(self.frames, np.ndarray):
+            array = self.frames if self.frames.ndim == 4 else self.frames[None]
+            count, height, width, _ = array.shape
+            return Video(np.ascontiguousarray(array), fps=24, num_frames=count, height=height, width=width)
+        return read_video(self.frames)
+
+    @property
+    def fps(self) -> float | None:
+        """Frames per second, or None for what carries no rate: a picture, an array."""
+        return None if isinstance(self.frames, np.ndarray) or self.video.num_frames == 1 else self.video.fps
+
+    def count(self, fps: float) -> int:
+        """Return how many frames it has at a rate; what carries no rate has the frames it has."""
+        if self.fps is None or self.fps == fps:
+            return self.video.num_frames
+        return max(1, round(self.video.num_frames * fps / self.fps))
+
+    def record(self) -> dict[str, Any]:
+        """Return what a receipt says of it; Clip(**record) opens it again where it came from a file."""
+        if isinstance(self.frames, str | os.PathLike):
+            return {"frames": os.fspath(self.frames), "at": self.at, "hold": self.hold}
+        return {"frames": f"{self.video!r} in memory", "at": self.at, "hold": self.hold}
+
+
+def conformed(clip: Clip, width: int, height: int, fps: float, fit: str) -> Video:
+    """Return a clip's frames at a size and a rate; frames that fit already are passed on as they are.
+
+    Another rate takes the nearest frame in time. Another shape is scaled to fill and cut in the middle ("crop"), scaled
+    to fit with black beside it ("pad"), or scaled in each direction alone ("stretch").
+    """
+    video, count = clip.video, clip.count(fps)
+    if (video.width, video.height, video.num_frames) == (width, height, count):
+        return video
+
+    def frames() -> Iterator[np.ndarray]:
+        ratio = video.num_frames / count
+        wanted = [min(int((i + 0.5) * ratio), video.num_frames - 1) for i in range(count)]
+        taken = 0
+        for index, frame in enumerate(video):
+            fitted = None
+            while taken < count and wanted[taken] == index:
+                fitted = fit_frame(frame, width, height, fit) if fitted is None else fitted
+                yield fitted
+                taken += 1
+            if taken == count:
+                return
+
+    return Video(frames, fps=fps, num_frames=count, height=height, width=width)
+
+
+def fit_frame(frame: np.ndarray, width: int, height: int, fit: str) -> np.ndarray:
+    """Return a frame [H, W, 3] at a size, as `conformed` says."""
+    rows, columns = frame.shape[:2]
+    if (columns, rows) == (width, height):
+        return frame
+    if fit == "crop":
+        scale = max(width / columns, height / rows)
+        kept_rows, kept_columns = min(rows, round(height / scale)), min(columns, round(width / scale))
+        top, left = (rows - kept_rows) // 2, (columns - kept_columns) // 2
+        return scaled(frame[top : top + kept_rows, left : left + kept_columns], width, height)
+    if fit == "pad":
+        scale = min(width / columns, height / rows)
+        inner = scaled(frame, max(1, round(columns * scale)), max(1, round(rows * scale)))
+        canvas = np.zeros((height, width, 3), np.uint8)
+        top, left = (height - inner.shape[0]) // 2, (width - inner.shape[1]) // 2
+        canvas[top : top + inner.shape[0], left : left + inner.shape[1]] = inner
+        return canvas
+    return scaled(frame, width, height)
+
+
+def scaled(frame: np.ndarray, width: int, height: int) -> np.ndarray:
+    """Return a frame [H, W, 3] scaled bicubically."""
+    source = av.VideoFrame.from_ndarray(np.ascontiguousarray(frame), format="rgb24")
+    reformatter = VideoReformatter()
+    result = reformatter.reformat(source, width=width, height=height, format="rgb24", interpolation=BICUBIC_EXACT)
+    return result.to_ndarray()
+
+
+def part_of(video: Video, start: int, count: int) -> Iterator[np.ndarray]:
+    """Yield `count` frames of a video from `start` on."""
+    return islice(iter(video), start, start + count)
+
+
+def natural_size(width: int, height: int, multiple: tuple[int, int], area: int) -> tuple[int, int]:
+    """Return the (width, height) nearest to a clip's shape in multiples of (down, across), of about `area` pixels.
+
+    A smaller clip is not made larger, and one that the model takes as it is keeps its size up to four times `area`.
+    """
+    down, across = multiple
+    if width % across == 0 and height % down == 0 and width * height <= 4 * area:
+        return width, height
+    scale = min(1.0, math.sqrt(area / (width * height)))
+    return max(1, round(width * scale / across)) * across, max(1, round(height * scale / down)) * down

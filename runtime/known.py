@@ -1,0 +1,81 @@
+"""Known frames -> known latents: where the clips of a plan stand in what is sampled, and how firmly."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+
+import numpy as np
+import torch
+
+from runtime.clips import part_of
+from runtime.decoding import encode
+from runtime.denoising import Known
+from runtime.model import Model
+from runtime.tasks import Window
+from runtime.video import Video
+
+PARTLY = 0.5  # how firmly a latent frame is held of which only some frames are given
+
+
+def given_frames(window: Window, footage: Sequence[Video], tail: Sequence[np.ndarray] = ()) -> dict[int, np.ndarray]:
+    """Return the frames that a window is given, uint8 [H, W, 3], by their place in what it samples.
+
+    `footage` are the clips at the window's size; `tail` the last frames of what is there before it.
+    """
+    found = dict(enumerate(tail))
+    for given in window.given:
+        frames = list(part_of(footage[given.clip], given.start, given.count))
+        frames += [frames[-1]] * (given.count - len(frames))
+        found |= {given.at + i: frame for i, frame in enumerate(frames)}
+    return dict(sorted(found.items()))
+
+
+def firmness(window: Window) -> dict[int, float]:
+    """Return how firmly each given frame is held, by its place."""
+    held = dict.fromkeys(range(window.tail), 1.0)
+    for given in window.given:
+        held |= dict.fromkeys(range(given.at, given.at + given.count), given.hold)
+    return held
+
+
+def latent_holds(window: Window, step: int) -> list[float]:
+    """Return how firmly each latent frame is held, 0 for those to be made; `step` is the time stride.
+
+    A latent frame is known where all its frames are, or where one is a picture of its own: nothing moves in it then.
+    Where only some are given, it is held while the noise is strong and made to fit afterwards.
+    """
+    held = firmness(window)
+    pictures = {given.at for given in window.given if given.count == 1}
+    holds = []
+    for t in range(window.shape[1]):
+        frames = range(max(0, step * (t - 1) + 1), step * t + 1)
+        own = [held[f] for f in frames if f in held]
+        firm = len(own) == len(frames) or any(f in pictures for f in frames)
+        holds.append(min(own, default=0.0) * (1.0 if firm else PARTLY))
+    return holds
+
+
+def encode_known(model: Model, window: Window, given: Mapping[int, np.ndarray]) -> Known | None:
+    """Return the latents of the given frames and how firmly they are held; None where there are none.
+
+    The encoder sees the clip from its first frame on, so a place that is not given shows the nearest frame that is.
+    """
+    holds = latent_holds(window, model.spec.stride[0])
+    if not any(holds):
+        return None
+    last = max(t for t, hold in enumerate(holds) if hold)
+    _, _, height, width = window.shape
+    count = 1 + last * model.spec.stride[0]
+    pixels = height * model.spec.stride[1], width * model.spec.stride[2]
+    video = Video(lambda: filled(given, count), fps=1, num_frames=count, height=pixels[0], width=pixels[1])
+    latents = torch.zeros(1, *window.shape)
+    latents[0, :, : last + 1] = encode(model, video)
+    return Known(latents.to(model.device), torch.tensor(holds))
+
+
+def filled(given: Mapping[int, np.ndarray], count: int) -> Iterator[np.ndarray]:
+    """Yield `count` frames: the given ones in their places, elsewhere the nearest given one, the later of two."""
+    places = np.array(sorted(given))
+    for place in range(count):
+        distance = np.abs(places - place)
+        yield given[int(places[len(places) - 1 - int(distance[::-1].argmin())])]
