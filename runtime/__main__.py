@@ -1,4 +1,4 @@
-"""The command line: python -m runtime generate | decode | plan | info.
+"""The command line: python -m runtime generate | extend | ... | decode | plan | info; verbs that make: verbs.py.
 
 Exit codes: 0 done, 2 the request or its surroundings cannot work (one sentence says what to do), 1 a fault of ours,
 130 interrupted. No traceback without --debug, and no partial output file in any case.
@@ -8,16 +8,13 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import sys
 import traceback
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:
-    from runtime.video import Video
+from runtime.verbs import add_verbs, parse_size
 
 PACKAGE = Path(__file__).parent
 
@@ -51,27 +48,7 @@ def parser() -> argparse.ArgumentParser:
     )
     shared.add_argument("--debug", action="store_true", help="show the traceback of an error")
 
-    make = commands.add_parser("generate", parents=[shared], help="make a video from a prompt")
-    make.set_defaults(run=generate)
-    make.add_argument("prompt", help="what the video shows")
-    make.add_argument("-o", "--output", default="video.mp4", metavar="PATH", help=".mp4 .webm .gif .png or a folder")
-    make.add_argument("--negative", default="", metavar="TEXT", help="what it must not show")
-    make.add_argument("--size", type=parse_size, metavar="WIDTHxHEIGHT", help="pixels, such as 832x480")
-    make.add_argument("--frames", type=int, metavar="N", help="number of frames, such as 81")
-    make.add_argument("--fps", type=float, metavar="F", help="frames per second")
-    make.add_argument("--steps", type=int, metavar="N", help="denoising steps")
-    make.add_argument("--guidance", type=float, metavar="G", help="guidance scale; 1 is none")
-    make.add_argument("--guidance-2", type=float, metavar="G", help="guidance scale of the second expert")
-    make.add_argument("--shift", type=float, metavar="S", help="how far the schedule leans to noise")
-    make.add_argument("--sampler", metavar="NAME", help="unipc or euler")
-    make.add_argument("--seed", type=int, metavar="N", help="the same seed makes the same video")
-    make.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:N (default: auto)")
-    make.add_argument("--dtype", default="auto", help="auto, float32, bfloat16, float16 (default: auto)")
-    make.add_argument("--engine", default="eager", help="eager (default), inductor")
-    make.add_argument("--receipt", metavar="FILE", help="write what was done as JSON")
-    make.add_argument("--quiet", action="store_true", help="print nothing but errors")
-
-    make.add_argument("--latents", metavar="FILE", help="keep the denoised latents, written before decoding starts")
+    add_verbs(commands, shared)
 
     view = commands.add_parser("decode", parents=[shared], help="make a video of kept latents")
     view.set_defaults(run=decode)
@@ -97,81 +74,6 @@ def parser() -> argparse.ArgumentParser:
     tell = commands.add_parser("info", parents=[shared], help="say what a model is and what of it is missing")
     tell.set_defaults(run=info)
     return top
-
-
-def parse_size(text: str) -> tuple[int, int]:
-    """Return (width, height) of a text such as 832x480."""
-    width, x, height = text.lower().partition("x")
-    if not x or not width.isdecimal() or not height.isdecimal():
-        raise argparse.ArgumentTypeError(f"{text!r} is not a size; legal: WIDTHxHEIGHT in pixels, such as 832x480")
-    return int(width), int(height)
-
-
-def generate(options: argparse.Namespace) -> None:
-    """Make a video and write it."""
-    from runtime.progress import Progress
-    from runtime.request import Request
-    from runtime.video import check_writable
-
-    width, height = options.size or (None, None)
-    request = Request(
-        prompt=options.prompt, negative_prompt=options.negative, width=width, height=height,
-        num_frames=options.frames, fps=options.fps, steps=options.steps, guidance=options.guidance,
-        guidance_2=options.guidance_2, shift=options.shift, sampler=options.sampler, seed=options.seed,
-    )  # fmt: skip
-    check_writable(options.output)
-    for what in ("receipt", "latents"):
-        if path := getattr(options, what):
-            check_file(path, what)
-
-    import runtime
-    from runtime.latents import save_latents
-    from runtime.trace import recording, span
-
-    model = runtime.load(options.model, device=options.device, dtype=options.dtype, engine=options.engine)
-    resolved = request.resolved(model.spec)
-    check_writable(options.output, num_frames=resolved.num_frames, height=resolved.height, width=resolved.width)
-    with Progress("denoising", "step", quiet=options.quiet) as progress:
-        video = runtime.generate(model, resolved, on_step=progress)
-    for note in video.receipt.notes:
-        warnings.warn(note, stacklevel=1)
-    if options.latents and video.latents is not None:  # denoising is not lost to a decode that fails
-        save_latents(options.latents, video.latents, {"model": model.spec.name, "fps": str(video.fps)})
-    with Progress("decoding", "frame", quiet=options.quiet) as progress, recording(video.receipt.stages), span("save"):
-        path = video.save(options.output, on_frame=progress)
-    if options.receipt:
-        video.receipt.save(options.receipt)
-    if not options.quiet:
-        report(video, path)
-
-
-def report(video: Video, path: Path) -> None:
-    """Print where the video is and how long each stage took."""
-    stages = video.receipt.stages
-    decode = stages["decode"].seconds
-    seconds = {
-        "load": stages["load"].seconds,
-        "text": stages["text"].seconds,
-        "denoise": stages["denoise"].seconds,
-        "decode": decode,
-        "write": stages["save"].seconds - decode,
-    }
-    print(
-        f"{path}: {video.num_frames} frames, {video.width}x{video.height}, {video.fps:g} fps, "
-        f"seed {video.receipt.seed}, {video.receipt.model} on {video.receipt.device} in {video.receipt.dtype}"
-    )
-    print("seconds: " + ", ".join(f"{name} {value:.2f}" for name, value in seconds.items()))
-
-
-def check_file(path: str, what: str) -> None:
-    """Raise before any work where a file for `what` could not be written."""
-    parent = Path(path).resolve().parent
-    if Path(path).is_dir():
-        raise IsADirectoryError(f"the file for the {what}, {path}, is a folder; legal: a file name")
-    if not parent.is_dir():
-        raise FileNotFoundError(f"the folder {parent} for the {what} does not exist; make it or name another")
-    if not os.access(parent, os.W_OK):
-        raise PermissionError(f"the folder {parent} for the {what} cannot be written; name another")
 
 
 def decode(options: argparse.Namespace) -> None:

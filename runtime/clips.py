@@ -6,15 +6,16 @@ import math
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import cached_property
-from itertools import islice
+from functools import cached_property, partial
+from itertools import groupby, islice
+from pathlib import Path
 from typing import Any, Literal
 
 import av
 import numpy as np
 from av.video.reformatter import VideoReformatter
 
-from runtime.video import Video, read_video
+from runtime.video import Video, numbered_files, read_pictures, read_video
 
 FITS = ("crop", "pad", "stretch")
 BICUBIC_EXACT = 0x4 | 0x40000  # swscale's flags: bicubic, accurate rounding
@@ -134,6 +135,40 @@ def scaled(frame: np.ndarray, width: int, height: int) -> np.ndarray:
 def part_of(video: Video, start: int, count: int) -> Iterator[np.ndarray]:
     """Yield `count` frames of a video from `start` on."""
     return islice(iter(video), start, start + count)
+
+
+def runs(path: str | os.PathLike[str], missing: set[int]) -> tuple[tuple[Clip, ...], int]:
+    """Return the clips of what is there of a clip or a folder of numbered pictures, and how many frames it has in all.
+
+    Frames are counted from 0, a folder's from its lowest number on; those in `missing` are left out, and so are
+    numbers that the folder lacks. ValueError where nothing is left, or nothing is missing.
+    """
+    if Path(path).is_dir():
+        files = numbered_files(path)
+        first, last = min(files), max(files)
+        total = last - first + 1
+        there = [place for place in range(total) if place + first in files and place not in missing]
+    else:
+        whole = read_video(path)
+        total = whole.num_frames
+        there = [place for place in range(total) if place not in missing]
+    if missing and max(missing) >= total:
+        raise ValueError(f"frame {max(missing)} is missing, but {path} has frames 0 to {total - 1}")
+    if not there or len(there) == total:
+        state = "all frames are" if not there else "no frame is"
+        raise ValueError(f"{state} missing in {path}; legal: some, so name them with --missing, such as 12-20,33")
+    clips = []
+    for _, group in groupby(enumerate(there), key=lambda pair: pair[1] - pair[0]):
+        places = [place for _, place in group]
+        if Path(path).is_dir():
+            frames = read_pictures([files[place + first] for place in places])
+        else:
+            frames = Video(
+                partial(part_of, whole, places[0], len(places)),
+                fps=whole.fps, num_frames=len(places), height=whole.height, width=whole.width,
+            )  # fmt: skip
+        clips.append(Clip(frames, at=places[0]))
+    return tuple(clips), total
 
 
 def natural_size(width: int, height: int, multiple: tuple[int, int], area: int) -> tuple[int, int]:

@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 
 import numpy as np
 import torch
 
-from runtime.clips import conformed, part_of
+from runtime.clips import Clip, conformed, part_of
 from runtime.decoding import decode
 from runtime.denoising import OnStep, denoise, prepare_context
 from runtime.known import encode_known, firmness, given_frames
@@ -26,6 +26,7 @@ from runtime.text import encode_prompt
 from runtime.trace import recording, span
 from runtime.video import Video
 
+FINISH = 0.6  # sigma from which a draft is made into the final video
 LEAD = 8  # latent frames decoded before the first of a loop, so that the decoder has forgotten where it began
 
 
@@ -56,6 +57,22 @@ def generate(
         latents=video.latents if len(plan.windows) == 1 else None,
         receipt=job.receipt,
     )
+
+
+def final_request(
+    model: Model, draft: Request, width: int, height: int, *, strength: float | None = None, steps: int | None = None
+) -> Request:
+    """Return the request for the final video of a draft: all of it is known, scaled up, down to sigma `strength`.
+
+    The draft is made again from its request, byte for byte. ValueError for a draft of clips.
+    """
+    if draft.clips:
+        raise ValueError("the draft shows clips; a final video is made of drafts of a prompt alone")
+    footage = Clip(generate(model, draft))
+    return replace(
+        draft, width=width, height=height, steps=steps, num_frames=None, seconds=None, window=None, clips=(footage,),
+        strength=FINISH if strength is None else strength, periodic=False,
+    ).resolved(model.spec)  # fmt: skip
 
 
 @dataclass(frozen=True)

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import math
 import secrets
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
+from pathlib import Path
 from typing import Any
 
 from runtime.clips import FITS, Clip, natural_size
@@ -13,6 +15,7 @@ from runtime.models.spec import ModelSpec, nearest_counts, nearest_multiples
 from runtime.samplers import LEGAL_OPTIONS
 
 DIRECTIONS = {"forward": "extend", "backward": "prepend", "between": "connect"}
+SMALL_AREA = 416 * 240  # pixels of a draft that shows something; smaller models are drafted at their own size
 WHOLE = 3  # up to so many times the model's own length a video is made at once, beyond that window by window
 
 
@@ -56,7 +59,7 @@ class Request:
         for name in ("prompt", "negative_prompt"):
             if not isinstance(given := getattr(self, name), str):
                 raise ValueError(f"{name} is a {type(given).__name__}; legal: text")
-        if not self.prompt.strip():
+        if not self.prompt.strip() and not self.clips:
             raise ValueError("the prompt is empty; legal: some text, so say what the video shows")
         for name in ("width", "height", "num_frames", "steps", "window", "overlap", "resample"):
             given = getattr(self, name)
@@ -97,6 +100,18 @@ class Request:
         if not least <= len(clips) <= most:
             legal = f"{least}" if least == most else f"{least} or {most}"
             raise ValueError(f"{len(clips)} clips are given; the task {self.task!r} takes {legal}")
+
+    @classmethod
+    def from_receipt(cls, path: str | Path) -> Request:
+        """Return the request in a receipt that was saved; ValueError for any other file."""
+        try:
+            asked = json.loads(Path(path).read_text(encoding="utf-8"))["request"]
+            unknown = sorted(asked.keys() - {f.name for f in fields(cls)})
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise ValueError(f"{path} is no receipt ({error}); legal: what --receipt wrote") from error
+        if unknown:
+            raise ValueError(f"{path} asks for {', '.join(unknown)}, which this version does not know")
+        return cls(**asked)
 
     @property
     def task(self) -> str:
@@ -143,6 +158,19 @@ class Request:
         request = replace(request, **request._lengths(spec))
         request._check_size(spec)
         return request
+
+    def drafted(self, spec: ModelSpec) -> Request:
+        """Return a resolved request as a draft, of at most a fifth of its cost in steps times tokens.
+
+        Half as wide and high with half the steps; where the model's own size is no larger, a fifth of the steps.
+        """
+        assert self.width and self.height and self.steps
+        down, across = spec.size_multiple
+        if self.width * self.height >= 4 * min(spec.defaults.width * spec.defaults.height, SMALL_AREA):
+            width = max(across, self.width // 2 // across * across)
+            height = max(down, self.height // 2 // down * down)
+            return replace(self, width=width, height=height, steps=max(1, self.steps // 2))
+        return replace(self, steps=max(1, self.steps // 5))
 
     def _lengths(self, spec: ModelSpec) -> dict[str, Any]:
         """Return `num_frames`, `window` and `overlap`, each as given or as fits the task."""

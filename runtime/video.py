@@ -16,7 +16,7 @@ from collections.abc import Callable, Generator, Iterable, Iterator
 from contextlib import closing, contextmanager, suppress
 from fractions import Fraction
 from functools import partial
-from itertools import chain
+from itertools import chain, pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
@@ -421,11 +421,14 @@ def read_video(path: str | os.PathLike[str], *, fps: float = 24.0, max_pixels: i
     """
     path = Path(path)
     if path.is_dir():
-        files = _numbered_files(path)
-        with _open_for_reading(files[0]) as container:
-            width, height = _frame_size(files[0], container, max_pixels)
-        frames = partial(_decode_files, files, width, height)
-        return Video(frames, fps=fps, num_frames=len(files), height=height, width=width)
+        files = numbered_files(path)
+        numbers = sorted(files)
+        for before, after in pairwise(numbers):
+            if after != before + 1:
+                raise ValueError(
+                    f"{path} lacks frame {before + 1}: after {files[before].name} comes {files[after].name}"
+                )
+        return read_pictures([files[number] for number in numbers], fps=fps, max_pixels=max_pixels)
     with _open_for_reading(path) as container:
         width, height = _frame_size(path, container, max_pixels)
         stream = container.streams.video[0]
@@ -443,14 +446,19 @@ def read_video(path: str | os.PathLike[str], *, fps: float = 24.0, max_pixels: i
     return Video(frames, fps=fps, num_frames=num_frames, height=height, width=width)
 
 
-def _numbered_files(folder: Path) -> list[Path]:
-    files = sorted((file for file in folder.glob("*.png") if file.stem.isdecimal()), key=lambda file: int(file.stem))
+def read_pictures(files: list[Path], *, fps: float = 24.0, max_pixels: int = MAX_PIXELS) -> Video:
+    """Open PNG files as the frames of a video, in their order; raises what `read_video` raises."""
+    with _open_for_reading(files[0]) as container:
+        width, height = _frame_size(files[0], container, max_pixels)
+    frames = partial(_decode_files, files, width, height)
+    return Video(frames, fps=fps, num_frames=len(files), height=height, width=width)
+
+
+def numbered_files(folder: str | os.PathLike[str]) -> dict[int, Path]:
+    """Return the PNG files of a folder whose names are numbers, by number; ValueError where there are none."""
+    files = {int(file.stem): file for file in Path(folder).glob("*.png") if file.stem.isdecimal()}
     if not files:
         raise ValueError(f"{folder} holds no numbered PNG files (00000.png, 00001.png, ...)")
-    first = int(files[0].stem)
-    for number, file in enumerate(files, first):
-        if int(file.stem) != number:
-            raise ValueError(f"{folder} lacks frame {number}: after {files[number - first - 1].name} comes {file.name}")
     return files
 
 

@@ -15,8 +15,10 @@ from PIL import Image
 
 import runtime
 from runtime import Clip, Request
+from runtime.clips import fit_frame
 from runtime.denoising import Known, held, renoised
 from runtime.known import filled, latent_holds
+from runtime.pipeline import final_request
 from runtime.samplers import SamplerState
 from runtime.schedules import make_schedule
 from runtime.splicing import FADE, Splicer
@@ -293,7 +295,7 @@ def test_refused_requests(asked: dict, sentence: str) -> None:
 
 @settings(deadline=None, max_examples=200)
 @given(
-    first=st.integers(1, 60), second=st.integers(1, 60), new=st.integers(1, 60),
+    first=st.integers(1, 60), second=st.integers(1, 60), new=st.integers(1, 50),
     direction=st.sampled_from(["forward", "backward", "between"]), overlap=st.integers(0, 4),
 )  # fmt: skip
 def test_plans_add_up(demo: runtime.Model, first: int, second: int, new: int, direction: str, overlap: int) -> None:
@@ -324,6 +326,21 @@ def test_a_clip_keeps_its_size_and_rate_and_resolving_twice_changes_nothing(demo
     request = Request(prompt="a", direction="forward", clips=(Clip(video),), seed=1).resolved(demo.spec)
     assert (request.width, request.height, request.fps) == (64, 96, 12)
     assert request.resolved(demo.spec) == request
+
+
+def test_a_draft_costs_a_fifth_and_its_final_looks_like_it(demo: runtime.Model) -> None:
+    request = Request(prompt=PROMPT, seed=7).resolved(demo.spec)
+    draft = request.drafted(demo.spec)
+    assert draft.width * draft.height * draft.steps * 5 <= request.width * request.height * request.steps
+    large = replace(request, width=1280, height=720, steps=50).drafted(demo.spec)
+    assert (large.width, large.height, large.steps) == (640, 352, 25)
+    rough = runtime.generate(demo, draft).frames
+    final = final_request(demo, draft, 128, 96, steps=6)
+    assert (final.seed, final.num_frames, final.task) == (7, 17, "edit")
+    frames = runtime.generate(demo, final).frames
+    wide = np.stack([fit_frame(frame, 128, 96, "crop") for frame in rough])
+    low = [clip.reshape(17, 12, 8, 16, 8, 3).mean((2, 4), dtype=float) for clip in (wide, frames)]
+    assert 10 * np.log10(255**2 / np.mean((low[0] - low[1]) ** 2)) >= 24
 
 
 def test_pipelines_of_pictures_are_read(tmp_path: Path) -> None:

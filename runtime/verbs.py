@@ -1,0 +1,310 @@
+"""The verbs that make a video, as a table: each says its arguments, and the Request that they mean.
+
+Reading them in turn tells what the command line can ask; what happens then is the same for all: `make`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import re
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from runtime.clips import Clip
+    from runtime.model import Model
+    from runtime.request import Request
+    from runtime.video import Video
+
+Parser = argparse.ArgumentParser
+Options = argparse.Namespace
+
+
+@dataclass(frozen=True)
+class Verb:
+    """One word of the command line: what it asks for, its own arguments, and the request made of them."""
+
+    help: str
+    arguments: Callable[[Parser], None]
+    request: Callable[[Options], Request]
+    output: str = "video.mp4"
+
+
+def generate_arguments(parser: Parser) -> None:
+    parser.add_argument("prompt", help="what the video shows")
+    parser.add_argument(
+        "--image", action="append", default=[], metavar="[FRAME:]PATH",
+        help="a picture to animate, or a keyframe at a frame or the 'end'; may be given again",
+    )  # fmt: skip
+    parser.add_argument("--draft", action="store_true", help="small and rough, at a fifth of the cost at most")
+
+
+def generate(options: Options) -> Request:
+    clips = tuple(keyframe(text) for text in options.image)
+    return request_of(options, clips=clips)
+
+
+def extend_arguments(parser: Parser) -> None:
+    parser.add_argument("clip", help="the clip to go on from")
+    parser.add_argument("prompt", help="what the new frames show")
+    parser.add_argument("--backward", action="store_true", help="lead up to the clip instead")
+
+
+def extend(options: Options) -> Request:
+    return request_of(options, clips=[clip(options.clip)], direction="backward" if options.backward else "forward")
+
+
+def connect_arguments(parser: Parser) -> None:
+    parser.add_argument("first", help="the clip that comes first")
+    parser.add_argument("second", help="the clip that comes last")
+    parser.add_argument("prompt", help="what happens between them")
+
+
+def connect(options: Options) -> Request:
+    return request_of(options, clips=[clip(options.first), clip(options.second)], direction="between")
+
+
+def loop_arguments(parser: Parser) -> None:
+    parser.add_argument("what", metavar="PROMPT|CLIP", help="what the loop shows, or a clip to be closed")
+    parser.add_argument("prompt", nargs="?", default="", help="what a clip's new frames show")
+
+
+def loop(options: Options) -> Request:
+    if Path(options.what).exists() or Path(options.what).suffix.lower() in (".mp4", ".webm", ".gif"):
+        return request_of(options, clips=[clip(options.what)], periodic=True)
+    if options.prompt:
+        raise ValueError(f"there is no clip {options.what!r}; legal: loop PROMPT, or loop CLIP PROMPT")
+    options.prompt = options.what
+    return request_of(options, periodic=True)
+
+
+def edit_arguments(parser: Parser) -> None:
+    parser.add_argument("clip", help="the clip to make anew")
+    parser.add_argument("prompt", help="what it shall show")
+    parser.add_argument(
+        "--strength", type=float, default=0.6, metavar="S", help="more than 0 (as it was) to 1 (new); default 0.6"
+    )
+
+
+def edit(options: Options) -> Request:
+    return request_of(options, clips=[clip(options.clip)], strength=options.strength)
+
+
+def fill_arguments(parser: Parser) -> None:
+    parser.add_argument("clip", help="a clip, or a folder of numbered pictures of which some may lack")
+    parser.add_argument("prompt", help="what the video shows")
+    parser.add_argument("--missing", type=parse_ranges, default=(), metavar="RANGES", help="frames such as 12-20,33")
+
+
+def fill(options: Options) -> Request:
+    from runtime.clips import runs
+
+    clips, total = runs(options.clip, set(options.missing))
+    if options.frames is None and options.seconds is None:
+        options.frames = total
+    return request_of(options, clips=clips)
+
+
+def image_arguments(parser: Parser) -> None:
+    parser.add_argument("prompt", help="what the picture shows")
+
+
+def image(options: Options) -> Request:
+    options.frames = 1
+    return request_of(options)
+
+
+VERBS = {
+    "generate": Verb("make a video from a prompt", generate_arguments, generate),
+    "image": Verb("make a picture from a prompt", image_arguments, image, output="image.png"),
+    "extend": Verb("go on after a clip, or lead up to it", extend_arguments, extend),
+    "connect": Verb("lead from one clip to another", connect_arguments, connect),
+    "loop": Verb("make a seamless loop of a prompt or a clip", loop_arguments, loop),
+    "edit": Verb("make a clip anew", edit_arguments, edit),
+    "fill": Verb("make the frames that a clip lacks", fill_arguments, fill),
+}
+
+
+def add_verbs(commands: Any, shared: Parser) -> None:
+    """Add the verbs to the commands of the command line."""
+    for name, verb in VERBS.items():
+        parser = commands.add_parser(name, parents=[shared], help=verb.help)
+        parser.set_defaults(run=make, verb=verb)
+        verb.arguments(parser)
+        add_sampling(parser)
+        add_output(parser, verb.output)
+    parser = commands.add_parser("finish", parents=[shared], help="make the final video of a draft")
+    parser.set_defaults(run=finish)
+    parser.add_argument("draft", metavar="RECEIPT", help="the receipt that generate --draft --receipt wrote")
+    parser.add_argument("--size", type=parse_size, metavar="WIDTHxHEIGHT", help="pixels (default: the model's own)")
+    parser.add_argument("--strength", type=float, metavar="S", help="how much may change, more than 0, up to 1")
+    parser.add_argument("--steps", type=int, metavar="N", help="denoising steps")
+    add_output(parser, "video.mp4")
+
+
+def add_sampling(parser: Parser) -> None:
+    """Add what every request has."""
+    parser.add_argument("--negative", default="", metavar="TEXT", help="what it must not show")
+    parser.add_argument("--size", type=parse_size, metavar="WIDTHxHEIGHT", help="pixels, such as 832x480")
+    parser.add_argument("--frames", type=int, metavar="N", help="number of (new) frames, such as 81")
+    parser.add_argument("--seconds", type=float, metavar="S", help="length of what is made, instead of --frames")
+    parser.add_argument("--fps", type=float, metavar="F", help="frames per second")
+    parser.add_argument("--steps", type=int, metavar="N", help="denoising steps")
+    parser.add_argument("--guidance", type=float, metavar="G", help="guidance scale; 1 is none")
+    parser.add_argument("--guidance-2", type=float, metavar="G", help="guidance scale of the second expert")
+    parser.add_argument("--shift", type=float, metavar="S", help="how far the schedule leans to noise")
+    parser.add_argument("--sampler", metavar="NAME", help="unipc or euler")
+    parser.add_argument("--seed", type=int, metavar="N", help="the same seed makes the same video")
+    parser.add_argument("--fit", default="crop", help="how clips get to the size: crop (default), pad, stretch")
+    parser.add_argument("--window", type=int, metavar="N", help="frames made at once in a long video")
+    parser.add_argument("--overlap", type=int, metavar="N", help="frames shown again to what is made next")
+    parser.add_argument("--latents", metavar="FILE", help="keep the denoised latents, written before decoding starts")
+
+
+def add_output(parser: Parser, output: str) -> None:
+    """Add where and how it is made."""
+    parser.add_argument("-o", "--output", default=output, metavar="PATH", help=".mp4 .webm .gif .png or a folder")
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:N (default: auto)")
+    parser.add_argument("--dtype", default="auto", help="auto, float32, bfloat16, float16 (default: auto)")
+    parser.add_argument("--engine", default="eager", help="eager (default), inductor")
+    parser.add_argument("--receipt", metavar="FILE", help="write what was done as JSON")
+    parser.add_argument("--quiet", action="store_true", help="print nothing but errors")
+
+
+def request_of(options: Options, **task: Any) -> Request:
+    """Return the request of the options that all verbs share, and of a task's own fields."""
+    from runtime.request import Request
+
+    width, height = options.size or (None, None)
+    return Request(
+        prompt=options.prompt, negative_prompt=options.negative, width=width, height=height,
+        num_frames=options.frames, seconds=options.seconds, fps=options.fps, steps=options.steps,
+        guidance=options.guidance, guidance_2=options.guidance_2, shift=options.shift, sampler=options.sampler,
+        seed=options.seed, fit=options.fit, window=options.window, overlap=options.overlap, **task,
+    )  # fmt: skip
+
+
+def clip(path: str, at: Any = 0) -> Clip:
+    """Return the clip in a file, looked at now so that a broken one is known before a model is loaded."""
+    from runtime.clips import Clip
+
+    found = Clip(path, at=at)
+    assert found.video
+    return found
+
+
+def keyframe(text: str) -> Clip:
+    """Return the clip of PATH, FRAME:PATH or end:PATH."""
+    place, colon, path = text.partition(":")
+    if colon and (place == "end" or place.isdecimal()):
+        return clip(path, place if place == "end" else int(place))
+    return clip(text)
+
+
+def parse_size(text: str) -> tuple[int, int]:
+    """Return (width, height) of a text such as 832x480."""
+    width, x, height = text.lower().partition("x")
+    if not x or not width.isdecimal() or not height.isdecimal():
+        raise argparse.ArgumentTypeError(f"{text!r} is not a size; legal: WIDTHxHEIGHT in pixels, such as 832x480")
+    return int(width), int(height)
+
+
+def parse_ranges(text: str) -> tuple[int, ...]:
+    """Return the frames of a text such as 12-20,33."""
+    found: list[int] = []
+    for part in text.split(","):
+        match = re.fullmatch(r"\s*(\d+)(?:-(\d+))?\s*", part)
+        first, last = (int(match[1]), int(match[2] or match[1])) if match else (1, 0)
+        if last < first:
+            raise argparse.ArgumentTypeError(f"{part!r} is no range of frames; legal: such as 12-20,33")
+        found += range(first, last + 1)
+    return tuple(found)
+
+
+def make(options: Options) -> None:
+    """Make what a verb asks for, and write it."""
+    from runtime.video import check_writable
+
+    request = options.verb.request(options)
+    check_writable(options.output)
+    for what in ("receipt", "latents"):
+        if path := getattr(options, what, None):
+            check_file(path, what)
+
+    import runtime
+
+    model = runtime.load(options.model, device=options.device, dtype=options.dtype, engine=options.engine)
+    resolved = request.resolved(model.spec)
+    if getattr(options, "draft", False):
+        resolved = resolved.drafted(model.spec)
+    write(options, model, resolved)
+
+
+def finish(options: Options) -> None:
+    """Make the final video of a draft, which is made again from its receipt."""
+    from runtime.pipeline import final_request
+    from runtime.request import Request
+    from runtime.video import check_writable
+
+    draft = Request.from_receipt(options.draft)
+    check_writable(options.output)
+    if options.receipt:
+        check_file(options.receipt, "receipt")
+
+    import runtime
+
+    model = runtime.load(options.model, device=options.device, dtype=options.dtype, engine=options.engine)
+    width, height = options.size or (model.spec.defaults.width, model.spec.defaults.height)
+    request = final_request(model, draft, width, height, strength=options.strength, steps=options.steps)
+    write(options, model, request)
+
+
+def write(options: Options, model: Model, request: Request) -> None:
+    """Make a resolved request's video with what the options say of output and progress."""
+    import runtime
+    from runtime.latents import save_latents
+    from runtime.progress import Progress
+    from runtime.trace import recording, span
+    from runtime.video import check_writable
+
+    frames = request.num_frames if request.task == "text" else None
+    check_writable(options.output, num_frames=frames, height=request.height, width=request.width)
+    with Progress("denoising", "step", quiet=options.quiet) as progress:
+        video = runtime.generate(model, request, on_step=progress)
+    for note in video.receipt.notes:
+        warnings.warn(note, stacklevel=1)
+    if getattr(options, "latents", None) and video.latents is not None:  # not lost to a decode that fails
+        save_latents(options.latents, video.latents, {"model": model.spec.name, "fps": str(video.fps)})
+    with Progress("decoding", "frame", quiet=options.quiet) as progress, recording(video.receipt.stages), span("save"):
+        path = video.save(options.output, on_frame=progress)
+    if options.receipt:
+        video.receipt.save(options.receipt)
+    if not options.quiet:
+        report(video, path)
+
+
+def report(video: Video, path: Path) -> None:
+    """Print where the video is and how long each stage took."""
+    stages = video.receipt.stages
+    seconds = {name: stages[name].seconds for name in ("load", "text", "encode", "denoise", "decode") if name in stages}
+    seconds["write"] = max(0.0, stages["save"].seconds - seconds["decode"])
+    print(
+        f"{path}: {video.num_frames} frames, {video.width}x{video.height}, {video.fps:g} fps, "
+        f"seed {video.receipt.seed}, {video.receipt.model} on {video.receipt.device} in {video.receipt.dtype}"
+    )
+    print("seconds: " + ", ".join(f"{name} {value:.2f}" for name, value in seconds.items()))
+
+
+def check_file(path: str, what: str) -> None:
+    """Raise before any work where a file for `what` could not be written."""
+    parent = Path(path).resolve().parent
+    if Path(path).is_dir():
+        raise IsADirectoryError(f"the file for the {what}, {path}, is a folder; legal: a file name")
+    if not parent.is_dir():
+        raise FileNotFoundError(f"the folder {parent} for the {what} does not exist; make it or name another")
+    if not os.access(parent, os.W_OK):
+        raise PermissionError(f"the folder {parent} for the {what} cannot be written; name another")
