@@ -29,7 +29,7 @@ def test_none_means_the_models_own_default() -> None:
 
 def test_given_values_stay() -> None:
     request = Request(prompt="a", width=96, height=32, num_frames=5, fps=12.5, steps=3, guidance=1, shift=2, seed=5)
-    assert request.resolved(SPEC) == replace(request, sampler="unipc")
+    assert request.resolved(SPEC) == replace(request, sampler="unipc", window=17, overlap=5)
 
 
 def test_second_guidance_follows_the_published_or_the_first() -> None:
@@ -83,7 +83,10 @@ def test_refused_for_any_model(values: dict, sentence: str) -> None:
         ({"width": 1, "height": 1}, "take 16x16 or 16x16"),
         ({"num_frames": 16}, "take 13 or 17"),
         ({"num_frames": 2}, "take 1 or 5"),
-        ({"num_frames": 4097}, "4093 at most"),
+        ({"num_frames": 4097, "window": 4097}, "4093 at most"),
+        ({"window": 16}, "window is 16; legal: 1 \\+ 4"),
+        ({"overlap": 9, "window": 9}, "at least 13"),
+        ({"seconds": 2.0, "num_frames": 17}, "are 16; give one of them"),
         ({"width": 16400}, "16384 at most"),
     ],
 )
