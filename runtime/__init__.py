@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from runtime.denoising import Cancelled
     from runtime.model import Model, load
     from runtime.pipeline import generate
+    from runtime.previews import preview
     from runtime.receipt import Receipt
     from runtime.request import Request
     from runtime.video import Video
@@ -33,9 +34,12 @@ _HOMES = {
     "encode": "decoding",
     "generate": "pipeline",
     "load": "model",
+    "preview": "previews",
 }
 
-__all__ = ["Cancelled", "Clip", "Model", "Receipt", "Request", "Video", "decode", "encode", "generate", "load"]
+__all__ = [
+    "Cancelled", "Clip", "Model", "Receipt", "Request", "Video", "decode", "encode", "generate", "load", "preview",
+]  # fmt: skip
 
 
 def __getattr__(name: str) -> Any:

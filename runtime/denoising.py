@@ -20,7 +20,7 @@ from runtime.request import Request
 from runtime.samplers import SamplerState, make_sampler, start
 from runtime.trace import span
 
-OnStep = Callable[[int, int, torch.Tensor], None]
+OnStep = Callable[[int, int, torch.Tensor, torch.Tensor], None]  # step from 1, total, latents, estimate
 
 # Up to this many video tokens both guidance branches run as one batch: launches and weights are read once. Beyond it
 # the matrices are large enough alone, and one branch at a time halves the memory.
@@ -127,8 +127,9 @@ def denoise(
     """Return the denoised latents [1, C, T, H, W] float32 of `noise`, same shape, over `sigmas` [steps + 1].
 
     `known` frames are held, and where `sigmas` begin below 1 also what sampling starts from; with `periodic` the last
-    frame is followed by the first. `on_step(step, total, latents)` is called after each step with step from 1, and may
-    raise Cancelled. Raises FloatingPointError where the latents stop being finite.
+    frame is followed by the first. `on_step(step, total, latents, estimate)` is called after each step with step from
+    1 and what the step took for the clean latents, and may raise Cancelled. Raises FloatingPointError where the latents
+    stop being finite.
     """
     patch = model.spec.patch
     tokens = noise[0, 0].numel() // (patch[0] * patch[1] * patch[2])
@@ -150,11 +151,12 @@ def denoise(
         rounds = visits(model, request, known) if step < total - 1 else 1
         with span("denoise/step"):
             for left in reversed(range(rounds)):
-                velocity = denoiser(state.x, sigmas[step : step + 1], context)
+                seen = state.x
+                velocity = denoiser(seen, sigmas[step : step + 1], context)
                 moved = sampler(state, velocity, levels)
                 state = renoised(state, moved, levels, generator) if left else moved
         if on_step is not None:
-            on_step(step + 1, total, state.x)
+            on_step(step + 1, total, state.x, torch.sub(seen, velocity, alpha=levels[step]))
     x = state.x
     if known is not None:
         x = torch.where((known.hold == 1).view(1, 1, -1, 1, 1).to(x.device), known.latents, x)

@@ -36,7 +36,8 @@ def generate(
     """Make the video that a request asks for; its frames are decoded as they are iterated or saved.
 
     `noise` is [C, T, H, W] or [1, C, T, H, W], the first window's, drawn from the seed where None; `on_step(step,
-    total, latents)` is called after each step and may raise Cancelled. Raises ValueError for what cannot be made.
+    total, latents, estimate)` is called after each step, with what it took for the clean latents, and may raise
+    Cancelled. Raises ValueError for what cannot be made.
     """
     request = request.resolved(model.spec)
     assert request.width and request.height and request.fps
@@ -91,7 +92,7 @@ class Job:
         if (tell := self.on_step) is None:
             return None
         windows = len(self.plan.windows)
-        return lambda step, total, latents: tell(index * total + step, windows * total, latents)
+        return lambda step, total, *latents: tell(index * total + step, windows * total, *latents)
 
 
 def sample(job: Job, index: int, given: Mapping[int, np.ndarray], noise: torch.Tensor | None = None) -> torch.Tensor:

@@ -26,7 +26,7 @@ class Progress:
         if self.bar is not None:
             self.bar.close()
 
-    def __call__(self, done: int, total: int, _: object = None) -> None:
+    def __call__(self, done: int, total: int, *_: object) -> None:
         """Say that `done` of `total` units are there."""
         if self.quiet:
             return

@@ -172,6 +172,9 @@ def add_output(parser: Parser, output: str) -> None:
     parser.add_argument("--dtype", default="auto", help="auto, float32, bfloat16, float16 (default: auto)")
     parser.add_argument("--engine", default="eager", help="eager (default), inductor")
     parser.add_argument("--receipt", metavar="FILE", help="write what was done as JSON")
+    parser.add_argument(
+        "--preview", metavar="PATH", help="a small .gif (or other video) of each step while it denoises"
+    )
     parser.add_argument("--quiet", action="store_true", help="print nothing but errors")
 
 
@@ -231,6 +234,8 @@ def make(options: Options) -> None:
 
     request = options.verb.request(options)
     check_writable(options.output)
+    if options.preview:
+        check_writable(options.preview)
     for what in ("receipt", "latents"):
         if path := getattr(options, what, None):
             check_file(path, what)
@@ -267,14 +272,19 @@ def write(options: Options, model: Model, request: Request) -> None:
     """Make a resolved request's video with what the options say of output and progress."""
     import runtime
     from runtime.latents import save_latents
+    from runtime.previews import Previewer
     from runtime.progress import Progress
     from runtime.trace import recording, span
     from runtime.video import check_writable
 
     frames = request.num_frames if request.task == "text" else None
     check_writable(options.output, num_frames=frames, height=request.height, width=request.width)
+    if options.preview:
+        cells = None if frames is None else 1 + (frames - 1) // model.spec.stride[0]
+        check_writable(options.preview, num_frames=cells)
     with Progress("denoising", "step", quiet=options.quiet) as progress:
-        video = runtime.generate(model, request, on_step=progress)
+        watch = Previewer(model, options.preview, request.fps, progress) if options.preview else None
+        video = runtime.generate(model, request, on_step=progress if watch is None else watch)
     for note in video.receipt.notes:
         warnings.warn(note, stacklevel=1)
     if getattr(options, "latents", None) and video.latents is not None:  # not lost to a decode that fails

@@ -58,13 +58,13 @@ def test_noise_may_be_given(model: runtime.Model) -> None:
 
 def test_on_step_sees_every_step(model: runtime.Model) -> None:
     seen = []
-    video = runtime.generate(model, REQUEST, on_step=lambda step, total, x: seen.append((step, total, x.clone())))
+    video = runtime.generate(model, REQUEST, on_step=lambda step, total, x, _: seen.append((step, total, x.clone())))
     assert [(step, total) for step, total, _ in seen] == [(1, 3), (2, 3), (3, 3)]
     assert torch.equal(seen[-1][2][0], video.latents)
 
 
 def test_cancelling(model: runtime.Model) -> None:
-    def stop(step: int, total: int, latents: torch.Tensor) -> None:
+    def stop(step: int, total: int, latents: torch.Tensor, estimate: torch.Tensor) -> None:
         if step == 2:
             raise runtime.Cancelled
 
