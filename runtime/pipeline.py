@@ -116,7 +116,7 @@ def sample(job: Job, index: int, given: Mapping[int, np.ndarray], noise: torch.T
             latents = denoise(
                 model, noise, context, sigmas, request, job.told(index), known=known, periodic=window.periodic
             )
-        return latents.clone().cpu()
+    return latents.clone().cpu()
 
 
 def assemble(job: Job, latents: torch.Tensor, given: Mapping[int, np.ndarray]) -> Iterator[np.ndarray]:
