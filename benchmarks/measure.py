@@ -19,6 +19,7 @@ import torch
 
 FRAME_LIMIT = 1.0  # of 255: a sum in another order may fall on the other side of a rounding
 TENSOR_LIMIT = 1e-3  # of the largest number
+PSNR_LIMIT = 50.0  # dB; what a rounded decode must keep
 
 
 class Refused(Exception):
@@ -60,6 +61,13 @@ def check_equal(what: str, ours: Any, theirs: Any) -> float:
         found, limit, unit = float((a - b).abs().max() / b.abs().max()), TENSOR_LIMIT, ""
     if not found <= limit:  # also refuses NaN
         raise Refused(f"the {what} differs by up to {found:g}{unit}; equal means {limit:g} at most")
+    return found
+
+
+def check_psnr(found: float) -> float:
+    """Return a PSNR in dB; Refused where it is below the bar."""
+    if not found >= PSNR_LIMIT:  # also refuses NaN
+        raise Refused(f"the rounded result keeps {found:.1f} dB; the bar is {PSNR_LIMIT:g} dB")
     return found
 
 

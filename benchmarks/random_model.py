@@ -1,4 +1,5 @@
-"""A random Wan of 100 M transformer parameters, written by diffusers in the published layout: a model to time."""
+"""Random Wans to time, written by diffusers in the published layout: one of 100 M transformer parameters, and one
+with an autoencoder as large as Wan 2.1's."""
 
 from __future__ import annotations
 
@@ -10,16 +11,19 @@ import torch
 
 from runtime.model import DEMO
 
-SETTINGS = {
-    "name": "random",
-    "defaults": {
-        "width": 128, "height": 128, "num_frames": 9, "fps": 16, "steps": 6, "guidance": 4.0, "shift": 3.0,
-    },
-}  # fmt: skip
+# Per kind: pixels each way, frames, layers of the transformer, width of the autoencoder
+KINDS = {"random": (128, 9, 12, 32), "vae": (256, 5, 1, 96)}
 
 
-def write(folder: Path) -> None:
-    """Write the checkpoint; its weights are the same every time. Raises ImportError without diffusers."""
+def write(folder: Path, kind: str = "random") -> None:
+    """Write a checkpoint of KINDS; its weights are the same every time. Raises ImportError without diffusers."""
+    size, frames, layers, width = KINDS[kind]
+    settings = {
+        "name": kind,
+        "defaults": {
+            "width": size, "height": size, "num_frames": frames, "fps": 16, "steps": 6, "guidance": 4.0, "shift": 3.0,
+        },
+    }  # fmt: skip
     from diffusers import AutoencoderKLWan, UniPCMultistepScheduler, WanPipeline, WanTransformer3DModel
     from transformers import AutoTokenizer, UMT5Config, UMT5EncoderModel
     from transformers.utils import logging
@@ -31,19 +35,19 @@ def write(folder: Path) -> None:
         feed_forward_proj="gated-gelu", is_encoder_decoder=False, use_cache=False,
     )  # fmt: skip
     transformer = WanTransformer3DModel(
-        num_attention_heads=12, attention_head_dim=64, text_dim=256, ffn_dim=2048, num_layers=12
+        num_attention_heads=12, attention_head_dim=64, text_dim=256, ffn_dim=2048, num_layers=layers
     )
     pipe: Any = WanPipeline(
         tokenizer=tokenizer,
         text_encoder=randomised(UMT5EncoderModel(text), 1),
         transformer=randomised(transformer, 2),
-        vae=randomised(AutoencoderKLWan(base_dim=32), 3),
+        vae=randomised(AutoencoderKLWan(base_dim=width), 3),
         scheduler=UniPCMultistepScheduler(
             prediction_type="flow_prediction", use_flow_sigmas=True, num_train_timesteps=1000, flow_shift=3.0
         ),
     )
     pipe.save_pretrained(folder)
-    (folder / "runtime.json").write_text(json.dumps(SETTINGS))
+    (folder / "runtime.json").write_text(json.dumps(settings))
 
 
 def randomised(module: Any, seed: int) -> Any:

@@ -11,6 +11,7 @@ LABELS = {
     "request": "whole request",
     "step": "one guided step",
     "decode": "VAE decode",
+    "decode_bfloat16": "VAE decode, ours in bfloat16",
     "encode": "VAE encode",
     "text": "text encoding",
 }
@@ -52,7 +53,8 @@ def rows(model: dict[str, Any], names: list[str]) -> list[str]:
     lines = [_row(["", *names, *(["ratio"] if compared else [])]), _row(["---", *["---:"] * (len(names) + compared)])]
     for stage, found in model["stages"].items():
         cells = durations([found["seconds"][name] for name in names])
-        lines.append(_row([LABELS[stage], *cells, *([f"{found['ratio']:.2f}"] if compared else [])]))
+        label = LABELS[stage] + (f" ({found['psnr']:.1f} dB)" if "psnr" in found else "")
+        lines.append(_row([label, *cells, *([f"{found['ratio']:.2f}"] if compared else [])]))
     for stage, found in model["memory"].items():
         if None in found[names[0]]:
             continue

@@ -77,6 +77,9 @@ class Side(Protocol):
     def decode(self, take: int) -> np.ndarray:
         """From latents to frames uint8 [F, H, W, 3] in memory."""
 
+    def decode_bfloat16(self, take: int) -> np.ndarray:
+        """The same, by this runtime in bfloat16; by the other side as in `decode`."""
+
     def encode(self, take: int) -> torch.Tensor:
         """From frames to normalised latents [C, T, H, W] in memory."""
 
@@ -120,7 +123,20 @@ class Ours:
         return compose(self.model, request, tokens), self.latents.to(self.device), sigma, context
 
     def decode(self, take: int) -> np.ndarray:
-        return runtime.decode(self.model, self.latents).frames
+        return runtime.decode(self.model, self.latents, dtype="float32").frames
+
+    def decode_bfloat16(self, take: int) -> np.ndarray:
+        return runtime.decode(self.model, self.latents, dtype="bfloat16").frames
+
+    def bfloat16_psnr(self) -> float:
+        """Return how near, in dB, pixels decoded in bfloat16 are to those in float32, before they become bytes."""
+        latents = self.latents.to(self.device)
+        networks = [self.model.autoencoder(self.device, dtype) for dtype in (torch.float32, torch.bfloat16)]
+        squares = [
+            float((exact - rounded).double().square().mean()) * exact.shape[2]
+            for exact, rounded in zip(*(network.decode_stream(latents) for network in networks), strict=True)
+        ]
+        return 10 * math.log10(4 / (sum(squares) / self.frames.shape[0]))
 
     def encode(self, take: int) -> torch.Tensor:
         return runtime.encode(self.model, self.frames)
@@ -203,6 +219,9 @@ class Diffusers:
         latents = self.latents.to(self.device) * self.std + self.mean
         video = self.pipe.vae.decode(latents, return_dict=False)[0]
         return self._to_bytes(self.pipe.video_processor.postprocess_video(video, output_type="pt")[0])
+
+    def decode_bfloat16(self, take: int) -> np.ndarray:
+        return self.decode(take)
 
     @torch.no_grad()
     def encode(self, take: int) -> torch.Tensor:

@@ -19,7 +19,7 @@ import torch
 
 from benchmarks import random_model, sides
 from benchmarks.machine import describe, installed, results_file
-from benchmarks.measure import alternate, check_equal, fresh_process, median_ratio, peak_growth
+from benchmarks.measure import alternate, check_equal, check_psnr, fresh_process, median_ratio, peak_growth
 from benchmarks.report import table
 from benchmarks.sides import Case, Ours, Side
 from runtime.model import choose_device, locate
@@ -28,8 +28,10 @@ from runtime.request import Request
 from runtime.weights import shapes
 
 # How many samples a stage gets for each one of the whole request: short ones scatter more and cost less.
-STAGES = {"request": 1, "step": 4, "decode": 2, "encode": 2, "text": 4}
-MEMORY = ("request", "decode")
+STAGES = {"request": 1, "step": 4, "decode": 2, "decode_bfloat16": 2, "encode": 2, "text": 4}
+MEMORY = ("request", "decode", "decode_bfloat16")
+AUTOENCODER = {"decode", "decode_bfloat16", "encode"}  # stages that need no more than this
+NAMES = [name for name in STAGES if name != "decode_bfloat16"]  # which comes with decode
 OVERRIDES = ("width", "height", "num_frames", "steps", "guidance")
 
 
@@ -56,8 +58,9 @@ def add_command(commands: Any) -> None:
     parser = commands.add_parser("stages", help="a request and its stages, alone or beside diffusers")
     parser.set_defaults(run=run)
     parser.add_argument("--against", choices=["diffusers"], help="measure it in turns with this runtime")
-    parser.add_argument("--model", default="both", help="demo, random, both (default), a folder or a published name")
-    parser.add_argument("--only", type=_stages, default=tuple(STAGES), help=f"some of {','.join(STAGES)}")
+    parser.add_argument("--model", help="demo, random, vae (random, of Wan 2.1's size), a folder or a published name; "
+                        "default: demo and random, or demo and vae for decode and encode alone")  # fmt: skip
+    parser.add_argument("--only", type=_stages, default=tuple(STAGES), help=f"some of {','.join(NAMES)}")
     parser.add_argument("--repeats", type=_count, default=9, help="samples of the whole request (default 9); "
                         "of step and text 4 times as many, of decode and encode twice, and half of memory")  # fmt: skip
     parser.add_argument("--threads", type=_count, help="threads on the CPU (default: as many as PyTorch takes)")
@@ -74,7 +77,7 @@ def add_command(commands: Any) -> None:
 def run(args: argparse.Namespace) -> None:
     """Measure, write the results as JSON and print the table; Refused where the sides' results differ."""
     compared: list[type[Side]] = [Ours, *sides.rival(args.against)]
-    if args.model in ("random", "both") and installed("diffusers") is None:
+    if args.model in ("random", "vae", None) and installed("diffusers") is None:
         raise ValueError("the random model is written by diffusers, which is not installed; take --model demo")
     threads = args.threads or torch.get_num_threads()
     settings = Settings(choose_device(args.device), threads, args.repeats, args.only)
@@ -100,11 +103,13 @@ def run(args: argparse.Namespace) -> None:
 
 def cases(args: argparse.Namespace, scratch: Path) -> Iterator[Case]:
     """Yield the models that are asked for, each with its request."""
-    for name in ("demo", "random") if args.model == "both" else (args.model,):
-        folder = locate(name) if name != "random" else scratch / "random"
-        if name == "random":
-            _say("random: writing the checkpoint")
-            random_model.write(folder)
+    usual = ("demo", "vae" if set(args.only) <= AUTOENCODER else "random")
+    for name in (args.model,) if args.model else usual:
+        written = name in random_model.KINDS
+        folder = scratch / name if written else locate(name)
+        if written:
+            _say(f"{name}: writing the checkpoint")
+            random_model.write(folder, name)
         spec = open_checkpoint(folder).spec
         chosen = {key: getattr(args, key) for key in OVERRIDES}
         yield Case(folder, spec, Request(prompt="as the take says", seed=7, **chosen).resolved(spec))
@@ -132,21 +137,25 @@ def measure(case: Case, compared: list[type[Side]], settings: Settings) -> dict[
 
 
 def timings(case: Case, compared: list[type[Side]], settings: Settings, takes: Iterator[int]) -> dict[str, Any]:
-    """Return the seconds of each stage; before any, the sides must agree on the frames of a whole request."""
+    """Return the seconds of each stage, on whose result the sides must agree first; bfloat16 with its PSNR."""
     name = case.spec.name
     _say(f"{name}: loading")
     loaded = [side(case, settings.device) for side in compared]
-    agreed = warm_up("request", loaded, next(takes))
+    agreed = warm_up("request", loaded, next(takes)) if "request" in settings.only else None
     if agreed is not None:
         _say(f"{name}: largest difference of frames {agreed:g} of 255")
     stages: dict[str, Any] = {}
     for stage in settings.only:
         _say(f"{name}: {stage}")
-        difference = agreed if stage == "request" else warm_up(stage, loaded, next(takes))
+        agreement: dict[str, float | None]
+        if stage == "decode_bfloat16":
+            agreement = {"psnr": check_psnr(Ours.bfloat16_psnr(loaded[0]))}  # type: ignore[arg-type]
+        else:
+            agreement = {"difference": agreed if stage == "request" else warm_up(stage, loaded, next(takes))}
         numbers = list(itertools.islice(takes, settings.repeats * STAGES[stage]))
         seconds = alternate([getattr(side, stage) for side in loaded], numbers)
         stages[stage] = {
-            "difference": difference,
+            **agreement,
             "seconds": dict(zip((side.name for side in compared), seconds, strict=True)),
             "median": {side.name: statistics.median(each) for side, each in zip(compared, seconds, strict=True)},
             "ratio": median_ratio(*seconds) if len(compared) > 1 else None,
@@ -184,9 +193,9 @@ def parameters(folder: Path) -> dict[str, int]:
 
 
 def _stages(given: str) -> tuple[str, ...]:
-    names = tuple(given.split(","))
+    names = tuple(given.replace("decode", "decode,decode_bfloat16").split(","))
     if unknown := [name for name in names if name not in STAGES]:
-        raise argparse.ArgumentTypeError(f"{', '.join(unknown)}: legal are {', '.join(STAGES)}, joined by commas")
+        raise argparse.ArgumentTypeError(f"{', '.join(unknown)}: legal are {', '.join(NAMES)}, joined by commas")
     return names
 
 

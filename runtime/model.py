@@ -43,9 +43,10 @@ class Model:
         if device.type == self.device.type and dtype == torch.float32:
             return self.vae
         if self._other_vae is None or self._other_vae[:2] != (device, dtype):
-            other = copy.deepcopy(self.vae)
-            assert isinstance(other, torch.nn.Module)
-            self.checkpoint.vae.prepare(other.to(device, dtype))
+            assert isinstance(self.vae, torch.nn.Module)
+            moved = {id(p): torch.nn.Parameter(p.to(device, dtype), False) for p in self.vae.parameters()}
+            other = cast(Autoencoder, copy.deepcopy(self.vae, moved))  # never both in float32
+            self.checkpoint.vae.prepare(cast(torch.nn.Module, other))
             self._other_vae = device, dtype, other
         return self._other_vae[2]
 

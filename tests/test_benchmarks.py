@@ -15,14 +15,14 @@ import numpy as np
 import pytest
 import torch
 
-from benchmarks import machine, sides, stages
+from benchmarks import machine, random_model, sides, stages
 from benchmarks.__main__ import main
-from benchmarks.measure import Refused, alternate, check_equal, median_ratio
+from benchmarks.measure import Refused, alternate, check_equal, check_psnr, median_ratio
 
 ROOT = Path(__file__).parent.parent
 SIZE = ["--width", "32", "--height", "32", "--frames", "5", "--steps", "2"]
 QUICK = ["stages", "--model", "demo", "--repeats", "1", "--threads", "1", *SIZE]
-COUNTS = {"request": 1, "step": 4, "decode": 2, "encode": 2, "text": 4}
+COUNTS = {"request": 1, "step": 4, "decode": 2, "decode_bfloat16": 2, "encode": 2, "text": 4}
 
 
 @pytest.fixture(autouse=True)
@@ -42,13 +42,16 @@ def check_model(model: dict[str, Any], names: list[str], only: list[str]) -> Non
     assert 0 <= model["difference"] <= 1
     assert list(model["stages"]) == only
     for stage, found in model["stages"].items():
-        assert 0 <= found["difference"] <= (1 if stage in ("request", "decode") else 1e-3)
+        if stage == "decode_bfloat16":
+            assert 50 < found["psnr"] < 90
+        else:
+            assert 0 <= found["difference"] <= (1 if stage in ("request", "decode") else 1e-3)
         assert list(found["seconds"]) == names
         for samples in found["seconds"].values():
             assert len(samples) == COUNTS[stage]
             assert min(samples) > 0
         assert found["ratio"] > 0
-    assert list(model["memory"]) == [stage for stage in ("request", "decode") if stage in only]
+    assert list(model["memory"]) == [stage for stage in ("request", "decode", "decode_bfloat16") if stage in only]
     if sys.platform == "linux":
         for runs in (runs for stage in model["memory"].values() for runs in stage.values()):
             assert len(runs) == 1
@@ -96,7 +99,28 @@ def test_every_stage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: py
     (model,) = json.loads(file.read_text())["models"]
     check_model(model, ["dit-runtime", "diffusers"], list(COUNTS))
     rows = [line.split("|")[1].strip() for line in capsys.readouterr().out.splitlines() if line.startswith("|")]
+    assert re.fullmatch(r"VAE decode, ours in bfloat16 \(\d\d\.\d dB\)", rows.pop(5))
     assert rows[2:7] == ["whole request", "one guided step", "VAE decode", "VAE encode", "text encoding"]
+
+
+def test_the_autoencoder_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Only decode and encode: no whole request, and beside the demo an autoencoder of Wan 2.1's size."""
+    monkeypatch.setattr(stages, "fresh_process", lambda function, *arguments: function(*arguments))
+    monkeypatch.setitem(random_model.KINDS, "vae", (32, 1, 1, 8))
+    file = tmp_path / "r.json"
+    command = [part for part in QUICK if part not in ("--model", "demo")]
+    assert main([*command, "--only", "decode", "--json", str(file)]) == 0
+    demo, vae = json.loads(file.read_text())["models"]
+    assert (demo["name"], vae["name"]) == ("demo", "vae")
+    assert list(vae["stages"]) == list(vae["memory"]) == ["decode", "decode_bfloat16"]
+    assert demo["difference"] is None
+
+
+def test_psnr_below_the_bar_is_refused() -> None:
+    assert check_psnr(50.5) == 50.5
+    for found in (49.9, float("nan")):
+        with pytest.raises(Refused, match="the bar is 50 dB"):
+            check_psnr(found)
 
 
 def test_one_side_and_one_stage(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
