@@ -26,13 +26,15 @@ class Clip:
     """Frames that are known: a Video, a uint8 array [F, H, W, 3] or [H, W, 3], or the path of a clip or picture.
 
     `at` is the frame of the result where it begins, "end" so that it ends there. `hold` says how firmly it is kept: 1
-    is unchanged, less lets it go once the noise is below 1 - hold. Raises ValueError for anything else, and what
+    is unchanged, less lets it go once the noise is below 1 - hold. `mask` [F, H, W] or [H, W] is true where the clip is
+    to be made anew, for models that take one. Raises ValueError for anything else, and what
     `read_video` raises for a file.
     """
 
     frames: Video | np.ndarray | str | os.PathLike[str]
     at: int | Literal["end"] = 0
     hold: float = 1.0
+    mask: np.ndarray | None = None
 
     def __post_init__(self) -> None:
         if self.at != "end" and (isinstance(self.at, bool) or not isinstance(self.at, int) or self.at < 0):
@@ -48,6 +50,15 @@ class Clip:
                 )
         elif not isinstance(self.frames, Video | str | os.PathLike):
             raise ValueError(f"a clip's frames are {type(self.frames).__name__}; legal: a Video, a uint8 array, a path")
+
+    def masks(self, width: int, height: int, fps: float, fit: str) -> Video:
+        """Return the mask as frames at a size and a rate, as `conformed` does; white is to be made anew."""
+        assert self.mask is not None
+        video = self.video
+        mask = np.broadcast_to(self.mask.astype(bool), (video.num_frames, video.height, video.width))
+        white = np.repeat(mask[..., None].astype(np.uint8) * 255, 3, axis=3)
+        frames = Video(white, fps=video.fps, num_frames=len(white), height=video.height, width=video.width)
+        return conformed(Clip(white if self.fps is None else frames), width, height, fps, fit)
 
     @cached_property
     def video(self) -> Video:

@@ -43,12 +43,25 @@ class Cancelled(Exception):
     """Raised by an `on_step` callback to stop a generation between two steps."""
 
 
-def prepare_context(model: Model, texts: Sequence[torch.Tensor], shape: tuple[int, int, int, int]) -> Context:
+def prepare_context(
+    model: Model,
+    texts: Sequence[torch.Tensor],
+    shape: tuple[int, int, int, int],
+    pictures: torch.Tensor | None = None,
+    channels: torch.Tensor | None = None,
+) -> Context:
     """Return what all steps share: per expert the projected text of each prompt [S, text_dim], and positions.
 
-    `shape` is [C, T, H, W] of the latents.
+    `shape` is [C, T, H, W] of the latents; `pictures` are image embeddings [P, S, D], `channels` [1, C', T, H, W] those
+    of known frames, where the weights take them.
     """
-    return Context(tuple(network.project(texts, model.spec.text_length, shape[1:]) for network in model.transformers))
+    control = channels if model.spec.conditioning == "control" else None
+    return Context(
+        tuple(
+            network.project(texts, model.spec.text_length, shape[1:], pictures=pictures, control=control)
+            for network in model.transformers
+        )
+    )
 
 
 def switch_at(sigma: float, high: Denoiser, low: Denoiser) -> Denoiser:
@@ -79,6 +92,15 @@ def held(denoiser: Denoiser, known: Known, *, clean: bool) -> Denoiser:
         else:
             velocity = denoiser(x, sigma, context)
         return torch.where(there, (x - known.latents) / level, velocity)
+
+    return denoise
+
+
+def widened(denoiser: Denoiser, channels: torch.Tensor) -> Denoiser:
+    """Return a Denoiser whose network sees `channels` [1, C', T, H, W] behind those of x."""
+
+    def denoise(x: torch.Tensor, sigma: torch.Tensor, context: Context) -> torch.Tensor:
+        return denoiser(torch.cat([x, channels], dim=1), sigma, context)
 
     return denoise
 
@@ -122,18 +144,21 @@ def denoise(
     on_step: OnStep | None = None,
     *,
     known: Known | None = None,
+    channels: torch.Tensor | None = None,
     periodic: bool = False,
 ) -> torch.Tensor:
     """Return the denoised latents [1, C, T, H, W] float32 of `noise`, same shape, over `sigmas` [steps + 1].
 
-    `known` frames are held, and where `sigmas` begin below 1 also what sampling starts from; with `periodic` the last
-    frame is followed by the first. `on_step(step, total, latents, estimate)` is called after each step with step from
-    1 and what the step took for the clean latents, and may raise Cancelled. Raises FloatingPointError where the latents
-    stop being finite.
+    `known` frames are held, and where `sigmas` begin below 1 also what sampling starts from; `channels` are seen behind
+    those of x; with `periodic` the last frame is followed by the first. `on_step(step, total, latents, estimate)` is
+    called after each step with step from 1 and what the step took for the clean latents, and may raise Cancelled.
+    Raises FloatingPointError where the latents stop being finite.
     """
     patch = model.spec.patch
     tokens = noise[0, 0].numel() // (patch[0] * patch[1] * patch[2])
     denoiser = compose(model, request, tokens)
+    if channels is not None and model.spec.conditioning == "channels":
+        denoiser = widened(denoiser, channels.to(model.device))
     state = start(noise.to(model.device))
     if known is not None:
         denoiser = held(denoiser, known, clean=model.spec.conditioning == "clean_tokens")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 import numpy as np
 import torch
@@ -11,6 +11,7 @@ from runtime.clips import part_of
 from runtime.decoding import encode
 from runtime.denoising import Known
 from runtime.model import Model
+from runtime.models.spec import Shown
 from runtime.tasks import Window
 from runtime.video import Video
 
@@ -71,6 +72,56 @@ def encode_known(model: Model, window: Window, given: Mapping[int, np.ndarray]) 
     latents = torch.zeros(1, *window.shape)
     latents[0, :, : last + 1] = encode(model, video)
     return Known(latents.to(model.device), torch.tensor(holds))
+
+
+def encode_channels(
+    model: Model,
+    window: Window,
+    given: Mapping[int, np.ndarray],
+    masks: Mapping[int, np.ndarray],
+    references: Sequence[np.ndarray],
+) -> torch.Tensor:
+    """Return the channels [1, C, T, H, W] that the weights take of what is known.
+
+    `masks` are true where a given frame [H, W] is to be made anew; `references` are pictures to look like [H, W, 3].
+    """
+    make = model.checkpoint.channels
+    assert make is not None
+    step, (_, time, rows, columns) = model.spec.stride[0], window.shape
+    height, width = rows * model.spec.stride[1], columns * model.spec.stride[2]
+
+    def encode_chunks(chunks: Iterable[torch.Tensor]) -> torch.Tensor:
+        return torch.cat(list(model.autoencoder(model.device, torch.float32).encode_stream(chunks)), dim=2)
+
+    def chunks() -> Iterator[Shown]:
+        for t in range(time):
+            places = range(max(0, step * (t - 1) + 1), step * t + 1)
+            pixels = torch.zeros(1, 3, len(places), height, width, device=model.device)
+            known = torch.zeros(1, 1, len(places), height, width, device=model.device)
+            for i, place in enumerate(places):
+                if place in given:
+                    pixels[0, :, i] = as_pixels(given[place]).to(model.device)
+                    known[0, 0, i] = 1.0
+                    if place in masks:
+                        known[0, 0, i] = torch.from_numpy(~masks[place]).to(known)
+            yield Shown(pixels, known)
+
+    return make(encode_chunks, chunks, [as_pixels(picture)[None, :, None].to(model.device) for picture in references])
+
+
+def as_pixels(frame: np.ndarray) -> torch.Tensor:
+    """uint8 [H, W, 3] -> [3, H, W] in [-1, 1]."""
+    return torch.from_numpy(np.ascontiguousarray(frame)).permute(2, 0, 1).float() / 127.5 - 1.0
+
+
+def given_masks(window: Window, masks: Mapping[int, Video]) -> dict[int, np.ndarray]:
+    """Return where the given frames of clips with a mask are to be made anew, bool [H, W], by their place."""
+    found = {}
+    for given in window.given:
+        if given.clip in masks:
+            for i, frame in enumerate(part_of(masks[given.clip], given.start, given.count)):
+                found[given.at + i] = frame[..., 0] > 127
+    return found
 
 
 def filled(given: Mapping[int, np.ndarray], count: int) -> Iterator[np.ndarray]:

@@ -57,6 +57,13 @@ class Model:
             return weights.load(self.checkpoint.text_encoder, self.device, self.dtype)
 
     @cached_property
+    def image_encoder(self) -> Any:
+        """The encoder that known pictures are shown to, where the weights have one; loaded at first use."""
+        assert self.checkpoint.image_encoder is not None
+        with span("load/image_encoder"):
+            return weights.load(self.checkpoint.image_encoder, self.device, self.dtype)
+
+    @cached_property
     def tokenizer(self) -> Any:
         """The tokenizer that the checkpoint brings."""
         from transformers import AutoTokenizer

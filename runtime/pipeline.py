@@ -13,15 +13,16 @@ import torch
 
 from runtime.clips import Clip, conformed, part_of
 from runtime.decoding import decode
-from runtime.denoising import OnStep, denoise, prepare_context
-from runtime.known import encode_known, firmness, given_frames
+from runtime.denoising import Known, OnStep, denoise, prepare_context
+from runtime.known import encode_channels, encode_known, firmness, given_frames, given_masks
 from runtime.latents import check_latents, draw_noise
 from runtime.model import Model
+from runtime.pictures import encode_pictures
 from runtime.receipt import Receipt
 from runtime.request import Request
 from runtime.schedules import make_schedule
 from runtime.splicing import Splicer
-from runtime.tasks import Part, Plan, plan_task
+from runtime.tasks import Part, Plan, Window, plan_task
 from runtime.text import encode_prompt
 from runtime.trace import recording, span
 from runtime.video import Video
@@ -99,24 +100,55 @@ def sample(job: Job, index: int, given: Mapping[int, np.ndarray], noise: torch.T
     """Return the latents [1, C, T, H, W] of one window, on the CPU, where `given` frames stand in their places."""
     model, request, window = job.model, job.request, job.plan.windows[index]
     assert request.seed is not None and request.steps is not None and request.shift is not None
+    channels, time, height, width = window.shape
+    extra = len(request.references)  # latent frames of their own before the clip's
+    shape = channels, extra + time, height, width
     if noise is None:
-        noise = draw_noise(window.shape, (request.seed + index) % 2**64)
-    noise = check_latents(noise, window.shape, "noise")
+        noise = draw_noise(shape, (request.seed + index) % 2**64)
+    noise = check_latents(noise, shape, "noise")
     sigmas = make_schedule(model.spec.schedule, request.steps, request.shift, window.start)
     with recording(job.receipt.stages, job.receipt.notes), torch.inference_mode():
         with span("text", memory=True):
             texts, notes = encode_prompt(model, request)
         job.receipt.notes += [note for note in notes if note not in job.receipt.notes]
-        known = None
-        if given:
+        told = Told()
+        if given or model.checkpoint.channels is not None:
             with span("encode", memory=True):
-                known = encode_known(model, window, given)
+                told = tell(job, window, given)
         with span("denoise", memory=True):
-            context = prepare_context(model, texts, window.shape)
+            context = prepare_context(model, texts, shape, told.pictures, told.channels)
             latents = denoise(
-                model, noise, context, sigmas, request, job.told(index), known=known, periodic=window.periodic
-            )
-    return latents.clone().cpu()
+                model, noise, context, sigmas, request, job.told(index),
+                known=told.known, channels=told.channels, periodic=window.periodic,
+            )  # fmt: skip
+    return latents[:, :, extra:].clone().cpu()
+
+
+@dataclass(frozen=True)
+class Told:
+    """What the network is told of the known frames, in the way that its weights take."""
+
+    known: Known | None = None
+    channels: torch.Tensor | None = None
+    pictures: torch.Tensor | None = None
+
+
+def tell(job: Job, window: Window, given: Mapping[int, np.ndarray]) -> Told:
+    """Encode the frames that a window is given; SDEdit takes them as latents whatever the weights take."""
+    model, request = job.model, job.request
+    assert request.width and request.height and request.fps
+    channels, pictures, known = None, None, None
+    if model.checkpoint.channels is None or window.start < 1:
+        known = encode_known(model, window, given)
+    if model.checkpoint.channels is not None:
+        size = request.width, request.height, request.fps, request.fit
+        masks = {i: clip.masks(*size) for i, clip in enumerate(request.clips) if clip.mask is not None}
+        references = [next(iter(conformed(clip, *size[:3], "pad"))) for clip in request.references]
+        shown = given if window.start == 1 else {}
+        channels = encode_channels(model, window, shown, given_masks(window, masks), references)
+    if (images := model.checkpoint.image_size) is not None:
+        pictures = encode_pictures(model, [given[min(given)], given[max(given)]][: images.pictures])
+    return Told(known, channels, pictures)
 
 
 def assemble(job: Job, latents: torch.Tensor, given: Mapping[int, np.ndarray]) -> Iterator[np.ndarray]:
@@ -145,8 +177,10 @@ def made(
     job: Job, part: Part, latents: torch.Tensor, given: Mapping[int, np.ndarray], place: int
 ) -> Iterator[np.ndarray]:
     """Yield a window's part of the result, from `place` on there: what is held to the end is given back unchanged."""
-    held = firmness(job.plan.windows[part.index])
-    firm = {index: frame for index, frame in given.items() if held[index] == 1}
+    window = job.plan.windows[part.index]
+    held = firmness(window)
+    masked = {g.at + i for g in window.given if job.request.clips[g.clip].mask is not None for i in range(g.count)}
+    firm = {index: frame for index, frame in given.items() if held[index] == 1 and index not in masked}
     splicer = Splicer(decode_window(job, part.index, latents), firm, place - part.start)
     with closing(splicer.frames()) as frames:
         yield from islice(frames, part.start, part.stop)

@@ -29,8 +29,8 @@ class Request:
     With `clips` and nothing more, each stands in the result where its `at` says. `direction` "forward" goes on after
     the one clip, "backward" comes before it, "between" connects two: `num_frames` (or `seconds`) then counts the new
     frames alone. `periodic` makes a loop, of the text or of a clip. `strength` in (0, 1] makes a clip anew from that
-    sigma on. `fit` ("crop", "pad", "stretch") brings clips to the size asked for. A video much longer than the model's
-    own length is made in windows of `window` frames that share `overlap` frames.
+    sigma on. `references` are pictures to look like. `fit` ("crop", "pad", "stretch") brings clips to the size asked
+    for. A video much longer than the model's own length is made in windows of `window` frames that share `overlap`.
     """
 
     prompt: str
@@ -47,6 +47,7 @@ class Request:
     sampler: str | None = None
     seed: int | None = None
     clips: tuple[Clip, ...] = ()
+    references: tuple[Clip, ...] = ()
     direction: str | None = None
     periodic: bool = False
     strength: float | None = None
@@ -85,10 +86,12 @@ class Request:
         self._check_clips()
 
     def _check_clips(self) -> None:
-        clips = tuple(Clip(**c) if isinstance(c, Mapping) else c for c in self.clips)
-        if wrong := next((c for c in clips if not isinstance(c, Clip)), None):
-            raise ValueError(f"clips holds a {type(wrong).__name__}; legal: runtime.Clip")
-        object.__setattr__(self, "clips", clips)
+        for name in ("clips", "references"):
+            given = tuple(Clip(**c) if isinstance(c, Mapping) else c for c in getattr(self, name))
+            if wrong := next((c for c in given if not isinstance(c, Clip)), None):
+                raise ValueError(f"{name} holds a {type(wrong).__name__}; legal: runtime.Clip")
+            object.__setattr__(self, name, given)
+        clips = self.clips
         if sum((self.periodic, self.direction is not None, self.strength is not None)) > 1:
             raise ValueError("direction, periodic and strength are three tasks; give one of them")
         if self.strength is not None and self.strength > 1:
@@ -127,7 +130,7 @@ class Request:
     def record(self) -> dict[str, Any]:
         """Return what a receipt says of it; Request(**record) asks the same again where clips came from files."""
         plain = {f.name: getattr(self, f.name) for f in fields(self)}
-        return plain | {"clips": [clip.record() for clip in self.clips]}
+        return plain | {name: [clip.record() for clip in getattr(self, name)] for name in ("clips", "references")}
 
     def resolved(self, spec: ModelSpec) -> Request:
         """Return the request with every None filled from the model and the clips; ValueError where it cannot be made.
@@ -155,6 +158,7 @@ class Request:
             width, height = natural_size(video.width, video.height, spec.size_multiple, width * height)
         filled |= {"width": self.width or width, "height": self.height or height}
         request = replace(self, **filled)
+        request._check_conditioning(spec)
         request = replace(request, **request._lengths(spec))
         request._check_size(spec)
         return request
@@ -190,8 +194,8 @@ class Request:
         if frames is None:
             counts = [clip.count(self.fps) for clip in self.clips]
             frames = {
-                "extend": own - overlap,
-                "prepend": own - overlap,
+                "extend": max(own - overlap, time),
+                "prepend": max(own - overlap, time),
                 "connect": max(own - 2 * overlap, time),
                 "loop": max(own - 2 * overlap, time) if counts else own - 1,
                 "edit": counts[0] if counts else 0,
@@ -200,6 +204,14 @@ class Request:
         room = spec.sampled_frames(frames + 2 * overlap)
         window = self.window or (max(own, room) if frames <= WHOLE * own else max(own, overlap + time))
         return {"num_frames": frames, "window": window, "overlap": overlap}
+
+    def _check_conditioning(self, spec: ModelSpec) -> None:
+        if self.references and spec.conditioning != "control":
+            raise ValueError(f"reference pictures are given, and {spec.name} takes none; leave them out, or take VACE")
+        if any(clip.mask is not None for clip in self.clips) and spec.conditioning != "control":
+            raise ValueError(f"a clip has a mask, and {spec.name} takes whole frames; leave it out, or take VACE")
+        if spec.conditioning == "channels" and (not self.clips or self.task == "edit"):
+            raise ValueError(f"{spec.name} goes on from known frames; give a picture, or take a text-to-video model")
 
     def _check_size(self, spec: ModelSpec) -> None:
         assert self.width and self.height and self.num_frames and self.window and self.overlap

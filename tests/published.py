@@ -17,8 +17,17 @@ from diffusers import (
     WanImageToVideoPipeline,
     WanPipeline,
     WanTransformer3DModel,
+    WanVACEPipeline,
+    WanVACETransformer3DModel,
 )
-from transformers import AutoTokenizer, UMT5Config, UMT5EncoderModel
+from transformers import (
+    AutoTokenizer,
+    CLIPImageProcessor,
+    CLIPVisionConfig,
+    CLIPVisionModel,
+    UMT5Config,
+    UMT5EncoderModel,
+)
 
 DEMO = Path(__file__).parent.parent / "runtime" / "demo"
 
@@ -142,6 +151,68 @@ def image_pipeline(tiny: Tiny) -> WanImageToVideoPipeline:
     plain = pipeline(tiny)
     parts = {name: plain.components[name] for name in ("tokenizer", "text_encoder", "vae", "scheduler", "transformer")}
     pipe = WanImageToVideoPipeline(**parts, expand_timesteps=True)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+CLIP = {"hidden_size": 8, "intermediate_size": 12, "num_hidden_layers": 3, "num_attention_heads": 2}
+
+
+def wide_transformer(tiny: Tiny, seed: int, images: int) -> WanTransformer3DModel:
+    """A transformer with I2V's extra input channels, and shown 0, 1 or 2 pictures by cross-attention."""
+    width = tiny.heads * tiny.head_dim
+    extra = {"image_dim": 8, "added_kv_proj_dim": width} if images else {}
+    model = WanTransformer3DModel(
+        num_attention_heads=tiny.heads,
+        attention_head_dim=tiny.head_dim,
+        in_channels=2 * tiny.channels + 4,
+        out_channels=tiny.channels,
+        text_dim=tiny.text_dim,
+        freq_dim=32,
+        ffn_dim=tiny.ffn,
+        num_layers=tiny.layers,
+        pos_embed_seq_len=10 if images == 2 else None,
+        **extra,
+    )
+    return randomise(model, seed)
+
+
+def channels_pipeline(tiny: Tiny, images: int = 0) -> WanImageToVideoPipeline:
+    """Build the reference pipeline for pictures in extra channels: Wan 2.1 I2V (1), FLF2V (2), Wan 2.2 I2V-A14B (0)."""
+    plain = pipeline(tiny)
+    parts = {name: plain.components[name] for name in ("tokenizer", "text_encoder", "vae", "scheduler")}
+    two = tiny.experts == 2
+    if images:
+        config = CLIPVisionConfig(image_size=28, patch_size=14, **CLIP)
+        parts["image_encoder"] = randomise(CLIPVisionModel(config), tiny.seed + 5)
+        parts["image_processor"] = CLIPImageProcessor(size={"shortest_edge": 28}, crop_size={"height": 28, "width": 28})
+    pipe = WanImageToVideoPipeline(
+        **parts,
+        transformer=wide_transformer(tiny, tiny.seed + 3, images),
+        transformer_2=wide_transformer(tiny, tiny.seed + 4, images) if two else None,
+        boundary_ratio=tiny.boundary if two else None,
+    )
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def control_pipeline(tiny: Tiny) -> WanVACEPipeline:
+    """Build the reference pipeline of VACE."""
+    plain = pipeline(tiny)
+    parts = {name: plain.components[name] for name in ("tokenizer", "text_encoder", "vae", "scheduler")}
+    network = WanVACETransformer3DModel(
+        num_attention_heads=tiny.heads,
+        attention_head_dim=tiny.head_dim,
+        in_channels=tiny.channels,
+        out_channels=tiny.channels,
+        text_dim=tiny.text_dim,
+        freq_dim=32,
+        ffn_dim=tiny.ffn,
+        num_layers=3,
+        vace_layers=[0, 2],
+        vace_in_channels=2 * tiny.channels + 64,
+    )
+    pipe = WanVACEPipeline(**parts, transformer=randomise(network, tiny.seed + 3))
     pipe.set_progress_bar_config(disable=True)
     return pipe
 

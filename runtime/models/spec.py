@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, NamedTuple, Protocol
 
 import torch
 from torch import nn
@@ -13,9 +13,9 @@ from torch import nn
 from runtime.models.costs import Costs
 from runtime.weights import Component
 
-# How weights take frames that are known: as extra input channels; as clean tokens at sigma 0 beside noisy ones; or not
-# at all, so that the known frames are renoised to the current sigma and put in place at each step.
-Conditioning = Literal["channels", "clean_tokens", "blend"]
+# How weights take frames that are known: as extra input channels; by a control branch of their own; as clean tokens at
+# sigma 0 beside noisy ones; or not at all, so that the known frames are blended in at each step.
+Conditioning = Literal["channels", "control", "clean_tokens", "blend"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,6 +78,38 @@ def nearest_counts(count: int, step: int) -> tuple[int, int]:
 
 
 @dataclass(frozen=True)
+class ImageSize:
+    """How pictures are shown to an image encoder: scaled to the shorter edge, cut in the middle, normalised."""
+
+    pictures: int  # how many: 1 the first known one, 2 also the last
+    edge: int
+    crop: tuple[int, int]  # (height, width)
+    mean: tuple[float, float, float]
+    std: tuple[float, float, float]
+
+
+class Shown(NamedTuple):
+    """Some frames of what is sampled: pixels [1, 3, F, H, W] in [-1, 1], and where they are given [1, 1, F, H, W]."""
+
+    pixels: torch.Tensor  # 0 where nothing is given
+    given: torch.Tensor  # 1 given, 0 to be made
+
+
+class Channels(Protocol):
+    """Makes the channels of what is known."""
+
+    def __call__(
+        self,
+        encode: Callable[[Iterable[torch.Tensor]], torch.Tensor],
+        chunks: Callable[[], Iterable[Shown]],
+        references: Sequence[torch.Tensor],
+        /,
+    ) -> torch.Tensor:
+        """Return [1, C, T, H, W] of a clip in the autoencoder's chunks, and pictures [1, 3, 1, H, W] to look like."""
+        ...
+
+
+@dataclass(frozen=True)
 class Checkpoint:
     """A model on disk, described from its configs alone; nothing of its weights has been read."""
 
@@ -89,11 +121,15 @@ class Checkpoint:
     tokenizer: Path  # a folder that transformers' AutoTokenizer reads
     costs: Callable[[], Costs]  # the family's formulas for this checkpoint, from its configs
     missing: tuple[str, ...] = ()  # files that the layout asks for and that are not there
+    image_encoder: Component | None = None  # of weights that are shown the known pictures as well
+    image_size: ImageSize | None = None
+    channels: Channels | None = None  # makes the channels of what is known, where weights take them
 
     @property
     def components(self) -> tuple[Component, ...]:
         """All networks, in the order a request meets them."""
-        return (self.text_encoder, *self.transformers, self.vae)
+        images = () if self.image_encoder is None else (self.image_encoder,)
+        return (self.text_encoder, *images, *self.transformers, self.vae)
 
 
 @dataclass(frozen=True)
@@ -107,6 +143,8 @@ class Projected:
     values: tuple[torch.Tensor, ...]  # per block [R, S, N, K]
     bias: torch.Tensor | None  # [R, 1, 1, S], added to the scores; None: all zero
     rope: torch.Tensor  # [L, K/2, 2] float32, (cos, sin)
+    images: tuple[tuple[torch.Tensor, torch.Tensor], ...] = ()  # per block keys and values [1, S, N, K] of pictures
+    control: torch.Tensor | None = None  # [1, L, D], what a control branch starts from
 
     def row(self, index: int) -> Projected:
         """Return the same for one prompt alone."""
@@ -156,8 +194,19 @@ class Transformer(Protocol):
         """Width of the text embeddings that `project` takes."""
         ...
 
-    def project(self, texts: Sequence[torch.Tensor], text_length: int, latent_shape: tuple[int, int, int]) -> Projected:
-        """Project the text embeddings of R prompts, each [S, text_dim], and positions of (T, H, W), for all steps."""
+    def project(
+        self,
+        texts: Sequence[torch.Tensor],
+        text_length: int,
+        latent_shape: tuple[int, int, int],
+        *,
+        pictures: torch.Tensor | None = None,
+        control: torch.Tensor | None = None,
+    ) -> Projected:
+        """Project the text embeddings of R prompts, each [S, text_dim], and positions of (T, H, W), for all steps.
+
+        `pictures` are image embeddings [P, S, D'], `control` is [1, C, T, H, W]; each where the weights take them.
+        """
         ...
 
     def __call__(

@@ -12,18 +12,20 @@ from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
+import torch
 from torch import nn
 
-from runtime.models.spec import Checkpoint, ModelSpec, config_from
+from runtime.models.spec import Channels, Checkpoint, Conditioning, ImageSize, ModelSpec, config_from
 from runtime.models.wan import weights as names
+from runtime.models.wan.conditioning import control_channels, picture_channels
 from runtime.models.wan.costs import WanCosts
-from runtime.models.wan.specs import LATENT_STATISTICS, PUBLISHED, TEXT_LENGTH, VARIANTS
+from runtime.models.wan.specs import LATENT_STATISTICS, OTHER_VARIANTS, PUBLISHED, TEXT_LENGTH, VARIANTS
 from runtime.models.wan.transformer import TransformerConfig, WanTransformer
 from runtime.models.wan.vae import VAEConfig, WanVAE
-from runtime.weights import Component, find, read_json
+from runtime.weights import Component, Slot, find, read_json
 from runtime.weights import shapes as tensor_shapes
 
-PIPELINES = ("WanPipeline", "WanImageToVideoPipeline", "WanVideoToVideoPipeline")
+PIPELINES = ("WanPipeline", "WanImageToVideoPipeline", "WanVideoToVideoPipeline", "WanVACEPipeline")
 EXPERT_FOLDERS = ("high_noise_model", "low_noise_model")  # of the original layout
 ORIGINAL_BOUNDARY = 0.875
 ORIGINAL_VAES = {16: "Wan2.1_VAE.pth", 48: "Wan2.2_VAE.pth"}  # latent channels -> file
@@ -78,10 +80,18 @@ def _open_diffusers(folder: Path) -> Checkpoint:
     boundary = index.get("boundary_ratio")
     if len(experts) == 2 and boundary is None:
         raise ValueError(f"{folder} has two experts and no boundary_ratio in model_index.json; expected one in (0, 1)")
-    spec = _spec(folder.name, [config for config, _ in transformers], vae_config, schedule, options, boundary)
+    conditioning = _conditioning(transformers[0][0], vae_config, bool(index.get("expand_timesteps")))
+    spec = _spec(
+        folder.name, [config for config, _ in transformers], vae_config, schedule, options, boundary, conditioning
+    )
+    image_encoder, image_size = None, None
+    if (index.get("image_encoder") or [None])[0] is not None:
+        image_encoder, lacking = _image_encoder(folder / "image_encoder")
+        missing += lacking
+        two = transformers[0][0].pos_embed_seq_len is not None
+        image_size = _image_size(_config(folder / "image_processor" / "preprocessor_config.json"), 2 if two else 1)
     spec = replace(
         spec,
-        conditioning="clean_tokens" if index.get("expand_timesteps") else "blend",
         defaults=replace(spec.defaults, shift=shift or spec.defaults.shift, sampler=sampler),
     )
     text_config = _config(folder / "text_encoder" / "config.json")
@@ -103,7 +113,58 @@ def _open_diffusers(folder: Path) -> Checkpoint:
         tokenizer=tokenizer,
         costs=partial(WanCosts, transformers[0][0], vae_config, text_config),
         missing=tuple(missing),
+        image_encoder=image_encoder,
+        image_size=image_size,
+        channels=_channels(spec),
     )
+
+
+def _conditioning(config: TransformerConfig, vae: VAEConfig, expand_timesteps: bool) -> Conditioning:
+    """Tell from the configs how known frames are taken."""
+    if config.vace_layers:
+        return "control"
+    if config.in_channels == 2 * vae.z_dim + vae.stride[0]:
+        return "channels"
+    return "clean_tokens" if expand_timesteps else "blend"
+
+
+def _channels(spec: ModelSpec) -> Channels | None:
+    if spec.conditioning == "control":
+        return control_channels
+    return picture_channels if spec.conditioning == "channels" else None
+
+
+def _image_encoder(folder: Path) -> tuple[Component, tuple[str, ...]]:
+    files, gone = find(folder, "model")
+    config = _config(folder / "config.json")
+
+    def build() -> nn.Module:
+        from transformers import CLIPVisionConfig, CLIPVisionModel
+
+        return CLIPVisionModel(CLIPVisionConfig(**config))
+
+    def keys(module: nn.Module) -> dict[str, Slot]:
+        """Older versions of transformers say vision_model. before each name, in the file, the module, or both."""
+        published = {name.removeprefix("vision_model."): name for file in files for name in tensor_shapes(file)}
+        found = {name.removeprefix("vision_model."): name for name, _ in module.named_parameters()}
+        return {published.get(bare, bare): Slot(name) for bare, name in found.items()}
+
+    def prepare(module: nn.Module) -> None:
+        for name, buffer in list(module.named_buffers()):
+            owner, _, leaf = name.rpartition(".")
+            positions = torch.arange(buffer.shape[-1], device=next(module.parameters()).device)
+            module.get_submodule(owner).register_buffer(leaf, positions.expand(buffer.shape), persistent=False)
+
+    extra = frozenset({"vision_model.embeddings.position_ids", "embeddings.position_ids"})
+    return Component(name="image_encoder", build=build, files=files, keys=keys, ignored=extra, prepare=prepare), gone
+
+
+def _image_size(config: Mapping[str, Any], pictures: int) -> ImageSize:
+    """Read a published preprocessor_config.json, in either of its two ways of writing a size."""
+    edge, crop = config["size"], config["crop_size"]
+    edge = edge["shortest_edge"] if isinstance(edge, dict) else edge
+    rows, columns = (crop["height"], crop["width"]) if isinstance(crop, dict) else (crop, crop)
+    return ImageSize(pictures, edge, (rows, columns), tuple(config["image_mean"]), tuple(config["image_std"]))
 
 
 def _config(file: Path) -> dict[str, Any]:
@@ -129,13 +190,17 @@ def _spec(
     schedule: str,
     options: Mapping[str, Any],
     boundary: float | None,
+    conditioning: Conditioning,
 ) -> ModelSpec:
     first = configs[0]
-    variant = VARIANTS.get((first.width, first.num_layers, len(configs)))
-    if first.in_channels != vae.z_dim or first.out_channels != vae.z_dim:
+    variants = OTHER_VARIANTS.get(conditioning, VARIANTS)
+    variant = variants.get((first.width, first.num_layers, len(configs)))
+    more = vae.z_dim + vae.stride[0] if conditioning == "channels" else 0
+    if first.in_channels != vae.z_dim + more or first.out_channels != vae.z_dim:
         raise ValueError(
             f"the transformer's config has {first.in_channels} channels in and {first.out_channels} out, the VAE's "
-            f"config {vae.z_dim}; a text-to-video model has one number for all three: fetch the configs again"
+            f"config {vae.z_dim}; a text-to-video model has one number for all three, one that goes on from pictures "
+            "twice that and 4 more in: fetch the configs again"
         )
     if boundary is not None and schedule == "flow_linear":
         # The published code compares whole-number times, so the switch lies at the next thousandth.
@@ -152,6 +217,7 @@ def _spec(
         sampler_options=options,
         defaults=PUBLISHED[variant or "wan2.1-t2v-1.3b"],
         boundary=boundary if len(configs) == 2 else None,
+        conditioning=conditioning,
     )
 
 
@@ -308,16 +374,12 @@ def _open_original(folder: Path) -> Checkpoint:
     missing += [str(path) for path in (vae_file, text_file, tokenizer) if not path.exists()]
     vae_config = _original_vae_config(vae_file, configs[0].in_dim)
     options = {"order": 2, "solver": "bh2"}
-    spec = _spec(
-        folder.name, [config.transformer for config in configs], vae_config, "flow_linear", options, ORIGINAL_BOUNDARY
-    )
+    conditioning: Conditioning = "clean_tokens" if configs[0].in_dim == 48 else "blend"  # only Wan 2.2 TI2V has 48
+    networks = [config.transformer for config in configs]
+    spec = _spec(folder.name, networks, vae_config, "flow_linear", options, ORIGINAL_BOUNDARY, conditioning)
     return Checkpoint(
         folder=folder,
-        spec=replace(
-            spec,
-            text_length=configs[0].text_len,
-            conditioning="clean_tokens" if configs[0].in_dim == 48 else "blend",  # only Wan 2.2 TI2V has 48
-        ),
+        spec=replace(spec, text_length=configs[0].text_len),
         transformers=tuple(transformers),
         vae=_vae(vae_config, (vae_file,), names.original_vae_keys),
         text_encoder=Component(

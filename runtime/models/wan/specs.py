@@ -16,6 +16,12 @@ PUBLISHED: dict[str, Defaults] = {
         width=1280, height=720, num_frames=81, fps=16, steps=40, guidance=4.0, guidance_2=3.0, shift=12.0
     ),
     "wan2.2-ti2v-5b": Defaults(width=1280, height=704, num_frames=121, fps=24, steps=50, guidance=5.0, shift=5.0),
+    "wan2.1-i2v-14b": Defaults(width=832, height=480, num_frames=81, fps=16, steps=40, guidance=5.0, shift=3.0),
+    "wan2.2-i2v-a14b": Defaults(
+        width=1280, height=720, num_frames=81, fps=16, steps=40, guidance=3.5, guidance_2=3.5, shift=5.0
+    ),
+    "wan2.1-vace-1.3b": Defaults(width=832, height=480, num_frames=81, fps=16, steps=50, guidance=5.0, shift=16.0),
+    "wan2.1-vace-14b": Defaults(width=1280, height=720, num_frames=81, fps=16, steps=50, guidance=5.0, shift=16.0),
 }
 
 REPOSITORIES = {
@@ -30,6 +36,11 @@ VARIANTS = {  # (width, blocks, experts) -> name
     (5120, 40, 1): "wan2.1-t2v-14b",
     (5120, 40, 2): "wan2.2-t2v-a14b",
     (3072, 30, 1): "wan2.2-ti2v-5b",
+}
+
+OTHER_VARIANTS = {  # how known frames are taken -> the same
+    "channels": {(5120, 40, 1): "wan2.1-i2v-14b", (5120, 40, 2): "wan2.2-i2v-a14b"},
+    "control": {(1536, 30, 1): "wan2.1-vace-1.3b", (5120, 40, 1): "wan2.1-vace-14b"},
 }
 
 LATENT_STATISTICS: dict[int, tuple[tuple[float, ...], tuple[float, ...]]] = {  # z_dim -> (mean, std)

@@ -23,6 +23,9 @@ from runtime.models.spec import Projected, RunBlock, config_from, run_block
 Attention = Callable[..., torch.Tensor]
 
 
+QK_NORM = "rms_norm_across_heads"
+
+
 @dataclass(frozen=True, kw_only=True)
 class TransformerConfig:
     """The published `transformer/config.json`; absent keys have the published code's defaults."""
@@ -39,6 +42,10 @@ class TransformerConfig:
     cross_attn_norm: bool = True
     eps: float = 1e-6
     rope_max_seq_len: int = 1024
+    image_dim: int | None = None  # width of image embeddings, where pictures are shown to the cross-attention
+    pos_embed_seq_len: int | None = None  # their number for two pictures, which then have positions
+    vace_layers: tuple[int, ...] = ()  # blocks that a control branch adds to
+    vace_in_channels: int = 0
 
     @property
     def width(self) -> int:
@@ -49,18 +56,14 @@ class TransformerConfig:
     def from_dict(cls, given: Mapping[str, Any]) -> TransformerConfig:
         """Read a published config; ValueError for unknown keys and for variants that are not supported."""
         given = dict(given)
-        for key, only in (
-            ("qk_norm", "rms_norm_across_heads"),
-            ("image_dim", None),
-            ("added_kv_proj_dim", None),
-            ("pos_embed_seq_len", None),
-        ):
-            if given.pop(key, only) != only:
-                raise ValueError(
-                    f"transformer config has {key} set, as image-to-video checkpoints have; supported is {only!r}: "
-                    "give a text-to-video checkpoint"
-                )
+        if (norm := given.pop("qk_norm", QK_NORM)) != QK_NORM:
+            raise ValueError(f"transformer config has qk_norm {norm!r}; supported is {QK_NORM!r}")
+        added = given.pop("added_kv_proj_dim", None)
         config = cls(**config_from(cls, given, "transformer config"))
+        if config.image_dim is not None and added != config.width:
+            raise ValueError(
+                f"transformer config has added_kv_proj_dim {added}; supported is its width, {config.width}"
+            )
         if config.attention_head_dim % 2 or config.attention_head_dim < 6:
             raise ValueError(
                 f"transformer config has attention_head_dim {config.attention_head_dim}; legal: even, 6 or more"
@@ -84,7 +87,9 @@ class WanTransformer(nn.Module):
         self.time_projection = nn.Linear(width, 6 * width)
         self.text_in = nn.Linear(config.text_dim, width)
         self.text_out = nn.Linear(width, width)
-        self.modulation = nn.Parameter(torch.empty(config.num_layers, 6, width))
+        self.image_in = ImageProjection(config) if config.image_dim else None
+        self.control = ControlBranch(config, attention) if config.vace_layers else None
+        self.modulation = nn.Parameter(torch.empty(config.num_layers + len(config.vace_layers), 6, width))
         self.blocks: Sequence[Block] = nn.ModuleList(Block(config, attention) for _ in range(config.num_layers))  # type: ignore[assignment]
         self.head_modulation = nn.Parameter(torch.empty(2, width))
         self.head = nn.Linear(width, config.out_channels * math.prod(config.patch_size))
@@ -99,7 +104,15 @@ class WanTransformer(nn.Module):
         """Tell whether a parameter stays float32 in any dtype: the time path, modulation and norms, as published."""
         return name.startswith("time_") or "modulation" in name or "norm" in name
 
-    def project(self, texts: Sequence[torch.Tensor], text_length: int, latent_shape: tuple[int, int, int]) -> Projected:
+    def project(
+        self,
+        texts: Sequence[torch.Tensor],
+        text_length: int,
+        latent_shape: tuple[int, int, int],
+        *,
+        pictures: torch.Tensor | None = None,
+        control: torch.Tensor | None = None,
+    ) -> Projected:
         """Project the text embeddings of R prompts, each [S_r, text_dim] without padding, once for all steps.
 
         `text_length` is the length that the published model zero-pads to and attends to without a mask;
@@ -116,7 +129,8 @@ class WanTransformer(nn.Module):
             bias[row, ..., : len(text)] = 0.0
             bias[row, ..., len(text) : len(text) + len(fold)] = torch.tensor(fold)
         text = self.text_out(F.gelu(self.text_in(padded), approximate="tanh"))  # [R, S, D]
-        pairs = [block.cross_attention.project(text) for block in self.blocks]
+        branch = self.control
+        pairs = [block.cross_attention.project(text) for block in (*self.blocks, *(branch.blocks if branch else ()))]
         grid = [n // p for n, p in zip(latent_shape, self.config.patch_size, strict=True)]
         rope = rotary_table(self.config.attention_head_dim, grid, self.config.rope_max_seq_len)
         return Projected(
@@ -124,7 +138,17 @@ class WanTransformer(nn.Module):
             values=tuple(v for _, v in pairs),
             bias=bias.to(device, dtype) if bias.any() else None,
             rope=rope.to(device),
+            images=() if pictures is None else self.project_pictures(pictures.to(device, dtype)),
+            control=None
+            if branch is None or control is None
+            else branch.embed(self.patchify(control.to(device, dtype))),
         )
+
+    def project_pictures(self, pictures: torch.Tensor) -> tuple[tuple[torch.Tensor, torch.Tensor], ...]:
+        """Return keys and values [1, P * S, N, K] per block of image embeddings [P, S, image_dim]."""
+        assert self.image_in is not None
+        tokens = self.image_in(pictures.flatten(0, 1)[None])
+        return tuple(block.cross_attention.project_pictures(tokens) for block in self.blocks)
 
     def forward(
         self, x: torch.Tensor, sigma: torch.Tensor, projected: Projected, run: RunBlock = run_block
@@ -143,8 +167,13 @@ class WanTransformer(nn.Module):
         """
         h = self.patch_embedding(tokens)  # [B, L, D]
         modulation, head_modulation = self.modulate_time(time)
-        for block, vectors, keys, values in zip(self.blocks, modulation, projected.keys, projected.values, strict=True):
-            h = run(block, h, vectors, keys, values, projected.bias, projected.rope)
+        added = {} if self.control is None else self.control(h, modulation[len(self.blocks) :], projected, run)
+        for i, block in enumerate(self.blocks):
+            pair = projected.keys[i], projected.values[i]
+            images = projected.images[i] if projected.images else ()
+            h = run(block, h, modulation[i], *pair, projected.bias, projected.rope, *images)
+            if i in added:
+                h = h + added.pop(i)
         shift, scale = head_modulation.unbind(2)
         return self.head(kernels.modulate(h, scale, shift, eps=self.config.eps))
 
@@ -200,15 +229,19 @@ class Block(nn.Module):
         values: torch.Tensor,
         bias: torch.Tensor | None,
         rope: torch.Tensor,
+        *images: torch.Tensor,
     ) -> torch.Tensor:
-        """h [B, L, D], modulation [B or 1, M, 6, D], keys and values [R, S, N, K]; returns [R, L, D]."""
+        """h [B, L, D], modulation [B or 1, M, 6, D], keys and values [R, S, N, K]; returns [R, L, D].
+
+        `images` are nothing, or keys and values [1, S, N, K] of pictures.
+        """
         shift1, scale1, gate1, shift2, scale2, gate2 = modulation.unbind(2)
         y = self.self_attention(kernels.modulate(h, scale1, shift1, eps=self.eps), rope)
         h = kernels.gate_residual(h, y, gate1)
         cross = h
         if self.cross_norm is not None:
             cross = kernels.modulate(h, weight=self.cross_norm.weight, bias=self.cross_norm.bias, eps=self.eps)
-        y = self.cross_attention(cross, keys, values, bias)
+        y = self.cross_attention(cross, keys, values, bias, *images)
         h, x = kernels.gate_residual_modulate(h.expand_as(y), y, None, scale2, shift2, eps=self.eps)
         weights = self.ffn_in.weight, self.ffn_in.bias, self.ffn_out.weight, self.ffn_out.bias
         return kernels.mlp(x, *weights, residual=h, gate=gate2)
@@ -243,6 +276,14 @@ class CrossAttention(nn.Module):
         self.q_norm = nn.Parameter(torch.empty(config.width))
         self.k_norm = nn.Parameter(torch.empty(config.width))
         self.out = nn.Linear(config.width, config.width)
+        if config.image_dim:
+            self.image_kv = nn.Linear(config.width, 2 * config.width)
+            self.image_k_norm = nn.Parameter(torch.empty(config.width))
+
+    def project_pictures(self, tokens: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """tokens of pictures [1, S, D] -> keys and values [1, S, N, K]."""
+        k, v = self.image_kv(tokens).chunk(2, dim=2)
+        return self.split_heads(self.normed(k, self.image_k_norm)), self.split_heads(v).contiguous()
 
     def project(self, text: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """text [R, S, D] -> keys and values [R, S, N, K]."""
@@ -250,11 +291,19 @@ class CrossAttention(nn.Module):
         return self.split_heads(self.normed(k, self.k_norm)), self.split_heads(v).contiguous()
 
     def forward(
-        self, x: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, bias: torch.Tensor | None
+        self,
+        x: torch.Tensor,
+        keys: torch.Tensor,
+        values: torch.Tensor,
+        bias: torch.Tensor | None,
+        *images: torch.Tensor,
     ) -> torch.Tensor:
-        """x [B, L, D], keys and values [R, S, N, K] -> [R, L, D]; B is R or 1."""
+        """x [B, L, D], keys and values [R, S, N, K] -> [R, L, D]; B is R or 1. Pictures are attended to apart."""
         q = self.split_heads(self.normed(self.q(x), self.q_norm)).expand(keys.shape[0], -1, -1, -1)
-        return self.out(self.attention(q, keys, values, bias))
+        y = self.attention(q, keys, values, bias)
+        if images:
+            y = y + self.attention(q, *(t.expand(keys.shape[0], -1, -1, -1).contiguous() for t in images))
+        return self.out(y)
 
     def normed(self, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
         """RMS norm over the whole width, float32 inside."""
@@ -263,6 +312,74 @@ class CrossAttention(nn.Module):
     def split_heads(self, x: torch.Tensor) -> torch.Tensor:
         """[R, S, D] -> [R, S, N, K]."""
         return x.unflatten(2, (self.heads, -1))
+
+
+class ImageProjection(nn.Module):
+    """Image embeddings -> tokens that cross-attention reads; two pictures are told apart by learned positions."""
+
+    def __init__(self, config: TransformerConfig) -> None:
+        super().__init__()
+        assert config.image_dim
+        self.norm_in = LayerNormWeights(config.image_dim)
+        self.first = nn.Linear(config.image_dim, config.image_dim)
+        self.second = nn.Linear(config.image_dim, config.width)
+        self.norm_out = LayerNormWeights(config.width)
+        length = config.pos_embed_seq_len
+        self.positions = None if length is None else nn.Parameter(torch.empty(1, length, config.image_dim))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """x [1, S, image_dim] -> [1, S, D]."""
+        if self.positions is not None:
+            if x.shape[1] != self.positions.shape[1]:
+                raise ValueError("this model is shown two pictures, the first and the last frame; give both")
+            x = x + self.positions
+        y = F.gelu(self.first(normalised(x, self.norm_in)))
+        return normalised(self.second(y), self.norm_out)
+
+
+def normalised(x: torch.Tensor, norm: LayerNormWeights) -> torch.Tensor:
+    """Layer norm in float32, with PyTorch's own epsilon as published."""
+    return F.layer_norm(x.float(), (x.shape[-1],), norm.weight.float(), norm.bias.float()).to(x.dtype)
+
+
+def checked(control: torch.Tensor | None) -> torch.Tensor:
+    """Return the channels that a control branch cannot do without."""
+    assert control is not None
+    return control
+
+
+class ControlBranch(nn.Module):
+    """VACE's branch: blocks of its own read what is known and add to some of the main blocks.
+
+    Source: https://arxiv.org/abs/2503.07598 and the published code.
+    """
+
+    def __init__(self, config: TransformerConfig, attention: Attention) -> None:
+        super().__init__()
+        width = config.width
+        self.layers = config.vace_layers
+        self.patch_embedding = nn.Linear(config.vace_in_channels * math.prod(config.patch_size), width)
+        self.begin = nn.Linear(width, width)
+        self.blocks: Sequence[Block] = nn.ModuleList(Block(config, attention) for _ in self.layers)  # type: ignore[assignment]
+        self.ends: Sequence[nn.Linear] = nn.ModuleList(nn.Linear(width, width) for _ in self.layers)  # type: ignore[assignment]
+
+    def embed(self, tokens: torch.Tensor) -> torch.Tensor:
+        """Return what the branch starts from [1, L, D], once for all steps."""
+        return self.begin(self.patch_embedding(tokens))
+
+    def forward(
+        self, h: torch.Tensor, modulation: Sequence[torch.Tensor], projected: Projected, run: RunBlock
+    ) -> dict[int, torch.Tensor]:
+        """Return what is added behind the main blocks, by their number; h [B, L, D] is what these start from."""
+        assert projected.control is not None
+        c = projected.control + h
+        added = {}
+        first = len(projected.keys) - len(self.blocks)
+        for i, (block, end, layer) in enumerate(zip(self.blocks, self.ends, self.layers, strict=True)):
+            pair = projected.keys[first + i], projected.values[first + i]
+            c = run(block, c, modulation[i], *pair, projected.bias, projected.rope)
+            added[layer] = end(c)
+        return added
 
 
 class LayerNormWeights(nn.Module):

@@ -30,25 +30,43 @@ def transformer_keys(module: nn.Module) -> dict[str, Slot]:
         "condition_embedder.text_embedder.linear_2": "text_out",
         "proj_out": "head",
     }
-    for i in range(config.num_layers):
-        block = f"blocks.{i}"
-        keys[f"{block}.scale_shift_table"] = Slot("modulation", i, i + 1, shape=(1, 6, width))
+    names = [(f"blocks.{i}", f"blocks.{i}") for i in range(config.num_layers)]
+    names += [(f"vace_blocks.{i}", f"control.blocks.{i}") for i in range(len(config.vace_layers))]
+    for i, (theirs, ours) in enumerate(names):
+        keys[f"{theirs}.scale_shift_table"] = Slot("modulation", i, i + 1, shape=(1, 6, width))
         for number, name in ((1, "self_attention"), (2, "cross_attention")):
-            keys[f"{block}.attn{number}.norm_q.weight"] = Slot(f"{block}.{name}.q_norm")
-            keys[f"{block}.attn{number}.norm_k.weight"] = Slot(f"{block}.{name}.k_norm")
-            linears[f"{block}.attn{number}.to_out.0"] = f"{block}.{name}.out"
+            keys[f"{theirs}.attn{number}.norm_q.weight"] = Slot(f"{ours}.{name}.q_norm")
+            keys[f"{theirs}.attn{number}.norm_k.weight"] = Slot(f"{ours}.{name}.k_norm")
+            linears[f"{theirs}.attn{number}.to_out.0"] = f"{ours}.{name}.out"
         for part in ("weight", "bias"):
             for j, letter in enumerate("qkv"):
                 rows = (j * width, (j + 1) * width)
-                keys[f"{block}.attn1.to_{letter}.{part}"] = Slot(f"{block}.self_attention.qkv.{part}", *rows)
+                keys[f"{theirs}.attn1.to_{letter}.{part}"] = Slot(f"{ours}.self_attention.qkv.{part}", *rows)
             for j, letter in enumerate("kv"):
                 rows = (j * width, (j + 1) * width)
-                keys[f"{block}.attn2.to_{letter}.{part}"] = Slot(f"{block}.cross_attention.kv.{part}", *rows)
+                keys[f"{theirs}.attn2.to_{letter}.{part}"] = Slot(f"{ours}.cross_attention.kv.{part}", *rows)
+                if config.image_dim:
+                    slot = Slot(f"{ours}.cross_attention.image_kv.{part}", *rows)
+                    keys[f"{theirs}.attn2.add_{letter}_proj.{part}"] = slot
             if config.cross_attn_norm:
-                keys[f"{block}.norm2.{part}"] = Slot(f"{block}.cross_norm.{part}")
-        linears[f"{block}.attn2.to_q"] = f"{block}.cross_attention.q"
-        linears[f"{block}.ffn.net.0.proj"] = f"{block}.ffn_in"
-        linears[f"{block}.ffn.net.2"] = f"{block}.ffn_out"
+                keys[f"{theirs}.norm2.{part}"] = Slot(f"{ours}.cross_norm.{part}")
+        if config.image_dim:
+            keys[f"{theirs}.attn2.norm_added_k.weight"] = Slot(f"{ours}.cross_attention.image_k_norm")
+        linears[f"{theirs}.attn2.to_q"] = f"{ours}.cross_attention.q"
+        linears[f"{theirs}.ffn.net.0.proj"] = f"{ours}.ffn_in"
+        linears[f"{theirs}.ffn.net.2"] = f"{ours}.ffn_out"
+    if config.image_dim:
+        theirs = "condition_embedder.image_embedder"
+        linears |= {f"{theirs}.ff.net.0.proj": "image_in.first", f"{theirs}.ff.net.2": "image_in.second"}
+        linears |= {f"{theirs}.norm1": "image_in.norm_in", f"{theirs}.norm2": "image_in.norm_out"}
+        if config.pos_embed_seq_len is not None:
+            keys[f"{theirs}.pos_embed"] = Slot("image_in.positions")
+    if config.vace_layers:
+        shape = width, config.vace_in_channels, *config.patch_size
+        keys["vace_patch_embedding.weight"] = Slot("control.patch_embedding.weight", shape=shape)
+        keys["vace_patch_embedding.bias"] = Slot("control.patch_embedding.bias")
+        linears["vace_blocks.0.proj_in"] = "control.begin"
+        linears |= {f"vace_blocks.{i}.proj_out": f"control.ends.{i}" for i in range(len(config.vace_layers))}
     for theirs, ours in linears.items():
         keys[f"{theirs}.weight"], keys[f"{theirs}.bias"] = Slot(f"{ours}.weight"), Slot(f"{ours}.bias")
     return keys
