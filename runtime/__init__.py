@@ -20,11 +20,13 @@ if TYPE_CHECKING:
     from runtime.previews import preview
     from runtime.receipt import Receipt
     from runtime.request import Request
+    from runtime.storyboard import Card
     from runtime.video import Video
 
 # Names are handed out at first use, so that a process which only serves HTTP never imports torch.
 _HOMES = {
     "Cancelled": "denoising",
+    "Card": "storyboard",
     "Clip": "clips",
     "Model": "model",
     "Receipt": "receipt",
@@ -38,7 +40,8 @@ _HOMES = {
 }
 
 __all__ = [
-    "Cancelled", "Clip", "Model", "Receipt", "Request", "Video", "decode", "encode", "generate", "load", "preview",
+    "Cancelled", "Card", "Clip", "Model", "Receipt", "Request", "Video",
+    "decode", "encode", "generate", "load", "preview",
 ]  # fmt: skip
 
 

@@ -109,7 +109,8 @@ def sample(job: Job, index: int, given: Mapping[int, np.ndarray], noise: torch.T
     sigmas = make_schedule(model.spec.schedule, request.steps, request.shift, window.start)
     with recording(job.receipt.stages, job.receipt.notes), torch.inference_mode():
         with span("text", memory=True):
-            texts, notes = encode_prompt(model, request)
+            asked = request if window.prompt is None else replace(request, storyboard=(), prompt=window.prompt)
+            texts, notes = encode_prompt(model, asked)
         job.receipt.notes += [note for note in notes if note not in job.receipt.notes]
         told = Told()
         if given or model.checkpoint.channels is not None:

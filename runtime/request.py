@@ -13,6 +13,7 @@ from typing import Any
 from runtime.clips import FITS, Clip, natural_size
 from runtime.models.spec import ModelSpec, nearest_counts, nearest_multiples
 from runtime.samplers import LEGAL_OPTIONS
+from runtime.storyboard import Card, card_of, check_cards
 
 DIRECTIONS = {"forward": "extend", "backward": "prepend", "between": "connect"}
 SMALL_AREA = 416 * 240  # pixels of a draft that shows something; smaller models are drafted at their own size
@@ -29,8 +30,9 @@ class Request:
     With `clips` and nothing more, each stands in the result where its `at` says. `direction` "forward" goes on after
     the one clip, "backward" comes before it, "between" connects two: `num_frames` (or `seconds`) then counts the new
     frames alone. `periodic` makes a loop, of the text or of a clip. `strength` in (0, 1] makes a clip anew from that
-    sigma on. `references` are pictures to look like. `fit` ("crop", "pad", "stretch") brings clips to the size asked
-    for. A video much longer than the model's own length is made in windows of `window` frames that share `overlap`.
+    sigma on. `references` are pictures to look like. A `storyboard` has cards instead of a prompt. `fit` ("crop",
+    "pad", "stretch") brings clips to the size asked for. A video much longer than the model's own length is made in
+    windows of `window` frames that share `overlap`.
     """
 
     prompt: str
@@ -48,6 +50,7 @@ class Request:
     seed: int | None = None
     clips: tuple[Clip, ...] = ()
     references: tuple[Clip, ...] = ()
+    storyboard: tuple[Card, ...] = ()
     direction: str | None = None
     periodic: bool = False
     strength: float | None = None
@@ -60,7 +63,7 @@ class Request:
         for name in ("prompt", "negative_prompt"):
             if not isinstance(given := getattr(self, name), str):
                 raise ValueError(f"{name} is a {type(given).__name__}; legal: text")
-        if not self.prompt.strip() and not self.clips:
+        if not self.prompt.strip() and not self.clips and not self.storyboard:
             raise ValueError("the prompt is empty; legal: some text, so say what the video shows")
         for name in ("width", "height", "num_frames", "steps", "window", "overlap", "resample"):
             given = getattr(self, name)
@@ -86,6 +89,12 @@ class Request:
         self._check_clips()
 
     def _check_clips(self) -> None:
+        if self.storyboard:
+            cards = check_cards(tuple(card_of(card, Path()) for card in self.storyboard))
+            if self.direction or self.periodic or self.strength is not None or self.seconds:
+                raise ValueError("a storyboard says by itself what is made and how long it is; give nothing beside it")
+            object.__setattr__(self, "storyboard", cards)
+            object.__setattr__(self, "clips", tuple(card.clip for card in cards if card.clip is not None))
         for name in ("clips", "references"):
             given = tuple(Clip(**c) if isinstance(c, Mapping) else c for c in getattr(self, name))
             if wrong := next((c for c in given if not isinstance(c, Clip)), None):
@@ -104,6 +113,9 @@ class Request:
             legal = f"{least}" if least == most else f"{least} or {most}"
             raise ValueError(f"{len(clips)} clips are given; the task {self.task!r} takes {legal}")
 
+    def _own_clips(self) -> tuple[str, ...]:
+        return ("references",) if self.storyboard else ("clips", "references")
+
     @classmethod
     def from_receipt(cls, path: str | Path) -> Request:
         """Return the request in a receipt that was saved; ValueError for any other file."""
@@ -118,7 +130,9 @@ class Request:
 
     @property
     def task(self) -> str:
-        """What is asked: "text", "place", "extend", "prepend", "connect", "loop" or "edit"."""
+        """What is asked: "text", "place", "extend", "prepend", "connect", "loop", "edit" or "storyboard"."""
+        if self.storyboard:
+            return "storyboard"
         if self.periodic:
             return "loop"
         if self.strength is not None:
@@ -130,7 +144,10 @@ class Request:
     def record(self) -> dict[str, Any]:
         """Return what a receipt says of it; Request(**record) asks the same again where clips came from files."""
         plain = {f.name: getattr(self, f.name) for f in fields(self)}
-        return plain | {name: [clip.record() for clip in getattr(self, name)] for name in ("clips", "references")}
+        plain["storyboard"] = [card.record() for card in self.storyboard]
+        if self.storyboard:
+            plain |= {"clips": [], "num_frames": None}
+        return plain | {name: [clip.record() for clip in getattr(self, name)] for name in self._own_clips()}
 
     def resolved(self, spec: ModelSpec) -> Request:
         """Return the request with every None filled from the model and the clips; ValueError where it cannot be made.
@@ -191,6 +208,8 @@ class Request:
                     f"num_frames is {self.num_frames}, but {self.seconds:g} seconds at {self.fps:g} frames per second "
                     f"are {frames}; give one of them"
                 )
+        if self.storyboard:
+            frames = max(1, round(self.storyboard[-1].end * self.fps))
         if frames is None:
             counts = [clip.count(self.fps) for clip in self.clips]
             frames = {

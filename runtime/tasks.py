@@ -7,7 +7,7 @@ one window; a long video has many, and each knows the last frames of what is the
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 
 from runtime.models.spec import ModelSpec
@@ -41,6 +41,7 @@ class Window:
     given: tuple[Given, ...] = ()
     tail: int = 0
     periodic: bool = False
+    prompt: str | None = None  # None: the request's
 
 
 @dataclass(frozen=True)
@@ -170,8 +171,34 @@ def edit(request: Request, spec: ModelSpec, lengths: tuple[int, ...]) -> Plan:
     return Plan((window(request, spec, total, given, start=request.strength),), (Part("window", 0, 0, total),))
 
 
+def storyboard(request: Request, spec: ModelSpec, lengths: tuple[int, ...]) -> Plan:
+    """Card after card, window by window; a card's clip is known in it, and its beginning to what leads up to it."""
+    assert request.fps and request.num_frames and request.window
+    starts = [0, *(round(card.start * request.fps) for card in request.storyboard[1:]), request.num_frames]
+    clips = [i if card.clip is not None else None for i, card in enumerate(request.storyboard)]
+    numbers = {card: number for number, card in enumerate(i for i in clips if i is not None)}
+    windows: list[Window] = []
+    parts: list[Part] = []
+    for i, card in enumerate(request.storyboard):
+        done, length = starts[i], starts[i + 1] - starts[i]
+        own = lengths[numbers[i]] if i in numbers else 0
+        following = lengths[numbers[i + 1]] if i + 1 in numbers else 0
+        while (place := done - starts[i]) < length:
+            tail = whole(min(done, overlap(request)), spec) if done else 0
+            new = min(length - place, request.window - tail)
+            given = [Given(numbers[i], place, min(own - place, new), tail)] if place < own else []
+            ahead = min(following, spec.stride[0]) if place + new == length else 0
+            given += [Given(numbers[i + 1], 0, ahead, tail + new)] if ahead else []
+            parts.append(Part("window", len(windows), tail, tail + new))
+            made = window(request, spec, tail + new + ahead, given, tail=tail)
+            windows.append(replace(made, prompt=card.prompt))
+            done += new
+    return Plan(tuple(windows), tuple(parts))
+
+
 TASKS = {
     "text": text, "place": place, "extend": extend, "prepend": prepend, "connect": connect, "loop": loop, "edit": edit,
+    "storyboard": storyboard,
 }  # fmt: skip
 
 

@@ -35,15 +35,24 @@ class Verb:
 
 
 def generate_arguments(parser: Parser) -> None:
-    parser.add_argument("prompt", help="what the video shows")
+    parser.add_argument("prompt", nargs="?", default="", help="what the video shows")
     parser.add_argument(
         "--image", action="append", default=[], metavar="[FRAME:]PATH",
         help="a picture to animate, or a keyframe at a frame or the 'end'; may be given again",
     )  # fmt: skip
+    parser.add_argument(
+        "--storyboard", metavar="FILE", help="cards as JSON instead of a prompt: from, to, prompt, image"
+    )
     parser.add_argument("--draft", action="store_true", help="small and rough, at a fifth of the cost at most")
 
 
 def generate(options: Options) -> Request:
+    if options.storyboard:
+        from runtime.storyboard import read_storyboard
+
+        if options.prompt or options.image:
+            raise ValueError("a storyboard has its own prompts and pictures; leave prompt and --image out")
+        return request_of(options, storyboard=read_storyboard(options.storyboard))
     clips = tuple(keyframe(text) for text in options.image)
     return request_of(options, clips=clips)
 
