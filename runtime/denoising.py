@@ -21,6 +21,7 @@ from runtime.samplers import SamplerState, make_sampler, start
 from runtime.trace import span
 
 OnStep = Callable[[int, int, torch.Tensor, torch.Tensor], None]  # step from 1, total, latents, estimate
+OnState = Callable[[SamplerState, torch.Tensor], None]  # all that a resume needs, estimate
 
 # Up to this many video tokens both guidance branches run as one batch: launches and weights are read once. Beyond it
 # the matrices are large enough alone, and one branch at a time halves the memory.
@@ -105,13 +106,14 @@ def widened(denoiser: Denoiser, channels: torch.Tensor) -> Denoiser:
     return denoise
 
 
-def rolled(denoiser: Denoiser) -> Denoiser:
+def rolled(denoiser: Denoiser, called: int = 0) -> Denoiser:
     """Return a Denoiser for which time is a circle: each call sees the frames turned further, so none is the first.
 
-    The turns are by the golden section of the length, which soon has started everywhere.
+    The turns are by the golden section of the length, which soon has started everywhere; `called` is how many were
+    taken before.
     Source of the idea: latent shift, https://arxiv.org/abs/2502.20307.
     """
-    calls = count()
+    calls = count(called)
 
     def denoise(x: torch.Tensor, sigma: torch.Tensor, context: Context) -> torch.Tensor:
         frames = x.shape[2]
@@ -137,11 +139,11 @@ def compose(model: Model, request: Request, tokens: int) -> Denoiser:
 
 def denoise(
     model: Model,
-    noise: torch.Tensor,
+    noise: torch.Tensor | SamplerState,
     context: Context,
     sigmas: torch.Tensor,
     request: Request,
-    on_step: OnStep | None = None,
+    on_state: OnState | None = None,
     *,
     known: Known | None = None,
     channels: torch.Tensor | None = None,
@@ -150,10 +152,13 @@ def denoise(
     """Return the denoised latents [1, C, T, H, W] float32 of `noise`, same shape, over `sigmas` [steps + 1].
 
     `known` frames are held, and where `sigmas` begin below 1 also what sampling starts from; `channels` are seen behind
-    those of x; with `periodic` the last frame is followed by the first. `on_step(step, total, latents, estimate)` is
-    called after each step with step from 1 and what the step took for the clean latents, and may raise Cancelled.
+    those of x; with `periodic` the last frame is followed by the first. `on_state(state, estimate)` is called after
+    each step, with what the step took for the clean latents, and may raise Cancelled. A state in the place of `noise`
+    goes on from there, to the same numbers.
     Raises FloatingPointError where the latents stop being finite.
     """
+    resumed = noise if isinstance(noise, SamplerState) else None
+    noise = noise.x if isinstance(noise, SamplerState) else noise
     patch = model.spec.patch
     tokens = noise[0, 0].numel() // (patch[0] * patch[1] * patch[2])
     denoiser = compose(model, request, tokens)
@@ -165,23 +170,27 @@ def denoise(
         first = float(sigmas[0])
         if first < 1 - 1e-5:
             state = start((1.0 - first) * known.latents + first * state.x)
+    if resumed is not None:
+        state = resumed.to(model.device)
+    rounds = visits(model, request, known)
     if periodic:
-        denoiser = rolled(denoiser)
+        denoiser = rolled(denoiser, called=state.step * rounds)
     assert request.sampler is not None and request.seed is not None
     sampler = make_sampler(request.sampler, model.spec.sampler_options)
     levels = sigmas.tolist()
     total = len(levels) - 1
     generator = torch.Generator().manual_seed((request.seed + 1) % 2**64)
-    for step in range(total):
-        rounds = visits(model, request, known) if step < total - 1 else 1
+    for _ in range(min(state.step, total - 1) * (rounds - 1)):
+        torch.randn(state.x.shape, generator=generator)  # as drawn before the state that was resumed
+    for step in range(state.step, total):
         with span("denoise/step"):
-            for left in reversed(range(rounds)):
+            for left in reversed(range(rounds if step < total - 1 else 1)):
                 seen = state.x
                 velocity = denoiser(seen, sigmas[step : step + 1], context)
                 moved = sampler(state, velocity, levels)
                 state = renoised(state, moved, levels, generator) if left else moved
-        if on_step is not None:
-            on_step(step + 1, total, state.x, torch.sub(seen, velocity, alpha=levels[step]))
+        if on_state is not None:
+            on_state(state, torch.sub(seen, velocity, alpha=levels[step]))
     x = state.x
     if known is not None:
         x = torch.where((known.hold == 1).view(1, 1, -1, 1, 1).to(x.device), known.latents, x)

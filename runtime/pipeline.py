@@ -11,15 +11,17 @@ from itertools import islice
 import numpy as np
 import torch
 
+from runtime.checkpoints import Checkpoints
 from runtime.clips import Clip, conformed, part_of
 from runtime.decoding import decode
-from runtime.denoising import Known, OnStep, denoise, prepare_context
+from runtime.denoising import Known, OnState, OnStep, denoise, prepare_context
 from runtime.known import encode_channels, encode_known, firmness, given_frames, given_masks
 from runtime.latents import check_latents, draw_noise
 from runtime.model import Model
 from runtime.pictures import encode_pictures
 from runtime.receipt import Receipt
 from runtime.request import Request
+from runtime.samplers import SamplerState
 from runtime.schedules import make_schedule
 from runtime.splicing import Splicer
 from runtime.tasks import Part, Plan, Window, plan_task
@@ -32,19 +34,25 @@ LEAD = 8  # latent frames decoded before the first of a loop, so that the decode
 
 
 def generate(
-    model: Model, request: Request, *, noise: torch.Tensor | None = None, on_step: OnStep | None = None
+    model: Model,
+    request: Request,
+    *,
+    noise: torch.Tensor | None = None,
+    on_step: OnStep | None = None,
+    checkpoints: Checkpoints | None = None,
 ) -> Video:
     """Make the video that a request asks for; its frames are decoded as they are iterated or saved.
 
     `noise` is [C, T, H, W] or [1, C, T, H, W], the first window's, drawn from the seed where None; `on_step(step,
     total, latents, estimate)` is called after each step, with what it took for the clean latents, and may raise
-    Cancelled. Raises ValueError for what cannot be made.
+    Cancelled. `checkpoints` keep the state of the sampling, and where they hold one of this request it goes on from
+    there, to the same frames. Raises ValueError for what cannot be made.
     """
     request = request.resolved(model.spec)
     assert request.width and request.height and request.fps
     footage = [conformed(clip, request.width, request.height, request.fps, request.fit) for clip in request.clips]
     plan = plan_task(request, model.spec, [clip.num_frames for clip in footage])
-    job = Job(model, request, plan, footage, start_receipt(model, request), on_step)
+    job = Job(model, request, plan, footage, start_receipt(model, request), on_step, checkpoints)
     given = given_frames(plan.windows[0], footage, before_first(job))
     latents = sample(job, 0, given, noise)
     video = decode_window(job, 0, latents)
@@ -87,13 +95,19 @@ class Job:
     footage: Sequence[Video]  # the clips, at the request's size and rate
     receipt: Receipt
     on_step: OnStep | None
+    checkpoints: Checkpoints | None
 
-    def told(self, index: int) -> OnStep | None:
-        """Return the callback of one window's steps, which counts those of all."""
-        if (tell := self.on_step) is None:
-            return None
-        windows = len(self.plan.windows)
-        return lambda step, total, *latents: tell(index * total + step, windows * total, *latents)
+    def told(self, index: int, total: int) -> OnState:
+        """Return the callback of one window's `total` steps: keeps the state, and counts the steps of all windows."""
+
+        def note(state: SamplerState, estimate: torch.Tensor) -> None:
+            if self.checkpoints is not None:
+                self.checkpoints.keep(index, state, last=state.step == total)
+            if self.on_step is not None:
+                done = index * total + state.step
+                self.on_step(done, len(self.plan.windows) * total, state.x, estimate)
+
+        return note
 
 
 def sample(job: Job, index: int, given: Mapping[int, np.ndarray], noise: torch.Tensor | None = None) -> torch.Tensor:
@@ -118,8 +132,9 @@ def sample(job: Job, index: int, given: Mapping[int, np.ndarray], noise: torch.T
                 told = tell(job, window, given)
         with span("denoise", memory=True):
             context = prepare_context(model, texts, shape, told.pictures, told.channels)
+            kept = None if job.checkpoints is None else job.checkpoints.find(index)
             latents = denoise(
-                model, noise, context, sigmas, request, job.told(index),
+                model, kept or noise, context, sigmas, request, job.told(index, len(sigmas) - 1),
                 known=told.known, channels=told.channels, periodic=window.periodic,
             )  # fmt: skip
     return latents[:, :, extra:].clone().cpu()

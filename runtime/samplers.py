@@ -26,6 +26,11 @@ class SamplerState:
     history: tuple[torch.Tensor, ...] = ()  # the last predictions of the clean video, newest first
     corrected: torch.Tensor | None = None  # the x that the last step started from, after correction
 
+    def to(self, device: torch.device) -> SamplerState:
+        """Return the state on a device."""
+        corrected = None if self.corrected is None else self.corrected.to(device)
+        return SamplerState(self.step, self.x.to(device), tuple(past.to(device) for past in self.history), corrected)
+
 
 Step = Callable[[SamplerState, torch.Tensor, Sequence[float]], SamplerState]
 
