@@ -9,10 +9,12 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
-import torch
+
+if TYPE_CHECKING:
+    import torch
 
 LEGAL_OPTIONS = {"unipc": ("order", "solver", "skip_corrector"), "euler": ()}
 
@@ -32,13 +34,13 @@ class SamplerState:
         return SamplerState(self.step, self.x.to(device), tuple(past.to(device) for past in self.history), corrected)
 
 
-Step = Callable[[SamplerState, torch.Tensor, Sequence[float]], SamplerState]
+Step: TypeAlias = "Callable[[SamplerState, torch.Tensor, Sequence[float]], SamplerState]"
 
 
 def euler(state: SamplerState, velocity: torch.Tensor, sigmas: Sequence[float]) -> SamplerState:
     """One Euler step of the flow's ordinary differential equation."""
     here, there = (float(np.float32(s)) for s in sigmas[state.step : state.step + 2])
-    return SamplerState(state.step + 1, torch.add(state.x, velocity, alpha=there - here))
+    return SamplerState(state.step + 1, state.x.add(velocity, alpha=there - here))
 
 
 def unipc(
@@ -56,7 +58,7 @@ def unipc(
     """
     step, steps = state.step, len(sigmas) - 1
     here = float(np.float32(sigmas[step]))
-    clean = torch.sub(state.x, velocity, alpha=here)
+    clean = state.x.sub(velocity, alpha=here)
     x = state.x
     if state.corrected is not None and step - 1 not in skip_corrector:
         used = effective_order(step - 1, steps, order)

@@ -9,7 +9,6 @@ from types import ModuleType
 
 from runtime.models.costs import Costs
 from runtime.models.spec import Checkpoint, Defaults, ModelSpec
-from runtime.weights import read_json
 
 FAMILIES = ("wan",)
 
@@ -53,6 +52,8 @@ def _with_own_settings(checkpoint: Checkpoint) -> Checkpoint:
     file = checkpoint.folder / "runtime.json"
     if not file.exists():
         return checkpoint
+    from runtime.weights import read_json  # not above: facts about a model are known without torch
+
     settings = read_json(file)
     own = settings.pop("defaults", {})
     known = {f.name for f in fields(Defaults)}

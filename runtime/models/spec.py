@@ -5,13 +5,15 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, Protocol
-
-import torch
-from torch import nn
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol, TypeAlias
 
 from runtime.models.costs import Costs
-from runtime.weights import Component
+
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
+
+    from runtime.weights import Component
 
 # How weights take frames that are known: as extra input channels; by a control branch of their own; as clean tokens at
 # sigma 0 beside noisy ones; or not at all, so that the known frames are blended in at each step.
@@ -173,7 +175,7 @@ class Context:
         return Context(tuple(projected.row(index) for projected in self.experts))
 
 
-RunBlock = Callable[..., torch.Tensor]  # (block, *the block's arguments) -> what the block returns
+RunBlock: TypeAlias = "Callable[..., torch.Tensor]"  # (block, *the block's arguments) -> what the block returns
 
 
 def run_block(block: nn.Module, *arguments: Any) -> torch.Tensor:
