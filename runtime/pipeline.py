@@ -15,6 +15,7 @@ from runtime.checkpoints import Checkpoints
 from runtime.clips import Clip, conformed, part_of
 from runtime.decoding import decode
 from runtime.denoising import Known, OnState, OnStep, denoise, prepare_context
+from runtime.expansion import expand
 from runtime.known import encode_channels, encode_known, firmness, given_frames, given_masks
 from runtime.latents import check_latents, draw_noise
 from runtime.model import Model
@@ -123,8 +124,8 @@ def sample(job: Job, index: int, given: Mapping[int, np.ndarray], noise: torch.T
     sigmas = make_schedule(model.spec.schedule, request.steps, request.shift, window.start)
     with recording(job.receipt.stages, job.receipt.notes), torch.inference_mode():
         with span("text", memory=True):
-            asked = request if window.prompt is None else replace(request, storyboard=(), prompt=window.prompt)
-            texts, notes = encode_prompt(model, asked)
+            prompt = request.prompt if window.prompt is None else window.prompt
+            texts, notes = encode_prompt(model, replace(request, storyboard=(), prompt=expanded(job, prompt)))
         job.receipt.notes += [note for note in notes if note not in job.receipt.notes]
         told = Told()
         if given or model.checkpoint.channels is not None:
@@ -138,6 +139,19 @@ def sample(job: Job, index: int, given: Mapping[int, np.ndarray], noise: torch.T
                 known=told.known, channels=told.channels, periodic=window.periodic,
             )  # fmt: skip
     return latents[:, :, extra:].clone().cpu()
+
+
+def expanded(job: Job, prompt: str) -> str:
+    """Return what a prompt is written out to, once per video, and put it on the receipt; the prompt itself if nobody is
+    to do so."""
+    if job.request.expand is None or not prompt.strip():
+        return prompt
+    if prompt not in job.receipt.expanded:
+        with span("text/expand"):
+            found, notes = expand(prompt, job.request.expand, job.model.spec.captions)
+        job.receipt.expanded[prompt] = found
+        job.receipt.notes += notes
+    return job.receipt.expanded[prompt]
 
 
 @dataclass(frozen=True)

@@ -28,6 +28,7 @@ class Receipt:
     dtype: str
     approximations: list[str] = field(default_factory=list)  # empty: exact, reordered at most
     notes: list[str] = field(default_factory=list)  # what the user should know, such as text that was cut
+    expanded: dict[str, str] = field(default_factory=dict)  # prompt -> what was made of it
     seams: list[Any] = field(default_factory=list)  # where made frames meet given ones: what was corrected there
     stages: Stages = field(default_factory=dict)
     versions: dict[str, str] = field(default_factory=lambda: versions())

@@ -6,11 +6,12 @@ import json
 import math
 import secrets
 from collections.abc import Mapping
-from dataclasses import dataclass, fields, replace
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
 from runtime.clips import FITS, Clip, natural_size
+from runtime.expansion import Expansion
 from runtime.models.spec import ModelSpec, nearest_counts, nearest_multiples
 from runtime.samplers import LEGAL_OPTIONS
 from runtime.storyboard import Card, card_of, check_cards
@@ -32,7 +33,7 @@ class Request:
     frames alone. `periodic` makes a loop, of the text or of a clip. `strength` in (0, 1] makes a clip anew from that
     sigma on. `references` are pictures to look like. A `storyboard` has cards instead of a prompt. `fit` ("crop",
     "pad", "stretch") brings clips to the size asked for. A video much longer than the model's own length is made in
-    windows of `window` frames that share `overlap`.
+    windows of `window` frames that share `overlap`. `expand` says who writes the prompt out.
     """
 
     prompt: str
@@ -58,6 +59,7 @@ class Request:
     window: int | None = None
     overlap: int | None = None
     resample: int | None = None
+    expand: Expansion | None = None
 
     def __post_init__(self) -> None:
         for name in ("prompt", "negative_prompt"):
@@ -86,6 +88,8 @@ class Request:
         for name, legal in (("sampler", sorted(LEGAL_OPTIONS)), ("direction", sorted(DIRECTIONS)), ("fit", FITS)):
             if (given := getattr(self, name)) is not None and given not in legal:
                 raise ValueError(f"{name} is {given!r}; legal: {', '.join(legal)}")
+        if isinstance(self.expand, Mapping):
+            object.__setattr__(self, "expand", Expansion(**self.expand))
         self._check_clips()
 
     def _check_clips(self) -> None:
@@ -144,6 +148,7 @@ class Request:
     def record(self) -> dict[str, Any]:
         """Return what a receipt says of it; Request(**record) asks the same again where clips came from files."""
         plain = {f.name: getattr(self, f.name) for f in fields(self)}
+        plain["expand"] = None if self.expand is None else asdict(self.expand)
         plain["storyboard"] = [card.record() for card in self.storyboard]
         if self.storyboard:
             plain |= {"clips": [], "num_frames": None}

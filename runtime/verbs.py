@@ -171,6 +171,13 @@ def add_sampling(parser: Parser) -> None:
     parser.add_argument("--fit", default="crop", help="how clips get to the size: crop (default), pad, stretch")
     parser.add_argument("--window", type=int, metavar="N", help="frames made at once in a long video")
     parser.add_argument("--overlap", type=int, metavar="N", help="frames shown again to what is made next")
+    parser.add_argument(
+        "--expand", nargs="?", const="required", choices=("required", "optional"),
+        help="let a language model write the prompt out; 'optional' goes on without where nobody answers",
+    )  # fmt: skip
+    parser.add_argument("--expand-model", metavar="NAME", help="the model's name at the endpoint, or its folder here")
+    parser.add_argument("--expand-url", metavar="URL", help="a chat endpoint, such as http://localhost:8000/v1")
+    parser.add_argument("--expand-timeout", type=float, default=30.0, metavar="S", help="seconds for each of 3 tries")
     parser.add_argument("--latents", metavar="FILE", help="keep the denoised latents, written before decoding starts")
 
 
@@ -189,9 +196,17 @@ def add_output(parser: Parser, output: str) -> None:
 
 def request_of(options: Options, **task: Any) -> Request:
     """Return the request of the options that all verbs share, and of a task's own fields."""
+    from runtime.expansion import Expansion
     from runtime.request import Request
 
     width, height = options.size or (None, None)
+    if options.expand:
+        if not options.expand_model:
+            raise ValueError("--expand needs to know who; give --expand-model NAME, with --expand-url for an endpoint")
+        task["expand"] = Expansion(
+            model=options.expand_model, url=options.expand_url, timeout=options.expand_timeout,
+            optional=options.expand == "optional",
+        )  # fmt: skip
     return Request(
         prompt=options.prompt, negative_prompt=options.negative, width=width, height=height,
         num_frames=options.frames, seconds=options.seconds, fps=options.fps, steps=options.steps,

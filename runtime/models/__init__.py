@@ -48,7 +48,7 @@ def open_checkpoint(folder: Path) -> Checkpoint:
 
 
 def _with_own_settings(checkpoint: Checkpoint) -> Checkpoint:
-    """Apply the folder's runtime.json, if there is one: {"name", "text_length", "defaults": {...}}."""
+    """Apply the folder's runtime.json, if there is one: {"name", "text_length", "captions", "defaults": {...}}."""
     file = checkpoint.folder / "runtime.json"
     if not file.exists():
         return checkpoint
@@ -57,10 +57,10 @@ def _with_own_settings(checkpoint: Checkpoint) -> Checkpoint:
     settings = read_json(file)
     own = settings.pop("defaults", {})
     known = {f.name for f in fields(Defaults)}
-    if unknown := sorted(settings.keys() - {"name", "text_length"}) + sorted(own.keys() - known):
+    if unknown := sorted(settings.keys() - {"name", "text_length", "captions"}) + sorted(own.keys() - known):
         raise ValueError(
-            f"{file} has keys that are not known: {', '.join(unknown)}; legal: name, text_length, and in defaults "
-            f"{', '.join(sorted(known))}"
+            f"{file} has keys that are not known: {', '.join(unknown)}; legal: name, text_length, captions, and in "
+            f"defaults {', '.join(sorted(known))}"
         )
     spec = checkpoint.spec
     return replace(checkpoint, spec=replace(spec, **settings, defaults=replace(spec.defaults, **own)))

@@ -20,6 +20,13 @@ if TYPE_CHECKING:
 Conditioning = Literal["channels", "control", "clean_tokens", "blend"]
 
 
+CAPTIONS = (
+    "You write captions for a text-to-video model. Rewrite the user's idea as one paragraph in English that describes "
+    "the video: subject, action, place, light, camera, in plain words. Keep every fact that is given, add only what "
+    "fits it, and answer with the paragraph alone."
+)
+
+
 @dataclass(frozen=True, kw_only=True)
 class Defaults:
     """What a request gets where it says nothing: the model's own published settings."""
@@ -51,6 +58,7 @@ class ModelSpec:
     defaults: Defaults
     boundary: float | None = None  # sigma at and above which the first of two experts works
     conditioning: Conditioning = "blend"  # how known frames are consumed
+    captions: str = CAPTIONS  # what a language model is told of the captions that it was trained on
 
     @property
     def size_multiple(self) -> tuple[int, int]:

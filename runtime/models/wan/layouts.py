@@ -19,7 +19,7 @@ from runtime.models.spec import Channels, Checkpoint, Conditioning, ImageSize, M
 from runtime.models.wan import weights as names
 from runtime.models.wan.conditioning import control_channels, picture_channels
 from runtime.models.wan.costs import WanCosts
-from runtime.models.wan.specs import LATENT_STATISTICS, OTHER_VARIANTS, PUBLISHED, TEXT_LENGTH, VARIANTS
+from runtime.models.wan.specs import CAPTIONS, LATENT_STATISTICS, OTHER_VARIANTS, PUBLISHED, TEXT_LENGTH, VARIANTS
 from runtime.models.wan.transformer import TransformerConfig, WanTransformer
 from runtime.models.wan.vae import VAEConfig, WanVAE
 from runtime.weights import Component, Slot, find, read_json
@@ -218,6 +218,7 @@ def _spec(
         defaults=PUBLISHED[variant or "wan2.1-t2v-1.3b"],
         boundary=boundary if len(configs) == 2 else None,
         conditioning=conditioning,
+        captions=CAPTIONS,
     )
 
 

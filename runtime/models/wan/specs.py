@@ -9,6 +9,14 @@ from runtime.models.spec import Defaults
 
 TEXT_LENGTH = 512
 
+CAPTIONS = (
+    "You write captions for Wan, a text-to-video model that was trained on long, factual captions. Rewrite the user's "
+    "idea as one English paragraph of 80 to 100 words: first the subject with its look and what it does, then the "
+    "surroundings, the light and the mood, then the style of the picture and the shot (close-up, wide shot and so on) "
+    "and how the camera moves. Keep every fact that is given, quoted text word for word, add motion where none is named, "
+    "and answer with the paragraph alone."
+)
+
 PUBLISHED: dict[str, Defaults] = {
     "wan2.1-t2v-1.3b": Defaults(width=832, height=480, num_frames=81, fps=16, steps=50, guidance=5.0, shift=5.0),
     "wan2.1-t2v-14b": Defaults(width=1280, height=720, num_frames=81, fps=16, steps=50, guidance=5.0, shift=5.0),
