@@ -15,8 +15,6 @@ import urllib.request
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from runtime.engines.store import cache_root
-
 KEY = "OPENAI_API_KEY"  # the environment variable that holds the endpoint's key, if it wants one
 LONGEST = 2**20  # bytes of an answer that are read
 NEW_TOKENS = 256
@@ -45,6 +43,8 @@ class Expansion:
 
 def expand(prompt: str, expansion: Expansion, instructions: str) -> tuple[str, list[str]]:
     """Return (the expanded prompt, notes). Raises ConnectionError or ValueError where nobody answers in words."""
+    from runtime.engines.store import cache_root  # a request is checked without torch, which engines need
+
     file = cache_root() / "expansions" / f"{_key(prompt, expansion, instructions)}.json"
     try:
         return str(json.loads(file.read_text(encoding="utf-8"))["expanded"]), []
@@ -127,7 +127,9 @@ def generate_here(messages: list[dict[str, str]], folder: str) -> str:
         raise ValueError(
             f"{folder} is no chat model that can be read here ({reason}); name a folder, or a url"
         ) from error
-    asked = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_tensors="pt", return_dict=True)
+    asked: Any = tokenizer.apply_chat_template(
+        messages, add_generation_prompt=True, return_tensors="pt", return_dict=True
+    )
     with torch.inference_mode():
         out = model.generate(**asked, max_new_tokens=NEW_TOKENS, do_sample=False)
     return str(tokenizer.decode(out[0, asked["input_ids"].shape[1] :], skip_special_tokens=True))

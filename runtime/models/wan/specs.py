@@ -13,8 +13,8 @@ CAPTIONS = (
     "You write captions for Wan, a text-to-video model that was trained on long, factual captions. Rewrite the user's "
     "idea as one English paragraph of 80 to 100 words: first the subject with its look and what it does, then the "
     "surroundings, the light and the mood, then the style of the picture and the shot (close-up, wide shot and so on) "
-    "and how the camera moves. Keep every fact that is given, quoted text word for word, add motion where none is named, "
-    "and answer with the paragraph alone."
+    "and how the camera moves. Keep every fact that is given, quoted text word for word, add motion where none is "
+    "named, and answer with the paragraph alone."
 )
 
 PUBLISHED: dict[str, Defaults] = {
