@@ -1,4 +1,4 @@
-"""The command line: python -m runtime generate | extend | ... | decode | plan | info; verbs that make: verbs.py.
+"""The command line: python -m runtime generate | ... | decode | plan | build | info; verbs that make: verbs.py.
 
 Exit codes: 0 done, 2 the request or its surroundings cannot work (one sentence says what to do), 1 a fault of ours,
 130 interrupted. No traceback without --debug, and no partial output file in any case.
@@ -71,9 +71,29 @@ def parser() -> argparse.ArgumentParser:
     ahead.add_argument("--dtype", default="auto", help="auto, float32, bfloat16, float16 (default: auto)")
     ahead.add_argument("--json", action="store_true", help="print a JSON object")
 
+    make = commands.add_parser("build", parents=[shared], help="make engines ahead of time; look after their store")
+    make.set_defaults(run=build)
+    make.add_argument("--size", type=parse_sizes, default=[], metavar="SIZES", help="pixels, such as 832x480,1280x720")
+    make.add_argument("--frames", type=int, metavar="N", help="the most frames, such as 81")
+    make.add_argument("--engine", default="tensorrt", help="tensorrt (default), inductor")
+    make.add_argument("--gpu", metavar="ARCH", help="such as sm89 (default: the machine's GPU)")
+    make.add_argument("--dtype", default="auto", help="auto, float32, bfloat16, float16 (default: auto)")
+    make.add_argument("--refit", action="store_true", help="take the weights from the model when it is loaded")
+    make.add_argument("--stream", action="store_true", help="weights may stay in the host's memory")
+    look = make.add_mutually_exclusive_group()
+    look.add_argument("--list", action="store_true", help="say what the store holds")
+    look.add_argument("--check", action="store_true", help="read all of the store and say what is damaged")
+    look.add_argument("--prune", action="store_true", help="remove what is damaged and what is over --keep")
+    make.add_argument("--keep", type=float, metavar="GIB", help="with --prune: GiB of the most recently used to keep")
+
     tell = commands.add_parser("info", parents=[shared], help="say what a model is and what of it is missing")
     tell.set_defaults(run=info)
     return top
+
+
+def parse_sizes(text: str) -> list[tuple[int, int]]:
+    """Return the sizes of a text such as 832x480,1280x720."""
+    return [parse_size(part) for part in text.split(",")]
 
 
 def decode(options: argparse.Namespace) -> None:
@@ -111,6 +131,25 @@ def plan(options: argparse.Namespace) -> None:
         tile=options.tile and (options.tile[1], options.tile[0]),
     )  # fmt: skip
     print(json.dumps(found.to_dict(), indent=2) if options.json else table(found))
+
+
+def build(options: argparse.Namespace) -> None:
+    """Make engines ahead of time, or look after the store."""
+    from runtime import builds
+    from runtime.engines.builder import Options
+
+    if options.list:
+        lines = builds.listing()
+    elif options.check:
+        lines = builds.check()
+    elif options.prune:
+        lines = builds.prune(options.keep)
+    else:
+        lines = builds.build(
+            options.model, options.size, options.frames, engine=options.engine, gpu=options.gpu, dtype=options.dtype,
+            options=Options(refit=options.refit, stream=options.stream),
+        )  # fmt: skip
+    print("\n".join(lines))
 
 
 def info(options: argparse.Namespace) -> None:

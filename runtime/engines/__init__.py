@@ -7,9 +7,9 @@ from __future__ import annotations
 
 from types import ModuleType
 
-from runtime.engines import eager, inductor
+from runtime.engines import eager, inductor, tensorrt
 
-ENGINES: dict[str, ModuleType] = {"eager": eager, "inductor": inductor}
+ENGINES: dict[str, ModuleType] = {"eager": eager, "inductor": inductor, "tensorrt": tensorrt}
 
 
 def engine(name: str) -> ModuleType:

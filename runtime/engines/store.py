@@ -70,7 +70,7 @@ class Store:
         self.folder = folder or cache_root() / "engines"
         self.limit = limit
 
-    def fetch(self, key: Key, build: Callable[[Path], None], load: Callable[[Path], Loaded]) -> Loaded:
+    def fetch(self, key: Key, build: Callable[[Path], object], load: Callable[[Path], Loaded]) -> Loaded:
         """Return `load(folder)` of the entry, made by `build(folder)` where there is none that is whole.
 
         Of several processes one builds and the others wait for it. `load` raises Damaged for what its library refuses.
@@ -155,26 +155,26 @@ class Store:
             with self._locked(scratch.name[1:].partition(".building-")[0], wait=False) as held:
                 if held:
                     shutil.rmtree(scratch, ignore_errors=True)
-        return [name for name in doomed if self._remove(name)]
+        return [name for name in doomed if self.remove(name)]
 
-    def _folders(self) -> list[Path]:
-        if not self.folder.is_dir():
-            return []
-        return sorted(path for path in self.folder.iterdir() if NAME.fullmatch(path.name))
-
-    def _remove(self, name: str) -> bool:
+    def remove(self, name: str) -> bool:
         """Remove an entry unless another process is at it; it leaves its place whole."""
         with self._locked(name, wait=False) as held:
             if held:
                 self._discard(self.folder / name)
             return held
 
+    def _folders(self) -> list[Path]:
+        if not self.folder.is_dir():
+            return []
+        return sorted(path for path in self.folder.iterdir() if NAME.fullmatch(path.name))
+
     def _discard(self, path: Path) -> None:
         scratch = tempfile.TemporaryDirectory(dir=self.folder, prefix=f".{path.name}.building-")
         with scratch as grave, suppress(FileNotFoundError):
             path.rename(Path(grave) / "old")
 
-    def _publish(self, key: Key, build: Callable[[Path], None]) -> None:
+    def _publish(self, key: Key, build: Callable[[Path], object]) -> None:
         """Make an entry beside its place and rename it there; the lock is held."""
         place = self.folder / key.name
         for left in self.folder.glob(f".{key.name}.building-*"):  # by a builder that was killed: we hold its lock
