@@ -13,6 +13,7 @@ from itertools import count
 import torch
 
 from runtime.engines import engine
+from runtime.engines.cuda_graph import captured
 from runtime.guidance import guided
 from runtime.model import Model
 from runtime.models.spec import Context, Denoiser
@@ -131,6 +132,8 @@ def compose(model: Model, request: Request, tokens: int) -> Denoiser:
         guided(build(network, i, model.fingerprint), float(scale or 0.0), batched=tokens <= BATCHED_TOKENS)
         for i, (network, scale) in enumerate(zip(model.transformers, scales, strict=False))
     ]
+    if model.engine == "cuda_graph":
+        experts = [captured(expert) for expert in experts]
     if len(experts) == 1:
         return experts[0]
     assert model.spec.boundary is not None

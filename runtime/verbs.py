@@ -186,7 +186,7 @@ def add_output(parser: Parser, output: str) -> None:
     parser.add_argument("-o", "--output", default=output, metavar="PATH", help=".mp4 .webm .gif .png or a folder")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:N (default: auto)")
     parser.add_argument("--dtype", default="auto", help="auto, float32, bfloat16, float16 (default: auto)")
-    parser.add_argument("--engine", default="eager", help="eager (default), inductor, tensorrt")
+    parser.add_argument("--engine", default="eager", help="eager (default), cuda_graph, inductor, tensorrt")
     parser.add_argument("--receipt", metavar="FILE", help="write what was done as JSON")
     parser.add_argument(
         "--preview", metavar="PATH", help="a small .gif (or other video) of each step while it denoises"

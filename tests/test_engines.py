@@ -5,6 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -12,8 +13,9 @@ import torch
 import runtime
 from kernels.tolerance import judge
 from runtime.denoising import prepare_context
-from runtime.engines import eager, inductor
+from runtime.engines import cuda_graph, eager, inductor
 from runtime.engines.store import Store
+from runtime.trace import recording
 from tests.published import Tiny, write
 
 PROMPT = "a red ball rolls left over green grass"
@@ -65,6 +67,16 @@ def test_inductor_equals_eager_at_sizes_it_was_not_compiled_for(
         if number == 0:
             monkeypatch.setattr(inductor, "package", refuse)
     assert [entry.key.kind for entry in Store().entries()] == ["inductor"]
+
+
+def test_inductor_with_frames_at_different_levels(tiny: Path) -> None:
+    model = runtime.load(tiny)
+    x, _, context = arguments(model, (3, 4, 4), (7,))
+    sigma = torch.tensor([[0.0, 0.6, 0.6]], dtype=torch.float64)
+    network = model.transformers[0]
+    with torch.inference_mode():
+        verdict = judge(inductor.build(network, 0)(x, sigma, context), eager.build(network, 0)(x, sigma, context))
+    assert verdict.correct, verdict
 
 
 def test_generate_with_inductor(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -128,3 +140,30 @@ def test_where_packaging_fails_blocks_are_compiled_in_the_process(
     assert "no compiled package could be made (no such backend)" in said
     assert judge(video.latents, runtime.generate(runtime.load(tiny), request).latents).correct
     assert Store().entries() == []
+
+
+def test_cuda_graph_without_a_gpu_runs_as_eager_and_says_so(tiny: Path) -> None:
+    if torch.cuda.is_available():
+        pytest.skip("a GPU is here")
+    plain = runtime.generate(runtime.load(tiny), SMALL)
+    video = runtime.generate(runtime.load(tiny, engine="cuda_graph"), SMALL)
+    assert torch.equal(video.latents, plain.latents)
+    (said,) = video.receipt.notes
+    assert said == "engine 'cuda_graph' needs an NVIDIA GPU, and the model is on cpu; it ran as 'eager'"
+
+
+def test_cuda_graph_goes_on_where_recording_fails(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object) -> None:
+        raise RuntimeError("operation not permitted when stream is capturing\nand more")
+
+    monkeypatch.setattr(cuda_graph, "record", fail)
+    there = SimpleNamespace(device=torch.device("cuda"), shape=(1, 4), to=lambda device: there)
+    asked: list[object] = []
+    denoiser = cuda_graph.captured(lambda x, sigma, context: asked.append(context) or len(asked))
+    notes: list[str] = []
+    with recording({}, notes):
+        assert [denoiser(there, there, "context") for _ in range(4)] == [1, 2, 3, 4]
+    assert notes == [
+        "the forward could not be recorded as a CUDA graph (operation not permitted when stream is capturing); "
+        "it ran as 'eager'"
+    ]

@@ -7,9 +7,14 @@ from __future__ import annotations
 
 from types import ModuleType
 
-from runtime.engines import eager, inductor, tensorrt
+from runtime.engines import cuda_graph, eager, inductor, tensorrt
 
-ENGINES: dict[str, ModuleType] = {"eager": eager, "inductor": inductor, "tensorrt": tensorrt}
+ENGINES: dict[str, ModuleType] = {
+    "eager": eager,
+    "cuda_graph": cuda_graph,
+    "inductor": inductor,
+    "tensorrt": tensorrt,
+}
 
 
 def engine(name: str) -> ModuleType:
