@@ -12,6 +12,7 @@ import os
 import secrets
 import shutil
 import tempfile
+import warnings
 from collections.abc import Callable, Generator, Iterable, Iterator
 from contextlib import closing, contextmanager, suppress
 from fractions import Fraction
@@ -33,6 +34,7 @@ Frames = Generator[np.ndarray, None, None]  # uint8 [H, W, 3] each
 KEEP_BYTES = 512 * 2**20  # a clip up to this size stays in memory after its first whole iteration
 MAX_PIXELS = 2**25  # of one frame that is read: 8K (7680x4320) just fits
 THREADS = 8  # fixed, because x264's output depends on the number of threads
+PQ, HLG = 16, 18  # codes of high dynamic range in the same table as the next
 BT709 = 1  # the code for matrix, primaries and transfer in ITU-T H.273
 # swscale's flags (PyAV names them only from version 18): bicubic, accurate rounding, full chroma input or output
 RGB_TO_YUV, YUV_TO_RGB = 0x4 | 0x40000 | 0x4000, 0x4 | 0x40000 | 0x2000
@@ -414,10 +416,12 @@ def exact_rate(fps: float) -> Fraction:
 
 
 def read_video(path: str | os.PathLike[str], *, fps: float = 24.0, max_pixels: int = MAX_PIXELS) -> Video:
-    """Open an mp4, webm, gif, png, or a folder of numbered PNG files; frames are decoded when asked for.
+    """Open an mp4, webm, gif, png, jpeg, webp, or a folder of numbered PNG files; frames are decoded when asked for.
 
-    `fps` is the rate of a picture or a folder, which carry none. Transparency is dropped. Raises FileNotFoundError, and
-    ValueError for a file that is no video, is damaged, or has frames of more than `max_pixels` pixels.
+    `fps` is the rate of a picture or a folder, which carry none. Frames of a varying rate are taken at its average, the
+    one that is shown at each tick; what is stored turned is turned upright. Transparency is dropped. Raises
+    FileNotFoundError, and ValueError for a file that is no video, is damaged, or has frames of more than `max_pixels`
+    pixels.
     """
     path = Path(path)
     if path.is_dir():
@@ -437,13 +441,54 @@ def read_video(path: str | os.PathLike[str], *, fps: float = 24.0, max_pixels: i
         ]
         if container.format.name == "gif" and stream.time_base and sum(durations):
             fps = float(len(durations) / (sum(durations) * stream.time_base))  # average_rate is a rough guess there
-        elif container.format.name != "png_pipe" and stream.average_rate:
+        elif not container.format.name.endswith("_pipe") and stream.average_rate:
             fps = float(stream.average_rate)
     num_frames = len(durations)
     if num_frames == 0:
         raise ValueError(f"{path} holds no frame")
-    frames = partial(_decode_file, path, width, height, num_frames)
+    times, turns = _look(path)
+    frames: Callable[[], Iterable[np.ndarray]] = partial(_decode_file, path, width, height, num_frames, turns)
+    if turns % 2:
+        width, height = height, width
+    if (shown := _steady(times, fps)) is not None:
+        frames = partial(_picked, frames, shown)
+        num_frames = len(shown)
     return Video(frames, fps=fps, num_frames=num_frames, height=height, width=width)
+
+
+def _look(path: Path) -> tuple[list[float], int]:
+    """Return when each frame is shown, in seconds, and by how many quarter turns frames must be turned to stand up."""
+    with _open_for_reading(path) as container:
+        stream = container.streams.video[0]
+        first = None
+        with suppress(av.FFmpegError):  # what is damaged is told when it is decoded
+            first = next(container.decode(stream), None)
+    if first is not None and first.color_trc in (PQ, HLG):
+        warnings.warn(f"{path} is HDR and is read without tone mapping; convert it for right colours", stacklevel=3)
+    turns = 0 if first is None else round(first.rotation / 90) % 4
+    with _open_for_reading(path) as container:
+        stream = container.streams.video[0]
+        stamps = sorted(p.pts for p in container.demux(stream) if p.size and not p.is_discard and p.pts is not None)
+        return [float((stamp - stamps[0]) * (stream.time_base or 0)) for stamp in stamps], turns
+
+
+def _steady(times: list[float], fps: float) -> list[int] | None:
+    """Return which frame is shown at each tick of a steady rate, or None where the frames are steady already."""
+    if all(abs(seconds - i / fps) <= 0.5 / fps for i, seconds in enumerate(times)):
+        return None
+    count = max(len(times), round(times[-1] * fps) + 1)
+    ticks = np.arange(count) / fps + 1e-6
+    return [int(i) for i in np.clip(np.searchsorted(times, ticks, side="right") - 1, 0, len(times) - 1)]
+
+
+def _picked(frames: Callable[[], Iterable[np.ndarray]], indices: list[int]) -> Frames:
+    """Yield the frames at rising indices; one may be there again."""
+    source = enumerate(frames())
+    index, frame = next(source)
+    for wanted in indices:
+        while index < wanted:
+            index, frame = next(source)
+        yield frame
 
 
 def read_pictures(files: list[Path], *, fps: float = 24.0, max_pixels: int = MAX_PIXELS) -> Video:
@@ -467,13 +512,15 @@ def _open_for_reading(path: Path) -> Iterator[InputContainer]:
     if not path.is_file():
         raise FileNotFoundError(errno.ENOENT, f"{path} does not exist or is no file")
     # a playlist could name other files and addresses: only containers, only from disk
-    options = {"format_whitelist": "mov,matroska,gif,png_pipe", "protocol_whitelist": "file"}
+    options = {"format_whitelist": "mov,matroska,gif,png_pipe,jpeg_pipe,webp_pipe", "protocol_whitelist": "file"}
     try:
         container = av.open(str(path.absolute()), options=options)
     except av.FFmpegError as error:
         if isinstance(error, OSError):
             raise
-        raise ValueError(f"{path} is no mp4, webm, gif or png that can be read ({error.strerror})") from error
+        raise ValueError(
+            f"{path} is no mp4, webm, gif, png, jpeg or webp that can be read ({error.strerror})"
+        ) from error
     with container:
         if not container.streams.video:
             raise ValueError(f"{path} has no video stream")
@@ -487,14 +534,15 @@ def _frame_size(path: Path, container: InputContainer, max_pixels: int) -> tuple
     return context.width, context.height
 
 
-def _decode_file(path: Path, width: int, height: int, num_frames: int = 1) -> Frames:
+def _decode_file(path: Path, width: int, height: int, num_frames: int = 1, turns: int = 0) -> Frames:
     reformatter, done = VideoReformatter(), 0
     with _open_for_reading(path) as container:
         stream = container.streams.video[0]
         stream.thread_type = "AUTO"
         try:
             for frame in container.decode(stream):
-                yield _to_rgb(reformatter, frame, width, height)
+                picture = _to_rgb(reformatter, frame, width, height)
+                yield np.ascontiguousarray(np.rot90(picture, turns)) if turns else picture
                 done += 1
         except av.FFmpegError as error:
             raise ValueError(f"{path} is damaged: frame {done} cannot be decoded ({error.strerror})") from error
