@@ -9,7 +9,7 @@ from importlib import import_module
 
 from benchmarks.measure import Refused
 
-COMMANDS = ("kernels", "stages")
+COMMANDS = ("kernels", "stages", "verbs")
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -29,6 +29,7 @@ PROMPT = "a red ball rolls left over green grass"
 TI2V = Tiny(residual=True, channels=8, seed=60)
 PLAIN = Tiny(seed=61)
 RANDOM = np.random.default_rng(0)
+DRIFT = 40  # levels of 255 by which the ground may change over a minute
 
 
 def noisy_clip(frames: int, height: int, width: int) -> np.ndarray:
@@ -347,3 +348,17 @@ def test_pipelines_of_pictures_are_read(tmp_path: Path) -> None:
     assert pipeline(PLAIN).config.expand_timesteps is False
     write(PLAIN, tmp_path / "plain")
     assert runtime.load(tmp_path / "plain").spec.conditioning == "blend"
+
+
+@pytest.mark.slow
+def test_a_minute(demo: runtime.Model) -> None:
+    """960 frames at 16 per second in constant memory; the ground's colour stays within a bound."""
+    request = Request(prompt=PROMPT, seconds=60, fps=16, seed=7)
+    video = runtime.generate(demo, request)
+    assert video.num_frames == 960
+    grounds = [np.median(frame[[0, 1, -2, -1]].reshape(-1, 3), axis=0) for frame in video]
+    first, last = np.mean(grounds[:16], axis=0), np.mean(grounds[-16:], axis=0)
+    assert np.abs(first - last).max() <= DRIFT
+    peaks = video.receipt.stages["denoise"].peak_bytes, video.receipt.stages["decode"].peak_bytes
+    short = runtime.generate(demo, replace(request, seconds=3)).receipt.stages["denoise"].peak_bytes
+    assert max(peaks) <= short + (64 << 20)

@@ -511,7 +511,7 @@ def test_unreadable_files(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"nothing\.mp4 does not exist"):
         read_video(tmp_path / "nothing.mp4")
     (tmp_path / "text.mp4").write_text("not a video at all " * 100)
-    with pytest.raises(ValueError, match=r"text\.mp4 is no mp4, webm, gif or png"):
+    with pytest.raises(ValueError, match=r"text\.mp4 is no mp4, webm, gif, png, jpeg or webp"):
         read_video(tmp_path / "text.mp4")
     (tmp_path / "list.mp4").write_text("#EXTM3U\n#EXTINF:1,\nhttp://127.0.0.1:9/x.ts\n#EXT-X-ENDLIST\n")
     with pytest.raises(ValueError, match=r"list\.mp4 is no mp4"):

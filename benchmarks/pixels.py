@@ -1,0 +1,83 @@
+"""Measures of clips from their pixels alone: frames are uint8 or float [F, H, W, 3]."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+APART = 40.0  # levels by which an object's colour differs from the ground's
+
+
+def steps(frames: np.ndarray) -> np.ndarray:
+    """Return the mean absolute difference of each frame to the one before [F - 1], in levels."""
+    return np.abs(np.diff(frames.astype(float), axis=0)).mean(axis=(1, 2, 3))
+
+
+def colour_steps(frames: np.ndarray) -> np.ndarray:
+    """Return by how much the mean colour of each frame differs from the one before [F - 1]: largest channel, levels."""
+    return np.abs(np.diff(frames.mean(axis=(1, 2), dtype=float), axis=0)).max(axis=1)
+
+
+def seam_ratio(frames: np.ndarray, seams: Sequence[int]) -> float:
+    """Return the largest step into a frame of `seams`, in medians of the steps elsewhere."""
+    found = steps(frames)
+    inside = np.delete(found, [place - 1 for place in seams])
+    return float(max(found[place - 1] for place in seams) / max(np.median(inside), 1e-9))
+
+
+def loop_ratio(frames: np.ndarray) -> float:
+    """Return the step from the last frame to the first, in medians of the steps inside."""
+    closing = np.abs(frames[0].astype(float) - frames[-1]).mean()
+    return float(closing / max(np.median(steps(frames)), 1e-9))
+
+
+def psnr(one: np.ndarray, other: np.ndarray) -> float:
+    """Return the peak signal-to-noise ratio in dB; infinite where they are equal."""
+    error = float(np.mean((one.astype(float) - other) ** 2))
+    return float("inf") if error == 0 else 10 * float(np.log10(255**2 / error))
+
+
+def low_pass(frames: np.ndarray, cell: int) -> np.ndarray:
+    """Return the means of cell x cell pixels."""
+    count, height, width, _ = frames.shape
+    return frames.reshape(count, height // cell, cell, width // cell, cell, 3).mean(axis=(2, 4), dtype=float)
+
+
+def ground(frames: np.ndarray) -> np.ndarray:
+    """Return the ground's colour in each frame [F, 3]: the median of the frame's border."""
+    edge = max(2, frames.shape[1] // 16)
+    border = np.ones(frames.shape[1:3], bool)
+    border[edge:-edge, edge:-edge] = False
+    return np.median(frames[:, border], axis=1)
+
+
+def track(frames: np.ndarray) -> np.ndarray:
+    """Return where the object is in each frame [F, 2], (x, y) in pixels: the centre of what is not ground; else NaN."""
+    apart = np.abs(frames.astype(float) - ground(frames)[:, None, None]).max(axis=3) > APART
+    places = np.full((len(frames), 2), np.nan)
+    for index, there in enumerate(apart):
+        rows, columns = np.nonzero(there)
+        if len(rows) >= 12:
+            places[index] = columns.mean(), rows.mean()
+    return places
+
+
+def velocity(frames: np.ndarray) -> np.ndarray:
+    """Return the object's velocity [2] in pixels per frame, by a line through its track; NaN where it is not seen."""
+    places = track(frames)
+    seen = ~np.isnan(places[:, 0])
+    if seen.sum() < 3:
+        return np.full(2, np.nan)
+    return np.polyfit(np.arange(len(frames))[seen], places[seen], 1)[0]
+
+
+def sheet(clips: Sequence[np.ndarray], columns: int = 8) -> np.ndarray:
+    """Return a picture [H, W, 3] with a row per clip: `columns` frames of it from first to last."""
+    height, width = clips[0].shape[1:3]
+    rows = []
+    for clip in clips:
+        picks = np.linspace(0, len(clip) - 1, columns).round().astype(int)
+        cells = [np.pad(clip[i][:height, :width], ((0, 2), (0, 2), (0, 0)), constant_values=255) for i in picks]
+        rows.append(np.concatenate(cells, axis=1))
+    return np.concatenate(rows)
