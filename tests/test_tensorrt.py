@@ -15,9 +15,10 @@ import pytest
 import torch
 
 import runtime
+from kernels.tolerance import judge
 from runtime.engines import builder, tensorrt
 from runtime.engines.builder import Options, Profile, make_profile
-from runtime.engines.export import OUTPUT, example, write_onnx
+from runtime.engines.export import OUTPUT, example, graph_inputs, projected_from, write_onnx
 from runtime.engines.store import Store
 from tests.published import Tiny, write
 
@@ -141,13 +142,13 @@ def test_the_profile_that_covers_a_request_is_chosen(
     monkeypatch.setattr(builder, "write_onnx", lambda *_: None)
     network = tiny.transformers[0]
     with pytest.raises(ValueError, match="Profiles there are: none. Build one with: python -m runtime build --model"):
-        tensorrt.choose(trt, network, "bfloat16", "sm89", "abc expert 0", 16, 8)
+        tensorrt.choose(trt, network, "sm89", "abc expert 0", "bfloat16", 16, 8)
     builder.build_engine(network, tiny.spec, profiles(tiny), "sm89", "abc expert 0", Options())
     for tokens, index in ((16, 0), (80, 0)):
-        assert tensorrt.choose(trt, network, "bfloat16", "sm89", "abc expert 0", tokens, 8)[1] == index
+        assert tensorrt.choose(trt, network, "sm89", "abc expert 0", "bfloat16", tokens, 8)[1] == index
     for tokens, gpu, weights in ((81, "sm89", "abc expert 0"), (80, "sm120", "abc expert 0"), (80, "sm89", "xyz")):
         with pytest.raises(ValueError, match=f"for {gpu} takes {tokens} video tokens") as caught:
-            tensorrt.choose(trt, network, "bfloat16", gpu, weights, tokens, 8)
+            tensorrt.choose(trt, network, gpu, weights, "bfloat16", tokens, 8)
         there = "64x64, up to 17 frames (16 to 80 tokens); 96x64, up to 9 frames (24 to 72 tokens)"
         assert (there in str(caught.value)) == ((gpu, weights) == ("sm89", "abc expert 0"))
 
@@ -159,7 +160,7 @@ def test_a_damaged_engine_is_never_opened(tiny: runtime.Model, tmp_path: Path, m
     network = tiny.transformers[0]
     folder = builder.build_engine(network, tiny.spec, profiles(tiny), "sm89", "abc", Options())
     (folder / builder.ENGINE).write_bytes(b"an engime")
-    entry, _ = tensorrt.choose(trt, network, "bfloat16", "sm89", "abc", 16, 8)
+    entry, _ = tensorrt.choose(trt, network, "sm89", "abc", "bfloat16", 16, 8)
     with pytest.raises(ValueError, match="has engine.plan corrupted; build it again"):
         tensorrt.open_session(trt, entry, torch.device("cuda"))
 
@@ -187,7 +188,11 @@ USED = [
     "NetworkDefinitionCreationFlag.STRONGLY_TYPED", "IBuilderConfig.create_timing_cache:1",
     "IBuilderConfig.set_timing_cache:2", "ITimingCache.serialize:0", "Runtime.deserialize_cuda_engine:1",
     "ICudaEngine.streamable_weights_size", "ICudaEngine.weight_streaming_budget_v2",
-    "ICudaEngine.get_weight_streaming_automatic_budget:0", "ICudaEngine.create_execution_context:0",
+    "ICudaEngine.get_weight_streaming_automatic_budget:0", "ICudaEngine.create_execution_context:1",
+    "ICudaEngine.device_memory_size_v2", "ICudaEngine.get_tensor_profile_shape:2",
+    "ICudaEngine.create_runtime_config:0",
+    "IRuntimeConfig.set_execution_context_allocation_strategy:1", "ExecutionContextAllocationStrategy.USER_MANAGED",
+    "IExecutionContext.set_device_memory:2",
     "IExecutionContext.set_optimization_profile_async:2", "IExecutionContext.set_input_shape:2",
     "IExecutionContext.set_tensor_address:2", "IExecutionContext.get_tensor_shape:1",
     "IExecutionContext.execute_async_v3:1", "Refitter.refit_cuda_engine:0", "OnnxParserRefitter.refit_from_file:1",
@@ -195,10 +200,10 @@ USED = [
 ]  # fmt: skip
 USED_OF_RTX = [
     "IBuilderConfig.num_compute_capabilities", "IBuilderConfig.set_compute_capability:2", "ComputeCapability.SM89",
-    "ICudaEngine.create_runtime_config:0", "IRuntimeConfig.create_runtime_cache:0",
+    "IRuntimeConfig.create_runtime_cache:0",
     "IRuntimeConfig.set_runtime_cache:1", "IRuntimeConfig.dynamic_shapes_kernel_specialization_strategy",
     "DynamicShapesKernelSpecializationStrategy.EAGER", "IRuntimeCache.serialize:0", "IRuntimeCache.deserialize:1",
-    "ICudaEngine.create_execution_context:1", "IExecutionContext.is_stream_capturable:1",
+    "IExecutionContext.is_stream_capturable:1",
 ]  # fmt: skip
 READ = """
 import importlib, re, sys
@@ -246,3 +251,20 @@ def runtime_version(package: str) -> str:
     from importlib.metadata import version
 
     return version(package).partition(".")[0]
+
+
+def test_texts_of_many_lengths_fit_one_buffer(tiny: runtime.Model) -> None:
+    generator = torch.Generator().manual_seed(2)
+    run = object.__new__(tensorrt.Run)
+    network = tiny.transformers[0]
+    for length in (19, 7):
+        projected = network.project([torch.randn(length, 16, generator=generator)], tiny.spec.text_length, (1, 4, 4))
+        inputs = graph_inputs(network, torch.randn(1, 4, 1, 4, 4), torch.tensor([0.5]).double(), projected)
+        if length == 19:
+            run.inputs = {name: tensorrt.with_room(name, tensor, 32) for name, tensor in inputs.items()}
+        run.fill(inputs)
+        roomy = projected_from({name: run.inputs[name] for name in inputs if name not in ("tokens", "time")})
+        assert roomy.keys[0].shape[1] == 32
+        tight = network.flow(inputs["tokens"], inputs["time"], projected)
+        verdict = judge(network.flow(run.inputs["tokens"], run.inputs["time"], roomy), tight)
+        assert verdict.correct, verdict

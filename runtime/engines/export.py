@@ -21,6 +21,7 @@ from runtime.models.spec import ModelSpec, Projected, Transformer
 
 OPSET = 23  # the first with an Attention operation, which libraries compute without the L x L scores in memory
 OUTPUT = "velocity"
+MASKED = -30000.0  # the bias of a key that weighs nothing, finite in every dtype
 MOST_TOKENS, MOST_KEYS = 1 << 20, 1 << 14  # bounds of the graph; an engine's profiles are narrower
 # The dimensions that vary, by the field of Projected or the input; the same name means the same number.
 VARYING: dict[str, dict[int, str]] = {
@@ -58,7 +59,7 @@ def graph_inputs(network: Transformer, x: torch.Tensor, sigma: torch.Tensor, pro
     if projected.bias is None:
         rows, keys = projected.keys[0].shape[:2]
         given["bias"] = projected.keys[0].new_zeros(rows, 1, 1, keys)
-    given["bias"] = given["bias"].clamp(min=-30000.0)  # the same weight, 0, and no library meets inf - inf
+    given["bias"] = given["bias"].clamp(min=MASKED)  # the same weight, 0, and no library meets inf - inf
     return given
 
 

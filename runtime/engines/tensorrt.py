@@ -25,15 +25,15 @@ from runtime.engines.builder import (
     library,
     make_log,
 )  # fmt: skip
-from runtime.engines.export import OUTPUT, graph_inputs, write_onnx
+from runtime.engines.export import MASKED, OUTPUT, graph_inputs, varying, write_onnx
 from runtime.engines.store import Damaged, Entry, Key, Store, architecture
 from runtime.models.spec import Context, Denoiser, Projected, Transformer
 from runtime.trace import note, span
 
 KERNELS = "runtime.cache"  # what tensorrt_rtx compiled for this very GPU at first use
 SPARE = 0.7  # of the free memory that weights may take; the rest is for activations
-KEPT_RUNS = 4  # two rows of two requests
-MOVING = ("tokens", "time", "bias")  # inputs that are new at each step; the rest stays over a request
+KEPT_RUNS = 4  # sizes whose buffers and graphs stay
+ROUND_KEYS = 64  # text keys are filled up to a multiple, so that prompts of many lengths share a graph
 
 _sessions: WeakKeyDictionary[nn.Module, dict[str, Session]] = WeakKeyDictionary()
 
@@ -52,6 +52,7 @@ def build(transformer: Transformer, expert: int, weights: str = "") -> Denoiser:
     gpu = architecture(device)
     trt = library(gpu)
     sessions = _sessions.setdefault(cast(nn.Module, transformer), {})
+    choices: dict[tuple[str, int, int], tuple[Entry, int]] = {}
 
     def denoise(x: torch.Tensor, sigma: torch.Tensor, context: Context) -> torch.Tensor:
         projected = context.experts[expert]
@@ -60,8 +61,10 @@ def build(transformer: Transformer, expert: int, weights: str = "") -> Denoiser:
         velocities = []
         for row in range(projected.keys[0].shape[0]):
             one = projected.row(row)
-            tokens, keys = one.rope.shape[0], one.keys[0].shape[1]
-            entry, index = choose(trt, transformer, dtype, gpu, f"{weights} expert {expert}", tokens, keys)
+            sizes = dtype, one.rope.shape[0], one.keys[0].shape[1]
+            if sizes not in choices:
+                choices[sizes] = choose(trt, transformer, gpu, f"{weights} expert {expert}", *sizes)
+            entry, index = choices[sizes]
             if entry.name not in sessions:
                 with span("denoise/load"):
                     sessions[entry.name] = session = open_session(trt, entry, device)
@@ -84,7 +87,7 @@ def one_level(sigma: torch.Tensor) -> torch.Tensor:
 
 
 def choose(
-    trt: Any, network: Transformer, dtype: str, gpu: str, weights: str, tokens: int, keys: int
+    trt: Any, network: Transformer, gpu: str, weights: str, dtype: str, tokens: int, keys: int
 ) -> tuple[Entry, int]:
     """Return (an engine in the store, the index of its profile) for so many tokens and text keys.
 
@@ -116,20 +119,18 @@ def open_session(trt: Any, entry: Entry, device: torch.device) -> Session:
 
 
 class Session:
-    """One engine on one GPU."""
+    """One engine on one GPU; its runs share the memory for activations, since one works at a time."""
 
     def __init__(self, trt: Any, folder: Path, device: torch.device) -> None:
-        self.trt, self.device = trt, device
+        self.trt, self.device, self.name = trt, device, folder.name
         self.log = make_log(trt)
         self.runtime = trt.Runtime(self.log)
         self.engine = self.runtime.deserialize_cuda_engine((folder / ENGINE).read_bytes())
         if self.engine is None:
             raise Damaged(f"is refused by {trt.__name__} ({self.log.last})")
         self._stream_weights()
-        self.kernels: Any = None
-        self.context = self._make_context(folder.name)
+        self.memory = torch.empty(self.engine.device_memory_size_v2, dtype=torch.uint8, device=device)
         self.stream = torch.cuda.Stream(device)
-        self.profile = 0
         self.runs: dict[tuple, Run] = {}
 
     def _stream_weights(self) -> None:
@@ -140,67 +141,19 @@ class Session:
             self.engine.weight_streaming_budget_v2 = min(self.engine.get_weight_streaming_automatic_budget(), size)
             note(f"{size >> 20} MiB of weights and {free >> 20} MiB free on the GPU: TensorRT streams some of them")
 
-    def _make_context(self, name: str) -> Any:
-        """Make the execution context; tensorrt_rtx compiles for this GPU at first use, and the store keeps that."""
-        if not ahead_of_time(self.trt):
-            return self.engine.create_execution_context()
-        config = self.engine.create_runtime_config()
-        self.kernels = config.create_runtime_cache()
-        gpu = f"{torch.cuda.get_device_name(self.device)}, CUDA {torch.version.cuda}"
-        self.kernels_key = Key("tensorrt_kernels", {"engine": name, "gpu": gpu})
-        if (kept := Store().find(self.kernels_key)) is not None:
-            self.kernels.deserialize((kept / KERNELS).read_bytes())
-        config.set_runtime_cache(self.kernels)
-        # Else the first runs, and a graph captured of them, take kernels for any shape while others are compiled.
-        config.dynamic_shapes_kernel_specialization_strategy = self.trt.DynamicShapesKernelSpecializationStrategy.EAGER
-        return self.engine.create_execution_context(config)
-
-    def keep_kernels(self) -> None:
-        """Put what was compiled for this GPU into the store; a store that cannot be written costs time only."""
-        if self.kernels is None:
-            return
-        content = bytes(self.kernels.serialize())
-        try:
-            Store().fetch(self.kernels_key, lambda folder: (folder / KERNELS).write_bytes(content), lambda folder: None)
-        except OSError as error:
-            note(f"kernels compiled for this GPU are not kept: {error}")
-
     def run(
         self, network: Transformer, x: torch.Tensor, sigma: torch.Tensor, projected: Projected, profile: int
     ) -> torch.Tensor:
         """Return the velocity [1, C, T, H, W] float32 of one row."""
         inputs = graph_inputs(network, x, sigma, projected)
-        fixed = tuple(tensor.data_ptr() for name, tensor in inputs.items() if name not in MOVING)
-        key = (profile, *(tuple(inputs[name].shape) for name in MOVING), fixed)
-        if key not in self.runs:
+        most = self.engine.get_tensor_profile_shape("bias", profile)[2][3]
+        keys = min(-(-inputs["bias"].shape[3] // ROUND_KEYS) * ROUND_KEYS, most)
+        sizes = (profile, inputs["tokens"].shape[1], keys)
+        if sizes not in self.runs:
             if len(self.runs) >= KEPT_RUNS:
                 self.runs.pop(next(iter(self.runs)))
-            self.runs[key] = Run(self, inputs, profile)
-            self.keep_kernels()
-        return network.unpatchify(self.runs[key](inputs), x.shape).float()
-
-    def bind(self, inputs: dict[str, torch.Tensor], profile: int) -> torch.Tensor:
-        """Give the context its profile, shapes and addresses; return the tensor that the velocity goes to."""
-        if self.profile != profile:
-            self.context.set_optimization_profile_async(profile, self.stream.cuda_stream)
-            self.profile = profile
-        for name, tensor in inputs.items():
-            self.context.set_input_shape(name, tuple(tensor.shape))
-            self.context.set_tensor_address(name, tensor.data_ptr())
-        shape = tuple(self.context.get_tensor_shape(OUTPUT))
-        out = torch.empty(shape, dtype=inputs["tokens"].dtype, device=self.device)
-        self.context.set_tensor_address(OUTPUT, out.data_ptr())
-        return out
-
-    def execute(self) -> None:
-        """Run what is bound, on the session's stream."""
-        if not self.context.execute_async_v3(self.stream.cuda_stream):
-            raise RuntimeError(f"TensorRT failed: {self.log.last}")
-
-    def capturable(self) -> bool:
-        """Tell whether runs can be captured as CUDA graphs; tensorrt has no question for it and always can."""
-        ask = getattr(self.context, "is_stream_capturable", None)
-        return ask is None or ask(self.stream.cuda_stream)
+            self.runs[sizes] = Run(self, inputs, *sizes)
+        return network.unpatchify(self.runs[sizes](inputs), x.shape).float()
 
     def refit(self, network: Transformer, inputs: dict[str, torch.Tensor]) -> None:
         """Put a model's weights into an engine that was built to take any."""
@@ -214,37 +167,113 @@ class Session:
 
 
 class Run:
-    """An engine at one set of sizes and addresses, as a CUDA graph where it can be captured."""
+    """An engine at one number of tokens and text keys: buffers, and a CUDA graph where it can be captured.
 
-    def __init__(self, session: Session, inputs: dict[str, torch.Tensor], profile: int) -> None:
-        self.session, self.profile = session, profile
-        self.kept = inputs  # while they live, their addresses are nobody else's
-        self.inputs = {
-            name: tensor.clone() if name in MOVING else tensor.contiguous() for name, tensor in inputs.items()
-        }
-        self.graph: torch.cuda.CUDAGraph | None = None
-        session.stream.wait_stream(torch.cuda.current_stream(session.device))
-        with torch.cuda.stream(session.stream):
-            self.out = session.bind(self.inputs, profile)
-            session.execute()  # once plainly: the library finishes its own set-up in it
-            session.stream.synchronize()
-            if session.capturable():
-                self.graph = torch.cuda.CUDAGraph()
-                with torch.cuda.graph(self.graph, stream=session.stream):
-                    session.execute()
-            else:
-                note("this TensorRT engine cannot be captured as a CUDA graph; it runs without")
+    It has an execution context of its own, because changing a context spoils the graphs captured from it.
+    """
+
+    def __init__(self, session: Session, inputs: dict[str, torch.Tensor], profile: int, tokens: int, keys: int) -> None:
+        self.session = session
+        self.inputs = {name: with_room(name, tensor, keys) for name, tensor in inputs.items()}
+        self.context, kernels = self._make_context()
+        stream = session.stream
+        stream.wait_stream(torch.cuda.current_stream(session.device))
+        with torch.cuda.stream(stream):
+            self.fill(inputs)
+            self.out = self._bind(profile)
+            self.execute()  # once plainly: the library finishes its own set-up in it
+            stream.synchronize()
+            self.graph = self._capture()
+        if kernels is not None:
+            self._keep(kernels, f"{profile} {tokens} {keys}")
+
+    def _make_context(self) -> tuple[Any, Any]:
+        """Return (an execution context on the session's memory, the library's cache of kernels if it has one)."""
+        trt, engine, memory = self.session.trt, self.session.engine, self.session.memory
+        config, kernels = engine.create_runtime_config(), None
+        config.set_execution_context_allocation_strategy(trt.ExecutionContextAllocationStrategy.USER_MANAGED)
+        if ahead_of_time(trt):
+            kernels = config.create_runtime_cache()
+            for kept in self._kept():
+                kernels.deserialize((kept / KERNELS).read_bytes())
+            config.set_runtime_cache(kernels)
+            # Else a graph is captured with kernels for any shape, while the right ones are still being compiled.
+            config.dynamic_shapes_kernel_specialization_strategy = trt.DynamicShapesKernelSpecializationStrategy.EAGER
+        context = engine.create_execution_context(config)
+        context.set_device_memory(memory.data_ptr(), memory.numel())
+        return context, kernels
+
+    def _kernels_key(self, sizes: str) -> Key:
+        gpu = f"{torch.cuda.get_device_name(self.session.device)}, CUDA {torch.version.cuda}"
+        return Key("tensorrt_kernels", {"engine": self.session.name, "gpu": gpu, "sizes": sizes})
+
+    def _kept(self) -> list[Path]:
+        """Return the folders of kernels that were compiled for this engine on this GPU, whatever the sizes."""
+        wanted = self._kernels_key("").parts.items() - {("sizes", "")}
+        keys = [entry.key for entry in Store().entries() if wanted <= entry.key.parts.items()]
+        return [found for key in keys if (found := Store().find(key)) is not None]
+
+    def _keep(self, kernels: Any, sizes: str) -> None:
+        """Put kernels compiled for this GPU into the store; a store that cannot be written costs time only."""
+        content = bytes(kernels.serialize())
+        try:
+            Store().fetch(
+                self._kernels_key(sizes), lambda folder: (folder / KERNELS).write_bytes(content), lambda folder: None
+            )
+        except OSError as error:
+            note(f"kernels compiled for this GPU are not kept: {error}")
+
+    def _bind(self, profile: int) -> torch.Tensor:
+        """Give the context its profile, shapes and addresses; return the tensor that the velocity goes to."""
+        self.context.set_optimization_profile_async(profile, self.session.stream.cuda_stream)
+        for name, tensor in self.inputs.items():
+            if not self.context.set_input_shape(name, tuple(tensor.shape)):
+                raise RuntimeError(f"TensorRT does not take {name} {list(tensor.shape)}: {self.session.log.last}")
+            self.context.set_tensor_address(name, tensor.data_ptr())
+        shape = tuple(self.context.get_tensor_shape(OUTPUT))
+        out = torch.empty(shape, dtype=self.inputs["tokens"].dtype, device=self.session.device)
+        self.context.set_tensor_address(OUTPUT, out.data_ptr())
+        return out
+
+    def _capture(self) -> torch.cuda.CUDAGraph | None:
+        """Capture one execution; tensorrt_rtx says whether it can be."""
+        ask = getattr(self.context, "is_stream_capturable", None)
+        if ask is not None and not ask(self.session.stream.cuda_stream):
+            note("this TensorRT engine cannot be captured as a CUDA graph; it runs without")
+            return None
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, stream=self.session.stream):
+            self.execute()
+        return graph
+
+    def execute(self) -> None:
+        """Run on the session's stream."""
+        if not self.context.execute_async_v3(self.session.stream.cuda_stream):
+            raise RuntimeError(f"TensorRT failed: {self.session.log.last}")
+
+    def fill(self, inputs: dict[str, torch.Tensor]) -> None:
+        """Copy inputs into the buffers; what is left of the text keys weighs nothing."""
+        self.inputs["bias"].fill_(MASKED)
+        for name, tensor in inputs.items():
+            place = self.inputs[name]
+            for axis, size in enumerate(tensor.shape):
+                place = place.narrow(axis, 0, size)
+            place.copy_(tensor)
 
     def __call__(self, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
-        """Run on new tokens, time and bias; the result is overwritten by the next call."""
-        for name in MOVING:
-            self.inputs[name].copy_(inputs[name])
+        """Return the velocity's tokens [1, L, C]; the next call overwrites them."""
+        self.fill(inputs)
         if self.graph is not None:
             self.graph.replay()
             return self.out
         current = torch.cuda.current_stream(self.session.device)
         self.session.stream.wait_stream(current)
-        self.out = self.session.bind(self.inputs, self.profile)
-        self.session.execute()
+        self.execute()
         current.wait_stream(self.session.stream)
         return self.out
+
+
+def with_room(name: str, tensor: torch.Tensor, keys: int) -> torch.Tensor:
+    """Return zeros shaped as an input, with so many text keys."""
+    free = varying(name)
+    return tensor.new_zeros([keys if free.get(axis) == "S" else size for axis, size in enumerate(tensor.shape)])
