@@ -16,7 +16,7 @@ from runtime.engines import engine
 from runtime.engines.cuda_graph import captured
 from runtime.guidance import guided
 from runtime.model import Model
-from runtime.models.spec import Context, Denoiser
+from runtime.models.spec import Context, Denoiser, Stretch
 from runtime.request import Request
 from runtime.samplers import SamplerState, make_sampler, start
 from runtime.trace import span
@@ -51,16 +51,24 @@ def prepare_context(
     shape: tuple[int, int, int, int],
     pictures: torch.Tensor | None = None,
     channels: torch.Tensor | None = None,
+    positions: str | None = None,
 ) -> Context:
     """Return what all steps share: per expert the projected text of each prompt [S, text_dim], and positions.
 
     `shape` is [C, T, H, W] of the latents; `pictures` are image embeddings [P, S, D], `channels` [1, C', T, H, W] those
-    of known frames, where the weights take them.
+    of known frames, where the weights take them. `positions` is how they are spread beyond the model's own size.
     """
+    own, stretch = model.spec.defaults, None
+    if positions is not None:
+        trained = model.spec.latent_shape(own.num_frames, own.height, own.width)[1:]
+        t, h, w = (n // p for n, p in zip(trained, model.spec.patch, strict=True))
+        stretch = Stretch(positions, (t, h, w))
     control = channels if model.spec.conditioning == "control" else None
     return Context(
         tuple(
-            network.project(texts, model.spec.text_length, shape[1:], pictures=pictures, control=control)
+            network.project(
+                texts, model.spec.text_length, shape[1:], pictures=pictures, control=control, stretch=stretch
+            )
             for network in model.transformers
         )
     )

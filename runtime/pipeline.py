@@ -132,7 +132,7 @@ def sample(job: Job, index: int, given: Mapping[int, np.ndarray], noise: torch.T
             with span("encode", memory=True):
                 told = tell(job, window, given)
         with span("denoise", memory=True):
-            context = prepare_context(model, texts, shape, told.pictures, told.channels)
+            context = prepare_context(model, texts, shape, told.pictures, told.channels, request.positions)
             kept = None if job.checkpoints is None else job.checkpoints.find(index)
             latents = denoise(
                 model, kept or noise, context, sigmas, request, job.told(index, len(sigmas) - 1),
@@ -255,6 +255,7 @@ def start_receipt(model: Model, request: Request) -> Receipt:
     assert request.seed is not None
     return Receipt(
         request=request.record(),
+        approximations=[] if request.positions is None else [f"positions spread by {request.positions}"],
         seed=request.seed,
         model=model.spec.name,
         model_hash=model.fingerprint,

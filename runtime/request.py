@@ -18,6 +18,7 @@ from runtime.storyboard import Card, card_of, check_cards
 
 DIRECTIONS = {"forward": "extend", "backward": "prepend", "between": "connect"}
 SMALL_AREA = 416 * 240  # pixels of a draft that shows something; smaller models are drafted at their own size
+POSITIONS = ("ntk", "riflex")
 WHOLE = 3  # up to so many times the model's own length a video is made at once, beyond that window by window
 
 
@@ -34,6 +35,7 @@ class Request:
     sigma on. `references` are pictures to look like. A `storyboard` has cards instead of a prompt. `fit` ("crop",
     "pad", "stretch") brings clips to the size asked for. A video much longer than the model's own length is made in
     windows of `window` frames that share `overlap`. `expand` says who writes the prompt out.
+    `positions` ("ntk", "riflex") spreads them where a video is larger or longer than the model's own.
     """
 
     prompt: str
@@ -60,6 +62,7 @@ class Request:
     overlap: int | None = None
     resample: int | None = None
     expand: Expansion | None = None
+    positions: str | None = None
 
     def __post_init__(self) -> None:
         for name in ("prompt", "negative_prompt"):
@@ -85,7 +88,12 @@ class Request:
             isinstance(self.seed, bool) or not isinstance(self.seed, int) or not 0 <= self.seed < 2**64
         ):
             raise ValueError(f"seed is {self.seed!r}; legal: a whole number from 0 to 2^64 - 1")
-        for name, legal in (("sampler", sorted(LEGAL_OPTIONS)), ("direction", sorted(DIRECTIONS)), ("fit", FITS)):
+        for name, legal in (
+            ("sampler", sorted(LEGAL_OPTIONS)),
+            ("direction", sorted(DIRECTIONS)),
+            ("fit", FITS),
+            ("positions", POSITIONS),
+        ):
             if (given := getattr(self, name)) is not None and given not in legal:
                 raise ValueError(f"{name} is {given!r}; legal: {', '.join(legal)}")
         if isinstance(self.expand, Mapping):

@@ -171,6 +171,7 @@ def add_sampling(parser: Parser) -> None:
     parser.add_argument("--fit", default="crop", help="how clips get to the size: crop (default), pad, stretch")
     parser.add_argument("--window", type=int, metavar="N", help="frames made at once in a long video")
     parser.add_argument("--overlap", type=int, metavar="N", help="frames shown again to what is made next")
+    parser.add_argument("--positions", metavar="KIND", help="spread them beyond the model's own size: ntk, riflex")
     parser.add_argument(
         "--expand", nargs="?", const="required", choices=("required", "optional"),
         help="let a language model write the prompt out; 'optional' goes on without where nobody answers",
@@ -211,7 +212,8 @@ def request_of(options: Options, **task: Any) -> Request:
         prompt=options.prompt, negative_prompt=options.negative, width=width, height=height,
         num_frames=options.frames, seconds=options.seconds, fps=options.fps, steps=options.steps,
         guidance=options.guidance, guidance_2=options.guidance_2, shift=options.shift, sampler=options.sampler,
-        seed=options.seed, fit=options.fit, window=options.window, overlap=options.overlap, **task,
+        seed=options.seed, fit=options.fit, window=options.window, overlap=options.overlap,
+        positions=options.positions, **task,
     )  # fmt: skip
 
 

@@ -18,6 +18,8 @@ from runtime import Clip, Request
 from runtime.clips import fit_frame
 from runtime.denoising import Known, held, renoised
 from runtime.known import filled, latent_holds
+from runtime.models.layers import _axis_table, rotary_table
+from runtime.models.spec import Stretch
 from runtime.pipeline import final_request
 from runtime.samplers import SamplerState
 from runtime.schedules import make_schedule
@@ -362,3 +364,29 @@ def test_a_minute(demo: runtime.Model) -> None:
     peaks = video.receipt.stages["denoise"].peak_bytes, video.receipt.stages["decode"].peak_bytes
     short = runtime.generate(demo, replace(request, seconds=3)).receipt.stages["denoise"].peak_bytes
     assert max(peaks) <= short + (64 << 20)
+
+
+def test_positions_are_spread_only_beyond_the_models_own_size() -> None:
+    own = rotary_table(64, (5, 4, 4), 1024)
+    for kind in ("ntk", "riflex"):
+        stretch = Stretch(kind, (5, 4, 4))
+        assert torch.equal(rotary_table(64, (5, 4, 4), 1024, stretch=stretch), own)
+        wide, plain = (rotary_table(64, (10, 4, 8), 1024, stretch=s).view(10, 4, 8, 32, 2) for s in (stretch, None))
+        angle, was = (torch.atan2(t[..., 1], t[..., 0]) for t in (wide, plain))
+        time, width = slice(0, 12), slice(22, 32)
+        changed = (angle[1, 0, 0, time] - was[1, 0, 0, time]).abs() > 1e-6
+        assert changed.sum() == (1 if kind == "riflex" else 11)  # the highest frequency of all stays with ntk
+        assert bool((angle[0, 0, 1, width] != was[0, 0, 1, width]).any()) == (kind == "ntk")
+    # the longest wave of ntk turns at the last position as far as it did at the last one trained
+    far = _axis_table(22, 10, 1e4, "ntk", 5)[9, -1], _axis_table(22, 5, 1e4)[4, -1]
+    ratio = torch.atan2(far[0][1], far[0][0]) / torch.atan2(far[1][1], far[1][0])
+    assert float(ratio) == pytest.approx(9 / 4 / 2, rel=1e-3)
+
+
+def test_spread_positions_stand_in_the_receipt(demo: runtime.Model) -> None:
+    asked = {"prompt": PROMPT, "steps": 1, "seed": 1, "width": 96, "height": 96}
+    plain, ntk = (runtime.generate(demo, Request(**asked, positions=kind)) for kind in (None, "ntk"))
+    assert ntk.receipt.approximations == ["positions spread by ntk"]
+    assert not torch.equal(plain.latents, ntk.latents)
+    with pytest.raises(ValueError, match="legal: ntk, riflex"):
+        Request(prompt="a", positions="yarn")

@@ -88,6 +88,14 @@ def nearest_counts(count: int, step: int) -> tuple[int, int]:
 
 
 @dataclass(frozen=True)
+class Stretch:
+    """How positions are spread beyond what weights were trained on."""
+
+    kind: str  # "ntk" or "riflex"
+    trained: tuple[int, int, int]  # tokens in (time, height, width)
+
+
+@dataclass(frozen=True)
 class ImageSize:
     """How pictures are shown to an image encoder: scaled to the shorter edge, cut in the middle, normalised."""
 
@@ -212,6 +220,7 @@ class Transformer(Protocol):
         *,
         pictures: torch.Tensor | None = None,
         control: torch.Tensor | None = None,
+        stretch: Stretch | None = None,
     ) -> Projected:
         """Project the text embeddings of R prompts, each [S, text_dim], and positions of (T, H, W), for all steps.
 

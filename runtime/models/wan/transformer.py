@@ -18,7 +18,7 @@ from torch import nn
 
 from runtime import kernels
 from runtime.models.layers import rotary_table, timestep_embedding
-from runtime.models.spec import Projected, RunBlock, config_from, run_block
+from runtime.models.spec import Projected, RunBlock, Stretch, config_from, run_block
 
 Attention = Callable[..., torch.Tensor]
 
@@ -112,6 +112,7 @@ class WanTransformer(nn.Module):
         *,
         pictures: torch.Tensor | None = None,
         control: torch.Tensor | None = None,
+        stretch: Stretch | None = None,
     ) -> Projected:
         """Project the text embeddings of R prompts, each [S_r, text_dim] without padding, once for all steps.
 
@@ -132,7 +133,7 @@ class WanTransformer(nn.Module):
         branch = self.control
         pairs = [block.cross_attention.project(text) for block in (*self.blocks, *(branch.blocks if branch else ()))]
         grid = [n // p for n, p in zip(latent_shape, self.config.patch_size, strict=True)]
-        rope = rotary_table(self.config.attention_head_dim, grid, self.config.rope_max_seq_len)
+        rope = rotary_table(self.config.attention_head_dim, grid, self.config.rope_max_seq_len, stretch=stretch)
         return Projected(
             keys=tuple(k for k, _ in pairs),
             values=tuple(v for _, v in pairs),
