@@ -79,6 +79,17 @@ def test_inductor_with_frames_at_different_levels(tiny: Path) -> None:
     assert verdict.correct, verdict
 
 
+def test_what_compiled_code_is_bound_to(tiny: Path) -> None:
+    block = runtime.load(tiny).transformers[0].blocks[0]
+    shapes = [(1, 96, 24), (1, 1, 6, 24), (2, 7, 2, 12), (2, 7, 2, 12), None, (96, 6, 2), (1, 5, 2, 12), (1, 5, 2, 12)]
+    given = [None if shape is None else torch.zeros(shape) for shape in shapes]
+    text = ("float32 1 L 24", "float32 1 1 6 24", "float32 2 S 2 12", "float32 2 S 2 12", "none", "float32 L 6 2")
+    assert inductor.pattern(block, tuple(given[:6])) == text
+    assert inductor.pattern(block, tuple(given)) == (*text, "float32 1 5 2 12", "float32 1 5 2 12")  # with pictures
+    given[1] = torch.zeros(1, 3, 6, 24)  # three levels: the tokens are a multiple of three
+    assert inductor.pattern(block, tuple(given[:6]))[:2] == ("float32 1 96 24", "float32 1 3 6 24")
+
+
 def test_generate_with_inductor(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     plain = runtime.generate(runtime.load(tiny), SMALL)
     video = runtime.generate(runtime.load(tiny, engine="inductor"), SMALL)

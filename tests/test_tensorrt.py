@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -109,6 +110,12 @@ def test_what_has_no_library(tiny: runtime.Model, monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(builder, "importable", lambda name: None)
     with pytest.raises(ValueError, match=r"pip install 'dit-runtime\[tensorrt-rtx\]'.*'dit-runtime\[tensorrt\]'"):
         builder.library("sm89")
+
+
+def test_weights_with_inputs_of_their_own_are_refused(tiny: runtime.Model) -> None:
+    spec = replace(tiny.spec, conditioning="channels")
+    with pytest.raises(ValueError, match="no TensorRT engine is built yet; take --engine eager or inductor"):
+        builder.build_engine(tiny.transformers[0], spec, profiles(tiny), "sm89", "abc", Options())
 
 
 def test_float16_beyond_its_range_is_refused(tmp_path: Path) -> None:

@@ -75,6 +75,11 @@ def build_engine(
     Raises ValueError for a GPU that no library here builds for, and where float16 attention would overflow.
     """
     trt = library(gpu)
+    if spec.conditioning in ("channels", "control"):
+        raise ValueError(
+            f"{spec.name} takes pictures or clips as inputs of its own, for which no TensorRT engine is built yet; "
+            "take --engine eager or inductor"
+        )
     if options.refit and not torch.cuda.is_available():
         raise ValueError(
             f"an engine that takes other weights is built by {trt.__name__} on its GPU only; leave --refit"

@@ -102,7 +102,7 @@ def free_axes(block: nn.Module, arguments: tuple[torch.Tensor | None, ...]) -> l
 
     With one modulation vector per several tokens (M > 1) L is a multiple of M, and is fixed.
     """
-    shapes = [axes.split() for axes in block.shapes]  # type: ignore[union-attr]
+    shapes = [axes.split() for axes in block.shapes[: len(arguments)]]  # type: ignore[index]
     groups = max(
         tensor.shape[axes.index("M")]
         for tensor, axes in zip(arguments, shapes, strict=True)

@@ -202,7 +202,7 @@ def run_block(block: nn.Module, *arguments: Any) -> torch.Tensor:
 class Transformer(Protocol):
     """What the stations ask of a family's transformer.
 
-    The class of its blocks declares `shapes`, one per argument: "B L D" in the letters of the dimension key.
+    The class of its blocks declares `shapes`, one per argument that there may be: "B L D" by the dimension key.
     """
 
     config: Any  # a frozen dataclass

@@ -211,7 +211,8 @@ class WanTransformer(nn.Module):
 class Block(nn.Module):
     """Self-attention, cross-attention, feed-forward; each adds to the residual stream [B, L, D]."""
 
-    shapes = ("B L D", "B M 6 D", "R S N K", "R S N K", "R 1 1 S", "L K/2 2")  # of forward's arguments
+    # Of forward's arguments; P are tokens of pictures.
+    shapes = ("B L D", "B M 6 D", "R S N K", "R S N K", "R 1 1 S", "L K/2 2", "1 P N K", "1 P N K")
 
     def __init__(self, config: TransformerConfig, attention: Attention) -> None:
         super().__init__()
