@@ -134,9 +134,10 @@ def test_executed_autoencoder_flops_are_those_of_our_own_network(config: dict, f
     def without_attention(operations: tuple) -> float:
         return sum(each.flops * each.count for each in operations if each.kind != "attention")
 
-    decode = counted(lambda: list(ours.decode_stream(torch.zeros(1, 4, *latents))))
+    with torch.backends.mkldnn.flags(enabled=False):  # the counter does not know oneDNN's sums in place
+        decode = counted(lambda: list(ours.decode_stream(torch.zeros(1, 4, *latents))))
+        encode = counted(lambda: ours.encode(torch.zeros(1, 3, 4 * frames - 3, 4 * down, 6 * down)))
     assert without_attention(costs.decode(latents, None, 4).operations) == pytest.approx(decode, rel=0.01)
-    encode = counted(lambda: ours.encode(torch.zeros(1, 3, 4 * frames - 3, 4 * down, 6 * down)))
     assert without_attention(costs.encode(latents, None, 4).operations) == pytest.approx(encode, rel=0.01)
 
 

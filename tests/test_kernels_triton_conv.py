@@ -15,6 +15,7 @@ from runtime.kernels.cases import Maker, cases
 from runtime.kernels.causal_conv3d import TILES, Tile, causal_conv3d_ref, choose_tile
 from runtime.kernels.tolerance import judge
 from runtime.models.wan import vae as wan_vae
+from runtime.models.wan import vae_blocks
 
 pytest.importorskip("triton")
 pytestmark = pytest.mark.skipif(not os.environ.get("TRITON_INTERPRET"), reason="Triton compiles here: see -m gpu")
@@ -173,7 +174,7 @@ def test_streamed_decode(monkeypatch: pytest.MonkeyPatch) -> None:
         calls.append(given[3] is None)
         return by_triton(*given, **more)
 
-    monkeypatch.setattr(wan_vae, "causal_conv3d", through_triton)
+    monkeypatch.setattr(vae_blocks, "causal_conv3d", through_triton)
     chunks = list(vae.decode_stream(latents))
     assert [chunk.shape[2] for chunk in chunks] == [1, 2, 2]
     assert any(calls) and not all(calls)

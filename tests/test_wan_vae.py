@@ -14,7 +14,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import runtime
-from runtime.models.wan.vae import Ring, VAEConfig, WanVAE, diffusers_keys
+from runtime.models.wan.vae import VAEConfig, WanVAE, diffusers_keys
+from runtime.models.wan.vae_blocks import Ring
 
 TOLERANCE = 1e-4  # of the largest number; what a different order of float32 sums may change
 

@@ -16,7 +16,8 @@ import torch
 from runtime.models.costs import Operation, Shape, Weights, Work, attention, linear, sweep
 from runtime.models.tiles import tiles
 from runtime.models.wan.transformer import TransformerConfig
-from runtime.models.wan.vae import UpsamplingConv2d, VAEConfig, WanVAE
+from runtime.models.wan.vae import VAEConfig, WanVAE
+from runtime.models.wan.vae_blocks import UpsamplingConv2d
 from runtime.models.wan.vae_costs import decoder, encoder
 
 IMAGE_WIDTH = 1280  # of the picture's embedding in Wan 2.1's image-to-video models
