@@ -15,6 +15,7 @@ import av
 import numpy as np
 from av.video.reformatter import VideoReformatter
 
+from runtime.sound import cut
 from runtime.video import Video, numbered_files, read_pictures, read_video
 
 FITS = ("crop", "pad", "stretch")
@@ -112,7 +113,7 @@ def conformed(clip: Clip, width: int, height: int, fps: float, fit: str) -> Vide
             if taken == count:
                 return
 
-    return Video(frames, fps=fps, num_frames=count, height=height, width=width)
+    return Video(frames, fps=fps, num_frames=count, height=height, width=width, sounds=video.sounds)
 
 
 def fit_frame(frame: np.ndarray, width: int, height: int, fit: str) -> np.ndarray:
@@ -177,6 +178,7 @@ def runs(path: str | os.PathLike[str], missing: set[int]) -> tuple[tuple[Clip, .
             frames = Video(
                 partial(part_of, whole, places[0], len(places)),
                 fps=whole.fps, num_frames=len(places), height=whole.height, width=whole.width,
+                sounds=cut(whole.sounds, places[0] / whole.fps, len(places) / whole.fps, 0.0),
             )  # fmt: skip
         clips.append(Clip(frames, at=places[0]))
     return tuple(clips), total

@@ -24,8 +24,9 @@ from runtime.receipt import Receipt
 from runtime.request import Request
 from runtime.samplers import SamplerState
 from runtime.schedules import make_schedule
+from runtime.sound import Sound, cut
 from runtime.splicing import Splicer
-from runtime.tasks import Part, Plan, Window, plan_task
+from runtime.tasks import Given, Part, Plan, Window, plan_task
 from runtime.text import encode_prompt
 from runtime.trace import recording, span
 from runtime.video import Video
@@ -67,6 +68,7 @@ def generate(
         width=request.width,
         latents=video.latents if len(plan.windows) == 1 else None,
         receipt=job.receipt,
+        sounds=kept_sounds(job),
     )
 
 
@@ -239,6 +241,23 @@ def decode_window(job: Job, index: int, latents: torch.Tensor) -> Video:
         latents=latents[0],
         receipt=job.receipt,
     )
+
+
+def kept_sounds(job: Job) -> list[Sound]:
+    """Return the sounds of the frames that are kept, or made anew in their places, where they stand in the result."""
+    fps, place, found = job.request.fps, 0, list[Sound]()
+    assert fps
+    for part in job.plan.parts:
+        given = [Given(part.index, part.start, part.stop - part.start, part.start)]
+        if part.source == "window":
+            given = list(job.plan.windows[part.index].given)
+        for g in given:
+            first, last = max(g.at, part.start), min(g.at + g.count, part.stop)
+            begin, at = g.start + first - g.at, place + first - part.start
+            if last > first:
+                found += cut(job.footage[g.clip].sounds, begin / fps, (last - first) / fps, at / fps)
+        place += part.stop - part.start
+    return found
 
 
 def before_first(job: Job) -> list[np.ndarray]:

@@ -13,7 +13,7 @@ import secrets
 import shutil
 import tempfile
 import warnings
-from collections.abc import Callable, Generator, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from contextlib import closing, contextmanager, suppress
 from fractions import Fraction
 from functools import partial
@@ -25,6 +25,8 @@ import av
 import numpy as np
 from av.container import InputContainer, OutputContainer
 from av.video.reformatter import ColorRange, Colorspace, VideoReformatter
+
+from runtime.sound import BLOCK, CODECS, RATE, Sound, blocks
 
 if TYPE_CHECKING:
     import torch
@@ -67,7 +69,8 @@ class Video:
 
     `source` is a uint8 array [F, H, W, 3], or a callable that returns a fresh iterator of uint8 frames [H, W, 3] (each
     call decodes anew). The frames of a whole iteration are kept if the clip is at most `KEEP_BYTES`, so that a later
-    `frames` or `save` does not decode again. `latents` and `receipt` are only carried.
+    `frames` or `save` does not decode again. `latents` and `receipt` are only carried;
+    `sounds` are written to mp4 and webm.
 
     Raises ValueError for an illegal fps or size; iterating raises RuntimeError if the source yields other frames than
     promised.
@@ -83,6 +86,7 @@ class Video:
         width: int,
         latents: torch.Tensor | None = None,
         receipt: Any = None,
+        sounds: Sequence[Sound] = (),
     ) -> None:
         if not 0.01 <= fps <= 1000:  # also refuses NaN
             raise ValueError(f"fps is {fps}; it must be between 0.01 and 1000")
@@ -92,7 +96,7 @@ class Video:
         if isinstance(source, np.ndarray) and (source.shape != shape or source.dtype != np.uint8):
             raise ValueError(f"source is {source.dtype} {list(source.shape)}; it must be uint8 {list(shape)}")
         self.fps, (self.num_frames, self.height, self.width, _) = float(fps), shape
-        self.latents, self.receipt = latents, receipt
+        self.latents, self.receipt, self.sounds = latents, receipt, tuple(sounds)
         self._shape = shape
         self._frames = source if isinstance(source, np.ndarray) else None
         self._source = None if isinstance(source, np.ndarray) else source
@@ -313,6 +317,9 @@ def _write_encoded(
         context.time_base, context.thread_count = 1 / rate, THREADS
         context.colorspace = context.color_primaries = context.color_trc = BT709
         context.color_range = ColorRange.MPEG
+        sound = None
+        if video.sounds:
+            sound = cast(av.AudioStream, container.add_stream(CODECS[path.suffix.lower()], rate=RATE, layout="stereo"))
         container.start_encoding()
         for index, array in enumerate(frames):
             frame = reformatter.reformat(
@@ -325,6 +332,30 @@ def _write_encoded(
             frame.pts, frame.time_base, frame.duration = index, 1 / rate, 1
             container.mux(stream.encode(frame))
         container.mux(stream.encode(None))
+        if sound is not None:
+            _write_sound(container, sound, video)
+
+
+def _write_sound(container: OutputContainer, stream: av.AudioStream, video: Video) -> None:
+    fifo = av.AudioFifo()  # encoders take blocks of their own size
+    for index, block in enumerate(blocks(video.sounds, video.num_frames / video.fps)):
+        piece = av.AudioFrame.from_ndarray(np.ascontiguousarray(block), format="fltp", layout="stereo")
+        piece.sample_rate, piece.pts, piece.time_base = RATE, index * BLOCK, Fraction(1, RATE)
+        fifo.write(piece)
+        for frame in fifo.read_many(stream.codec_context.frame_size or BLOCK):
+            container.mux(stream.encode(_as_taken(frame, stream)))
+    if (rest := fifo.read()) is not None:
+        container.mux(stream.encode(_as_taken(rest, stream)))
+    container.mux(stream.encode(None))
+
+
+def _as_taken(frame: av.AudioFrame, stream: av.AudioStream) -> av.AudioFrame:
+    """Return the same samples in the encoder's own format."""
+    wanted = stream.codec_context.format.name
+    if frame.format.name == wanted:
+        return frame
+    (found,) = av.AudioResampler(format=wanted, layout="stereo", rate=RATE).resample(frame)
+    return found
 
 
 def _write_gif(path: Path, frames: Iterable[np.ndarray], video: Video) -> None:
@@ -443,6 +474,7 @@ def read_video(path: str | os.PathLike[str], *, fps: float = 24.0, max_pixels: i
             fps = float(len(durations) / (sum(durations) * stream.time_base))  # average_rate is a rough guess there
         elif not container.format.name.endswith("_pipe") and stream.average_rate:
             fps = float(stream.average_rate)
+        heard = bool(container.streams.audio)
     num_frames = len(durations)
     if num_frames == 0:
         raise ValueError(f"{path} holds no frame")
@@ -453,7 +485,8 @@ def read_video(path: str | os.PathLike[str], *, fps: float = 24.0, max_pixels: i
     if (shown := _steady(times, fps)) is not None:
         frames = partial(_picked, frames, shown)
         num_frames = len(shown)
-    return Video(frames, fps=fps, num_frames=num_frames, height=height, width=width)
+    sounds = [Sound(path.absolute(), 0.0, num_frames / fps)] if heard else []
+    return Video(frames, fps=fps, num_frames=num_frames, height=height, width=width, sounds=sounds)
 
 
 def _look(path: Path) -> tuple[list[float], int]:
