@@ -12,7 +12,7 @@ import torch
 from runtime.model import DEMO
 
 # Per kind: pixels each way, frames, layers of the transformer, width of the autoencoder
-KINDS = {"random": (128, 9, 12, 32), "vae": (256, 5, 1, 96)}
+KINDS = {"random": (128, 9, 12, 32), "tiny": (128, 9, 3, 24), "vae": (256, 5, 1, 96)}
 
 
 def write(folder: Path, kind: str = "random") -> None:

@@ -64,14 +64,12 @@ def prepare_context(
         t, h, w = (n // p for n, p in zip(trained, model.spec.patch, strict=True))
         stretch = Stretch(positions, (t, h, w))
     control = channels if model.spec.conditioning == "control" else None
-    return Context(
-        tuple(
-            network.project(
-                texts, model.spec.text_length, shape[1:], pictures=pictures, control=control, stretch=stretch
-            )
-            for network in model.transformers
-        )
-    )
+    # The last expert first: where experts take turns on the device, the first one is then there for the first step.
+    projected = [
+        network.project(texts, model.spec.text_length, shape[1:], pictures=pictures, control=control, stretch=stretch)
+        for network in reversed(model.transformers)
+    ]
+    return Context(tuple(reversed(projected)))
 
 
 def switch_at(sigma: float, high: Denoiser, low: Denoiser) -> Denoiser:

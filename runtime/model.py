@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -13,7 +14,9 @@ import torch
 from runtime import weights
 from runtime.engines import engine as find_engine
 from runtime.models import open_checkpoint, repository
+from runtime.models.costs import Costs
 from runtime.models.spec import Autoencoder, Checkpoint, ModelSpec, Transformer
+from runtime.offload import Offload, Shelf, give_back_memory, load_streamed
 from runtime.trace import Stages, recording, span
 
 DEMO = Path(__file__).parent / "demo"
@@ -31,12 +34,20 @@ class Model:
     dtype: torch.dtype
     engine: str
     load_stages: Stages = field(default_factory=dict)
+    offload: Offload = field(default_factory=Offload)
+    memory: int | None = None  # bytes that may be used; None: what the device has
+    tile: tuple[int, int] | None = None  # (height, width) in pixels decoded at once; None: the whole frame
     _other_vae: tuple[torch.device, torch.dtype, Autoencoder] | None = field(default=None, repr=False)
 
     @property
     def spec(self) -> ModelSpec:
         """The model's facts and defaults."""
         return self.checkpoint.spec
+
+    @cached_property
+    def costs(self) -> Costs:
+        """The formulas of what its networks compute and hold."""
+        return self.checkpoint.costs()
 
     def autoencoder(self, device: torch.device, dtype: torch.dtype) -> Autoencoder:
         """Return the autoencoder on a device in a dtype; beside the loaded one, the last other copy is kept."""
@@ -54,7 +65,14 @@ class Model:
     def text_encoder(self) -> Any:
         """The text encoder, loaded at first use, on the model's device in its dtype."""
         with span("load/text_encoder"):
+            if self.offload.text == "streamed":
+                return load_streamed(self.checkpoint.text_encoder, self.dtype, Shelf(self.device, 0), 0)
             return weights.load(self.checkpoint.text_encoder, self.device, self.dtype)
+
+    def release_text_encoder(self) -> None:
+        """Give the text encoder's memory back, unless it is to stay; it is loaded again when it is needed."""
+        if self.offload.text != "resident" and self.__dict__.pop("text_encoder", None) is not None:
+            give_back_memory()
 
     @cached_property
     def image_encoder(self) -> Any:
@@ -153,15 +171,21 @@ def load(
     device: str | torch.device = "auto",
     dtype: str | torch.dtype = "auto",
     engine: str = "eager",
+    offload: Offload | None = None,
 ) -> Model:
     """Load a model: "demo", a folder in a published layout, or a repository id in the local Hugging Face cache.
 
-    `dtype` is the transformer's and the text encoder's; the VAE computes in float32, as published. Raises ValueError
-    or FileNotFoundError with what is wrong and what to do.
+    `dtype` is the transformer's and the text encoder's; the VAE computes in float32, as published. `offload` says which
+    weights stay on the device (None: all). Raises ValueError or FileNotFoundError with what is wrong and what to do.
     """
     place = choose_device(device)
     kind = choose_dtype(dtype, place)
     find_engine(engine)
+    if offload is not None and offload.blocks is not None and engine != "eager":
+        raise ValueError(
+            f"engine is {engine!r} and {offload.blocks} transformer blocks are to stay on the device; blocks that come "
+            "and go are run by the engine 'eager': take it, or keep all blocks"
+        )
     checkpoint = open_checkpoint(locate(name_or_path))
     if checkpoint.missing:
         more = f" and {len(checkpoint.missing) - 5} more" if len(checkpoint.missing) > 5 else ""
@@ -170,6 +194,18 @@ def load(
         )
     stages: Stages = {}
     with recording(stages), span("load", memory=True):
-        transformers = tuple(cast(Transformer, weights.load(part, place, kind)) for part in checkpoint.transformers)
+        transformers = tuple(load_transformers(checkpoint, place, kind, offload or Offload()))
         vae = cast(Autoencoder, weights.load(checkpoint.vae, place, torch.float32))
-    return Model(checkpoint, transformers, vae, place, kind, engine, stages)
+    return Model(checkpoint, transformers, vae, place, kind, engine, stages, offload or Offload())
+
+
+def load_transformers(
+    checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype, offload: Offload
+) -> Iterator[Transformer]:
+    """Yield the experts, their blocks in memory or coming through slots that they share."""
+    shelf = None if offload.blocks is None else Shelf(device, offload.blocks)
+    for number, part in enumerate(checkpoint.transformers):
+        if shelf is None:
+            yield cast(Transformer, weights.load(part, device, dtype))
+        else:
+            yield cast(Transformer, load_streamed(part, dtype, shelf, number))

@@ -20,6 +20,7 @@ from runtime.known import encode_channels, encode_known, firmness, given_frames,
 from runtime.latents import check_latents, draw_noise
 from runtime.model import Model
 from runtime.pictures import encode_pictures
+from runtime.planner import foresee
 from runtime.receipt import Receipt
 from runtime.request import Request
 from runtime.samplers import SamplerState
@@ -54,7 +55,10 @@ def generate(
     assert request.width and request.height and request.fps
     footage = [conformed(clip, request.width, request.height, request.fps, request.fit) for clip in request.clips]
     plan = plan_task(request, model.spec, [clip.num_frames for clip in footage])
-    job = Job(model, request, plan, footage, start_receipt(model, request), on_step, checkpoints)
+    receipt = start_receipt(model, request)
+    if plan.plain and (foreseen := foresee(model, request)) is not None:
+        receipt.predicted = foreseen.to_dict()
+    job = Job(model, request, plan, footage, receipt, on_step, checkpoints)
     given = given_frames(plan.windows[0], footage, before_first(job))
     latents = sample(job, 0, given, noise)
     video = decode_window(job, 0, latents)
@@ -128,6 +132,7 @@ def sample(job: Job, index: int, given: Mapping[int, np.ndarray], noise: torch.T
         with span("text", memory=True):
             prompt = request.prompt if window.prompt is None else window.prompt
             texts, notes = encode_prompt(model, replace(request, storyboard=(), prompt=expanded(job, prompt)))
+            model.release_text_encoder()
         job.receipt.notes += [note for note in notes if note not in job.receipt.notes]
         told = Told()
         if given or model.checkpoint.channels is not None:
@@ -227,10 +232,10 @@ def decode_window(job: Job, index: int, latents: torch.Tensor) -> Video:
     """
     fps = job.request.fps
     if not job.plan.windows[index].periodic:
-        return decode(job.model, latents, fps=fps, receipt=job.receipt)
+        return decode(job.model, latents, tile=job.model.tile, fps=fps, receipt=job.receipt)
     step, length = job.model.spec.stride[0], latents.shape[2]
     places = [place % length for place in range(-LEAD, length + 1)]
-    video = decode(job.model, latents[:, :, places], fps=fps, receipt=job.receipt)
+    video = decode(job.model, latents[:, :, places], tile=job.model.tile, fps=fps, receipt=job.receipt)
     first, count = 1 + step * (LEAD - 1) + step // 2, step * length
     return Video(
         lambda: islice(iter(video), first, first + count),
@@ -281,5 +286,6 @@ def start_receipt(model: Model, request: Request) -> Receipt:
         engine=model.engine,
         device=str(model.device),
         dtype=str(model.dtype).removeprefix("torch."),
+        offload=model.offload,
         stages=dict(model.load_stages),
     )

@@ -18,7 +18,7 @@ from runtime.calibration import local
 from runtime.denoising import BATCHED_TOKENS
 from runtime.kernels.attention import Call, choose
 from runtime.machine import GPUS, Machine
-from runtime.model import choose_device, choose_dtype, locate
+from runtime.model import Model, choose_device, choose_dtype, locate
 from runtime.models import open_checkpoint, published, published_names
 from runtime.models.costs import Costs, Shape, Work
 from runtime.models.spec import ModelSpec
@@ -27,6 +27,7 @@ from runtime.prediction import GIB, STAGES, Prediction
 from runtime.request import Request
 
 PARTS = (1, 2, 4, 8)  # how finely a frame is cut for the autoencoder
+WORD_TOKENS = 1.4  # text tokens per word, where a prompt has not been cut into tokens yet
 Tile = tuple[int, int] | None  # (height, width) in pixels; None: the whole frame
 
 VAE_ITEMSIZE = 4  # the autoencoder computes in float32, as published
@@ -79,6 +80,27 @@ def plan_request(
         tile=tile,
     )
     return predict(spec, costs, request, machine, setting)
+
+
+def foresee(model: Model, request: Request, *, measure: bool = False) -> Prediction | None:
+    """Predict a resolved request on a loaded model; None where its device has not been calibrated.
+
+    `measure` calibrates it then. Raises ValueError where the request does not fit into the model's memory budget.
+    """
+    machine = local(model.device, model.dtype, measure=measure)
+    if machine is None:
+        return None
+    texts = (request.negative_prompt, request.prompt)
+    setting = Setting(
+        dtype=str(model.dtype).removeprefix("torch."),
+        itemsize=model.dtype.itemsize,
+        memory=model.memory or machine.memory,
+        engine=model.engine,
+        attention=attention_core(machine, model.spec, model.costs, request, model.dtype),
+        offload=model.offload,
+        text_tokens=tuple(min(round(WORD_TOKENS * len(text.split())) + 1, model.spec.text_length) for text in texts),
+    )
+    return predict(model.spec, model.costs, request, machine, setting)
 
 
 def find_model(name: str) -> tuple[ModelSpec, Costs]:

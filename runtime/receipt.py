@@ -10,6 +10,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+from runtime.offload import Offload
 from runtime.trace import Stages
 
 PACKAGES = ("dit-runtime", "torch", "transformers", "av")
@@ -26,11 +27,13 @@ class Receipt:
     engine: str
     device: str
     dtype: str
+    offload: Offload = field(default_factory=Offload)  # which weights stay on the device
     approximations: list[str] = field(default_factory=list)  # empty: exact, reordered at most
     notes: list[str] = field(default_factory=list)  # what the user should know, such as text that was cut
     expanded: dict[str, str] = field(default_factory=dict)  # prompt -> what was made of it
     seams: list[Any] = field(default_factory=list)  # where made frames meet given ones: what was corrected there
     stages: Stages = field(default_factory=dict)
+    predicted: dict[str, Any] | None = None  # of the planner, beside `stages`; None: this machine is not calibrated
     versions: dict[str, str] = field(default_factory=lambda: versions())
     created: str = field(default_factory=lambda: datetime.now(UTC).isoformat(timespec="seconds"))
 

@@ -9,8 +9,8 @@ from __future__ import annotations
 import hashlib
 import json
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Container, Iterator, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +34,10 @@ class Slot:
     stop: int | None = None
     shape: tuple[int, ...] | None = None  # published shape where it differs from the place's by ones
 
+    def within(self, parameter: torch.Tensor) -> torch.Tensor:
+        """Return the place inside the parameter."""
+        return parameter if self.start is None else parameter[self.start : self.stop]
+
 
 @dataclass(frozen=True)
 class Component:
@@ -46,37 +50,40 @@ class Component:
     keep_float32: Callable[[str], bool] = lambda name: False  # parameters that stay float32 in any dtype
     ignored: frozenset[str] = frozenset()  # published names with nothing to hold (duplicates of tied weights)
     prepare: Callable[[nn.Module], None] = lambda module: None  # once, after loading: memory layouts
+    blocks: str = ""  # the list of equal blocks, by its place in the module, where it has one
 
 
-def load(component: Component, device: torch.device, dtype: torch.dtype) -> nn.Module:
+def load(component: Component, device: torch.device, dtype: torch.dtype, *, without_blocks: bool = False) -> nn.Module:
     """Build a component's module and fill it from its files, on `device` in `dtype`.
 
-    Raises ValueError naming the first five missing, unexpected or misshapen tensors, or the damaged file.
+    `without_blocks` leaves the parameters of its blocks on the meta device. Raises ValueError naming the first five
+    missing, unexpected or misshapen tensors, or the damaged file.
     """
     with torch.device("meta"):
         module = component.build()
     module.requires_grad_(False).eval()
-    places = _allocate(module, component, device, dtype)
+    left_out = f"{component.blocks}." if without_blocks else None
+    names = [name for name, _ in module.named_parameters(remove_duplicate=False)]
+    chosen = {name for name in names if left_out is None or not name.startswith(left_out)}
+    places = allocate(module, component, device, dtype, chosen)
     keys = component.keys(module)
     wrong: list[str] = []
     seen: set[str] = set()
-    for name, shape, first, piece in pieces(component.files):
+    absent = {name for name, slot in keys.items() if slot.name not in places}
+    for name, shape, first, piece in pieces(component.files, without=absent):
         slot = keys.get(name)
         if slot is None:
             if name not in component.ignored and first == 0:
                 wrong.append(f"unexpected {name}")
             continue
         seen.add(name)
-        place = places[slot.name]
-        place = place if slot.start is None else place[slot.start : slot.stop]
+        place = slot.within(places[slot.name])
         if shape != (slot.shape or tuple(place.shape)):
             if first == 0:
                 wrong.append(f"{name} has shape {list(shape)}, expected {list(slot.shape or place.shape)}")
         elif not wrong:
-            place = place.view(shape)[first : first + len(piece)] if shape else place
-            # On a GPU the cast runs there: the host holds one piece in its published dtype at most.
-            place.copy_(piece.to(device))
-    wrong += [f"missing {name}" for name in keys if name not in seen]
+            put(piece, place, shape, first)
+    wrong += [f"missing {name}" for name in keys if name not in seen | absent]
     if wrong:
         more = f" and {len(wrong) - 5} more" if len(wrong) > 5 else ""
         raise ValueError(
@@ -88,13 +95,54 @@ def load(component: Component, device: torch.device, dtype: torch.dtype) -> nn.M
     return module
 
 
-def _allocate(
-    module: nn.Module, component: Component, device: torch.device, dtype: torch.dtype
+class BlockFiles:
+    """The weights of a component's blocks, read from its files block by block.
+
+    Raises ValueError at once where a tensor is missing or has another shape.
+    """
+
+    def __init__(self, component: Component, module: nn.Module) -> None:
+        parameters = dict(module.named_parameters())
+        found = {name: (file, shape) for file in component.files for name, (shape, _) in shapes(file).items()}
+        self.blocks: dict[int, dict[str, Slot]] = {}
+        self.files: dict[int, set[Path]] = {}
+        for name, slot in component.keys(module).items():
+            if not slot.name.startswith(f"{component.blocks}."):
+                continue
+            wanted = slot.shape or tuple(slot.within(parameters[slot.name]).shape)
+            if name not in found or found[name][1] != wanted:
+                given = f"has shape {list(found[name][1])}" if name in found else "is missing"
+                raise ValueError(
+                    f"{name} of {component.name} in {component.files[0].parent} {given}, expected {list(wanted)}: "
+                    "fetch the weights and their config.json again from one revision"
+                )
+            number, _, rest = slot.name.removeprefix(f"{component.blocks}.").partition(".")
+            self.blocks.setdefault(int(number), {})[name] = replace(slot, name=rest)
+            self.files.setdefault(int(number), set()).add(found[name][0])
+
+    def fetch(self, index: int, places: Mapping[str, torch.Tensor]) -> None:
+        """Fill the parameters of one block, by their names in it."""
+        slots = self.blocks[index]
+        for name, shape, first, piece in pieces(tuple(sorted(self.files[index])), only=slots):
+            put(piece, slots[name].within(places[slots[name].name]), shape, first)
+
+
+def put(piece: torch.Tensor, place: torch.Tensor, shape: tuple[int, ...], first: int) -> None:
+    """Copy rows of a published tensor of `shape`, from row `first` on, to their place."""
+    place = place.view(shape)[first : first + len(piece)] if shape else place
+    # On a GPU the cast runs there: the host holds one piece in its published dtype at most.
+    place.copy_(piece.to(place.device))
+
+
+def allocate(
+    module: nn.Module, component: Component, device: torch.device, dtype: torch.dtype, names: Collection[str]
 ) -> dict[str, torch.Tensor]:
-    """Replace the meta parameters by empty ones on `device`; return them by name (tied ones share memory)."""
+    """Replace the meta parameters called so by empty ones on `device`; return them by name (tied ones share memory)."""
     made: dict[int, nn.Parameter] = {}
     places: dict[str, torch.Tensor] = {}
     for name, meta in list(module.named_parameters(remove_duplicate=False)):
+        if name not in names:
+            continue
         if id(meta) not in made:
             kind = torch.float32 if component.keep_float32(name) else dtype
             empty = torch.empty(meta.shape, dtype=kind, device=device)
@@ -105,11 +153,15 @@ def _allocate(
     return places
 
 
-def pieces(files: tuple[Path, ...]) -> Iterator[tuple[str, tuple[int, ...], int, torch.Tensor]]:
+def pieces(
+    files: tuple[Path, ...], without: Container[str] = (), only: Container[str] | None = None
+) -> Iterator[tuple[str, tuple[int, ...], int, torch.Tensor]]:
     """Yield (name, full shape, first row, rows from there on) over all tensors of all files, a window at a time."""
     for file in files:
         handle, opened = WeightFile(file), 0
         for name, (shape, _) in handle.shapes().items():
+            if name in without or (only is not None and name not in only):
+                continue
             count = shape[0] if shape else 1
             first = 0
             while first == 0 or first < count:

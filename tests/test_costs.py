@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from diffusers import AutoencoderKLWan, WanTransformer3DModel
+from diffusers import AutoencoderKLWan, WanTransformer3DModel, WanVACETransformer3DModel
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import UMT5Config, UMT5EncoderModel
 
@@ -55,20 +55,21 @@ def test_published_transformers_have_the_flops_and_parameters_that_diffusers_cou
     found = published(name)
     assert found is not None
     spec, costs = found
-    given, image_tokens = NETWORKS[name]
-    pictures = {}
-    if image_tokens:
-        width = given["num_attention_heads"] * 128
-        pictures = {"image_dim": 1280, "added_kv_proj_dim": width}
-        pictures |= {"pos_embed_seq_len": 514} if image_tokens == 514 else {}
+    given = dict(NETWORKS[name])
+    layers = given.get("vace_layers", ())
+    if "image_dim" in given:
+        given["added_kv_proj_dim"] = given["num_attention_heads"] * 128
     with torch.device("meta"):
-        theirs = WanTransformer3DModel(**given, **pictures)
-    # flf2v adds a table of positions for its two pictures
-    assert total(costs.transformer) == pytest.approx(numbers(theirs), rel=1e-4)
+        theirs = WanVACETransformer3DModel(**given) if layers else WanTransformer3DModel(**given)
+    assert total(costs.transformer) == numbers(theirs)
     latents = (3, 16, 24)
     x, text, time = meta(1, given.get("in_channels", 16), *latents), meta(1, 512, 4096), meta(1, dtype=torch.int64)
-    image = {"encoder_hidden_states_image": meta(2 if image_tokens == 514 else 1, 257, 1280)} if image_tokens else {}
-    flops = counted(lambda: theirs(x, time, text, **image))
+    more = {}
+    if "image_dim" in given:
+        more["encoder_hidden_states_image"] = meta(2 if "pos_embed_seq_len" in given else 1, 257, 1280)
+    if layers:
+        more = {"control_hidden_states": meta(1, 96, *latents), "control_hidden_states_scale": torch.ones(len(layers))}
+    flops = counted(lambda: theirs(x, time, text, **more))
     mine = costs.forward(Shape(latents=latents, text=spec.text_length), published=True)
     assert mine.flops == pytest.approx(flops, rel=0.01)
 

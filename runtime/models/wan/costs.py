@@ -20,17 +20,21 @@ from runtime.models.wan.vae import VAEConfig, WanVAE
 from runtime.models.wan.vae_blocks import UpsamplingConv2d
 from runtime.models.wan.vae_costs import decoder, encoder
 
-IMAGE_WIDTH = 1280  # of the picture's embedding in Wan 2.1's image-to-video models
+PICTURE_TOKENS = 257  # of one picture's embedding, where pictures are shown to the cross-attention
 
 
 @dataclass(frozen=True)
 class WanCosts:
-    """The formulas of one checkpoint; `image_tokens` are those of the picture that image-to-video models attend to."""
+    """The formulas of one checkpoint."""
 
     config: TransformerConfig
     vae_config: VAEConfig
     text_config: Mapping[str, Any]
-    image_tokens: int = 0
+
+    @property
+    def image_tokens(self) -> int:
+        """Tokens of the pictures that cross-attention reads beside the text."""
+        return 0 if self.config.image_dim is None else self.config.pos_embed_seq_len or PICTURE_TOKENS
 
     @property
     def heads(self) -> tuple[int, int]:
@@ -55,12 +59,16 @@ class WanCosts:
         norms = (4 + 2 * c.cross_attn_norm) * d
         outer = (c.in_channels * cells + 1) * d + (d + 1) * c.out_channels * cells
         outer += (c.text_dim + 1) * d + (d + 1) * d
-        wide = (c.freq_dim + 1) * d + (d + 1) * d + (d + 1) * 6 * d + (c.num_layers * 6 + 2) * d
-        if self.image_tokens:
+        branch = len(c.vace_layers)
+        wide = (c.freq_dim + 1) * d + (d + 1) * d + (d + 1) * 6 * d + ((c.num_layers + branch) * 6 + 2) * d
+        if branch:
+            outer += (c.vace_in_channels * cells + 1) * d + (d + 1) * d + branch * (block + (d + 1) * d)
+            wide += branch * norms
+        if c.image_dim is not None:
             block += 2 * (d + 1) * d
             norms += d
-            outer += (IMAGE_WIDTH + 1) * IMAGE_WIDTH + (IMAGE_WIDTH + 1) * d
-            wide += 2 * IMAGE_WIDTH + 2 * d
+            outer += (c.image_dim + 1) * (c.image_dim + d) + (c.pos_embed_seq_len or 0) * c.image_dim
+            wide += 2 * c.image_dim + 2 * d
         return Weights(outer, wide, block, norms, c.num_layers)
 
     @cached_property
@@ -104,36 +112,48 @@ class WanCosts:
     def project(self, shape: Shape) -> Work:
         """The text's way into keys and values of every block."""
         c, d, size = self.config, self.config.width, shape.itemsize
-        rows = shape.rows * shape.text
+        rows, blocks = shape.rows * shape.text, c.num_layers + len(c.vace_layers)
         operations = [
             linear(rows, c.text_dim, d, size),
             linear(rows, d, d, size),
-            linear(rows, d, 2 * d, size, c.num_layers),
-            sweep("modulate", 2 * rows * d, size, c.num_layers),
+            linear(rows, d, 2 * d, size, blocks),
+            sweep("modulate", 2 * rows * d, size, blocks),
         ]
-        if self.image_tokens:
-            image = shape.rows * self.image_tokens
+        if c.image_dim is not None:
+            image = self.image_tokens
             operations += [
-                linear(image, IMAGE_WIDTH, IMAGE_WIDTH, size),
-                linear(image, IMAGE_WIDTH, d, size),
+                linear(image, c.image_dim, c.image_dim, size),
+                linear(image, c.image_dim, d, size),
                 linear(image, d, 2 * d, size, c.num_layers),
             ]
-        kept = 2 * (rows + shape.rows * self.image_tokens) * d * c.num_layers * size
+        if c.vace_layers:
+            tokens = self._tokens(shape)
+            operations += [
+                linear(tokens, c.vace_in_channels * math.prod(c.patch_size), d, size),
+                linear(tokens, d, d, size),
+            ]
+        kept = 2 * (rows * blocks + self.image_tokens * c.num_layers) * d * size
         return Work(tuple(operations), kept + rows * (c.text_dim + 4 * d) * size)
 
     def forward(self, shape: Shape, *, published: bool = False) -> Work:
         """All rows through one transformer; rows of one batch share x as far as the first text attention."""
         c = self.config
-        tokens = math.prod(n // p for n, p in zip(shape.latents, c.patch_size, strict=True))
-        shared = 0 if published or shape.rows == 1 else 1
+        tokens = self._tokens(shape)
+        shared = 0 if published or shape.rows == 1 or c.vace_layers else 1
+        blocks = c.num_layers + len(c.vace_layers)
         operations = [
             *self._ends(shape, tokens, published),
-            *(each.times(c.num_layers - shared) for each in self._to_query(shape.rows, tokens, shape.itemsize)),
+            *(each.times(blocks - shared) for each in self._to_query(shape.rows, tokens, shape.itemsize)),
             *(each.times(shared) for each in self._to_query(1, tokens, shape.itemsize) if shared),
-            *(each.times(c.num_layers) for each in self._from_query(shape, tokens)),
+            *(each.times(blocks) for each in self._from_query(shape, tokens)),
+            linear(shape.rows * tokens, c.width, c.width, shape.itemsize, len(c.vace_layers)),  # the branch's ends
             *(self.project(shape).operations if published else ()),
         ]
         return Work(tuple(operations), self._live(shape, tokens))
+
+    def _tokens(self, shape: Shape) -> int:
+        """Video tokens of a pass."""
+        return math.prod(n // p for n, p in zip(shape.latents, self.config.patch_size, strict=True))
 
     def _ends(self, shape: Shape, tokens: int, published: bool) -> list[Operation]:
         """Patches in and out, and the time's way into modulation."""

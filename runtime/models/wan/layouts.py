@@ -70,6 +70,7 @@ def _open_diffusers(folder: Path) -> Checkpoint:
                     files=files,
                     keys=names.transformer_keys,
                     keep_float32=WanTransformer.keep_float32,
+                    blocks="blocks",
                 ),
             )
         )
@@ -109,6 +110,7 @@ def _open_diffusers(folder: Path) -> Checkpoint:
             files=text_files,
             keys=partial(_tied_keys, text_files),
             ignored=frozenset({"shared.weight", "encoder.embed_tokens.weight"}),
+            blocks="encoder.block",
         ),
         tokenizer=tokenizer,
         costs=partial(WanCosts, transformers[0][0], vae_config, text_config),
@@ -367,6 +369,7 @@ def _open_original(folder: Path) -> Checkpoint:
                 files=files,
                 keys=names.original_transformer_keys,
                 keep_float32=WanTransformer.keep_float32,
+                blocks="blocks",
             )
         )
     vae_file = folder / ORIGINAL_VAES[configs[0].in_dim]
@@ -388,6 +391,7 @@ def _open_original(folder: Path) -> Checkpoint:
             build=lambda: _build_text_encoder(_original_text_config(text_file)),  # the file is read only then
             files=(text_file,),
             keys=names.original_text_encoder_keys,
+            blocks="encoder.block",
         ),
         tokenizer=tokenizer,
         costs=lambda: WanCosts(configs[0].transformer, vae_config, _original_text_config(text_file)),

@@ -28,27 +28,28 @@ SMALL = {"num_attention_heads": 12, "ffn_dim": 8960, "num_layers": 30}
 LARGE = {"num_attention_heads": 40, "ffn_dim": 13824, "num_layers": 40}
 MIDDLE = {"num_attention_heads": 24, "ffn_dim": 14336, "num_layers": 30, "in_channels": 48, "out_channels": 48}
 
-# name -> (transformer config, tokens of the pictures' embedding that it attends to)
-NETWORKS: dict[str, tuple[dict[str, Any], int]] = {
-    "wan2.1-t2v-1.3b": (SMALL, 0),
-    "wan2.1-t2v-14b": (LARGE, 0),
-    "wan2.1-i2v-14b-480p": ({**LARGE, "in_channels": 36}, 257),
-    "wan2.1-i2v-14b-720p": ({**LARGE, "in_channels": 36}, 257),
-    "wan2.1-flf2v-14b-720p": ({**LARGE, "in_channels": 36}, 514),
-    "wan2.2-t2v-a14b": (LARGE, 0),
-    "wan2.2-i2v-a14b": ({**LARGE, "in_channels": 36}, 0),
-    "wan2.2-ti2v-5b": (MIDDLE, 0),
-}
-ALIASES = {"wan2.1-i2v-14b": "wan2.1-i2v-14b-720p"}
-BOUNDARIES = {"wan2.2-t2v-a14b": 0.875, "wan2.2-i2v-a14b": 0.9}
+FROM_PICTURE = {**LARGE, "in_channels": 36}
+SHOWN = {**FROM_PICTURE, "image_dim": 1280}
 
-SMALL_PICTURE: dict[str, Any] = {"width": 832, "height": 480, "num_frames": 81, "fps": 16}
-LARGE_PICTURE: dict[str, Any] = {"width": 1280, "height": 720, "num_frames": 81, "fps": 16}
-FROM_PICTURES = {  # models whose requests are not made yet have their defaults here
-    "wan2.1-i2v-14b-480p": Defaults(**SMALL_PICTURE, steps=40, guidance=5.0, shift=3.0),
-    "wan2.1-i2v-14b-720p": Defaults(**LARGE_PICTURE, steps=40, guidance=5.0, shift=5.0),
-    "wan2.1-flf2v-14b-720p": Defaults(**LARGE_PICTURE, steps=50, guidance=5.0, shift=16.0),
-    "wan2.2-i2v-a14b": Defaults(**LARGE_PICTURE, steps=40, guidance=3.5, guidance_2=3.5, shift=5.0),
+NETWORKS: dict[str, dict[str, Any]] = {  # name -> transformer config
+    "wan2.1-t2v-1.3b": SMALL,
+    "wan2.1-t2v-14b": LARGE,
+    "wan2.1-i2v-14b": SHOWN,
+    "wan2.1-flf2v-14b": {**SHOWN, "pos_embed_seq_len": 514},
+    "wan2.1-vace-1.3b": {**SMALL, "vace_layers": tuple(range(0, 30, 2)), "vace_in_channels": 96},
+    "wan2.1-vace-14b": {**LARGE, "vace_layers": tuple(range(0, 40, 5)), "vace_in_channels": 96},
+    "wan2.2-t2v-a14b": LARGE,
+    "wan2.2-i2v-a14b": FROM_PICTURE,
+    "wan2.2-ti2v-5b": MIDDLE,
+}
+ALIASES = {
+    "wan2.1-i2v-14b-480p": "wan2.1-i2v-14b",
+    "wan2.1-i2v-14b-720p": "wan2.1-i2v-14b",
+    "wan2.1-flf2v-14b-720p": "wan2.1-flf2v-14b",
+}
+BOUNDARIES = {"wan2.2-t2v-a14b": 0.875, "wan2.2-i2v-a14b": 0.9}
+MORE_DEFAULTS = {  # told from other variants by its two pictures alone, so that no checkpoint has its name
+    "wan2.1-flf2v-14b": Defaults(width=1280, height=720, num_frames=81, fps=16, steps=50, guidance=5.0, shift=16.0),
 }
 
 
@@ -57,8 +58,7 @@ def published(name: str) -> tuple[ModelSpec, Costs] | None:
     name = ALIASES.get(name, name)
     if name not in NETWORKS:
         return None
-    numbers, image_tokens = NETWORKS[name]
-    config = TransformerConfig(**numbers)
+    config = TransformerConfig(**NETWORKS[name])
     vae = vae_config(config.out_channels)
     spec = ModelSpec(
         family="wan",
@@ -70,10 +70,10 @@ def published(name: str) -> tuple[ModelSpec, Costs] | None:
         max_positions=config.rope_max_seq_len,
         schedule="flow_linear",
         sampler_options={"order": 2, "solver": "bh2"},
-        defaults=(PUBLISHED | FROM_PICTURES)[name],
+        defaults=(PUBLISHED | MORE_DEFAULTS)[name],
         boundary=BOUNDARIES.get(name),
     )
-    return spec, WanCosts(config, vae, UMT5_XXL, image_tokens)
+    return spec, WanCosts(config, vae, UMT5_XXL)
 
 
 def vae_config(channels: int) -> VAEConfig:

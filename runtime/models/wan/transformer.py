@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any
 
 import torch
@@ -131,7 +132,8 @@ class WanTransformer(nn.Module):
             bias[row, ..., len(text) : len(text) + len(fold)] = torch.tensor(fold)
         text = self.text_out(F.gelu(self.text_in(padded), approximate="tanh"))  # [R, S, D]
         branch = self.control
-        pairs = [block.cross_attention.project(text) for block in (*self.blocks, *(branch.blocks if branch else ()))]
+        # One block after the other: blocks that come and go are there only while it is their turn.
+        pairs = [block.cross_attention.project(text) for block in chain(self.blocks, branch.blocks if branch else ())]
         grid = [n // p for n, p in zip(latent_shape, self.config.patch_size, strict=True)]
         rope = rotary_table(self.config.attention_head_dim, grid, self.config.rope_max_seq_len, stretch=stretch)
         return Projected(

@@ -1,0 +1,76 @@
+"""Blocks that come and go: the same numbers as when they stay, in less memory."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+import runtime
+from runtime.offload import SLOTS, Offload, Streamed
+from tests.published import Tiny, write
+
+REQUEST = runtime.Request(prompt="a red ball", negative_prompt="blue", seed=3, steps=4)
+
+
+@pytest.fixture(scope="module", params=[1, 2], ids=["one expert", "two experts"])
+def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    place = tmp_path_factory.mktemp("model")
+    write(Tiny(layers=5, experts=request.param, boundary=0.8), place, max_shard_size="40KB")
+    return place
+
+
+@pytest.mark.parametrize("blocks", [0, 1, 3, 5, 9])
+@pytest.mark.parametrize("text", ["released", "streamed"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_streamed_blocks_give_the_same_bytes(folder: Path, blocks: int, text: str, dtype: str) -> None:
+    whole = runtime.generate(runtime.load(folder, dtype=dtype), REQUEST)
+    model = runtime.load(folder, dtype=dtype, offload=Offload(text, blocks))
+    lists = [network.blocks for network in model.transformers]  # type: ignore[attr-defined]
+    assert all(isinstance(each, Streamed) for each in lists)
+    assert len(lists[0].shelf.slots) == min(blocks + SLOTS, 5)
+    for _ in range(2):  # the second request finds the slots as the first left them
+        video = runtime.generate(model, dataclasses.replace(REQUEST, prompt="a red ball"))
+        assert torch.equal(video.latents, whole.latents)
+        assert "text_encoder" not in model.__dict__
+
+
+def test_a_missing_or_misshapen_block_is_named_before_anything_runs(tmp_path: Path) -> None:
+    write(Tiny(layers=2), tmp_path)
+    file = tmp_path / "transformer" / "diffusion_pytorch_model.safetensors"
+    tensors = load_file(file)
+    kept = tensors.pop("blocks.1.ffn.net.2.bias")
+    save_file(tensors, file)
+    with pytest.raises(ValueError, match=r"blocks.1.ffn.net.2.bias .* is missing"):
+        runtime.load(tmp_path, offload=Offload("released", 0))
+    save_file({**tensors, "blocks.1.ffn.net.2.bias": kept[:-1].clone()}, file)
+    with pytest.raises(ValueError, match=r"blocks.1.ffn.net.2.bias .* has shape"):
+        runtime.load(tmp_path, offload=Offload("released", 0))
+
+
+def test_a_file_that_goes_away_is_an_error_and_not_a_wrong_video(tmp_path: Path) -> None:
+    write(Tiny(layers=4), tmp_path)
+    model = runtime.load(tmp_path, offload=Offload("released", 0))
+    file = tmp_path / "transformer" / "diffusion_pytorch_model.safetensors"
+    content = file.read_bytes()
+    file.unlink()
+    with pytest.raises(FileNotFoundError, match="fetch the model again"):
+        runtime.generate(model, REQUEST)
+    file.write_bytes(content)
+    assert runtime.generate(model, REQUEST).latents is not None
+
+
+def test_other_engines_refuse_blocks_that_come_and_go() -> None:
+    with pytest.raises(ValueError, match="engine 'eager'"):
+        runtime.load("demo", engine="inductor", offload=Offload("resident", 0))
+
+
+def test_the_receipt_says_it(folder: Path) -> None:
+    receipt = json.loads(
+        runtime.generate(runtime.load(folder, offload=Offload("streamed", 1)), REQUEST).receipt.to_json()
+    )
+    assert receipt["offload"] == {"text": "streamed", "blocks": 1}
