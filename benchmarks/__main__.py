@@ -9,7 +9,7 @@ from importlib import import_module
 
 from benchmarks.measure import Refused
 
-COMMANDS = ("kernels", "stages", "verbs", "planner")
+COMMANDS = ("kernels", "stages", "verbs", "planner", "warm")
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -102,7 +102,7 @@ def measure(case: Case, folder: Path, repeats: int, threads: int) -> dict[str, A
     peaks: dict[str, int] = {}
     for take in range(repeats + 1):
         request = runtime.Request(
-            prompt=f"a red ball rolls left over green grass, take {take}", negative_prompt=f"blurred, take {take}",
+            prompt=f"a red ball rolls left over green grass, take {take} of {case}", negative_prompt=f"{take} {case}",
             width=case.width, height=case.height, num_frames=case.num_frames, steps=case.steps,
             guidance=case.guidance, seed=take,
         )  # fmt: skip

@@ -17,11 +17,13 @@ if TYPE_CHECKING:
     from runtime.denoising import Cancelled
     from runtime.model import Model, load
     from runtime.pipeline import generate
+    from runtime.planner import load_within
     from runtime.previews import preview
     from runtime.receipt import Receipt
     from runtime.request import Request
     from runtime.storyboard import Card
     from runtime.video import Video
+    from runtime.warming import warmup
 
 # Names are handed out at first use, so that a process which only serves HTTP never imports torch.
 _HOMES = {
@@ -36,12 +38,14 @@ _HOMES = {
     "encode": "decoding",
     "generate": "pipeline",
     "load": "model",
+    "load_within": "planner",
     "preview": "previews",
+    "warmup": "warming",
 }
 
 __all__ = [
     "Cancelled", "Card", "Clip", "Model", "Receipt", "Request", "Video",
-    "decode", "encode", "generate", "load", "preview",
+    "decode", "encode", "generate", "load", "load_within", "preview", "warmup",
 ]  # fmt: skip
 
 

@@ -28,31 +28,41 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from runtime import kernels
 from runtime.engines.store import cache_root
+from runtime.kernels.attention import attention as attend
 from runtime.kernels.causal_conv3d import causal_conv3d
+from runtime.kernels.gate_residual import gate_residual
+from runtime.kernels.modulate import modulate
 from runtime.kernels.norm_silu import norm_silu
+from runtime.kernels.qk_norm_rope import qk_norm_rope
 from runtime.machine import Measured, Rate, host_memory
 from runtime.model import DEMO
 from runtime.models import open_checkpoint
-from runtime.models.costs import Operation, attention, convolution, linear, sweep
+from runtime.models.costs import Operation, Shape, attention, convolution, linear, sweep
 from runtime.weights import pieces, publish
 
-FORMAT = 1
+FORMAT = 2
 ROUNDS = 5
 CURVES = ("modulate", "gate_residual", "qk_norm_rope", "norm_silu", "pass")  # kinds that only move bytes
 AUTOENCODER = ("convolution", "narrow", "upsample", "norm_silu")  # kinds that it alone has
 
 BRIEF = 2e-3  # seconds below which a case is called twice in its turn
 PROCESS = """
-import json, sys, torch, runtime
-torch.set_num_threads(int(sys.argv[2]))
-model = runtime.load("demo", device="cpu", dtype=sys.argv[1])
-video = runtime.generate(model, runtime.Request(prompt="a ball", width=32, height=32, num_frames=5, steps=2, seed=0))
-for frame in video:
-    pass
-peaks = {name: video.receipt.stages[name].peak_bytes or 0 for name in ("text", "denoise", "decode")}
-print(json.dumps(peaks))
+import dataclasses, json, sys, torch, runtime
+torch.set_num_threads(int(sys.argv[3]))
+model = runtime.load("demo", device=sys.argv[1], dtype=sys.argv[2])
+request = runtime.Request(prompt="a", width=32, height=32, num_frames=5, steps=2, seed=0)
+runs = []
+for take in range(4):
+    video = runtime.generate(model, dataclasses.replace(request, prompt=f"take {take}", negative_prompt=f"not {take}"))
+    for frame in video:
+        pass
+    runs.append(video.receipt.stages)
+peaks = {name: runs[0][name].peak_bytes or 0 for name in ("text", "denoise", "decode")}
+peaks |= {"step": peaks["denoise"], "encode": peaks["decode"]}
+least = {name: min(stages[name].seconds for stages in runs[1:]) for name in ("text", "denoise", "decode")}
+least["step"] = least["denoise"] / request.steps
+print(json.dumps({"bytes": peaks, "seconds": least}))
 """
 
 Case = tuple[Operation, Callable[[], object]]
@@ -60,10 +70,11 @@ Case = tuple[Operation, Callable[[], object]]
 
 @dataclass(frozen=True)
 class Calibration:
-    """What was measured: rates of operations, and on CPUs bytes of the process itself per stage of a request."""
+    """What was measured: rates of operations, and bytes of the process itself per stage of a request."""
 
     rates: dict[str, Rate]
     resident: dict[str, int]
+    glue: dict[str, float]  # seconds around each operation, per stage
     read: float  # bytes/s of weights from the system's file cache
 
 
@@ -79,7 +90,7 @@ def local(device: torch.device, dtype: torch.dtype, *, measure: bool = True) -> 
     memory, capability = host_memory(), (0, 0)
     if device.type == "cuda":
         memory, capability = torch.cuda.mem_get_info(device)[0], torch.cuda.get_device_capability(device)
-    return Measured(machine_name(device), memory, rates, own.resident, own.read, capability)
+    return Measured(machine_name(device), memory, rates, own.resident, own.glue, own.read, capability)
 
 
 _known: dict[Path, Calibration] = {}
@@ -93,8 +104,9 @@ def calibration(device: torch.device, dtype: torch.dtype, measure: bool) -> Cali
         if found is None:
             if not measure:
                 return None
-            resident = process_bytes(dtype) if device.type == "cpu" else {}
-            found = Calibration(fit(time_cases(device, dtype)), resident, read_rate(device))
+            rates = fit(time_cases(device, dtype))
+            resident, glue = built_in(device, dtype, rates)
+            found = Calibration(rates, resident, glue, read_rate(device))
             _write(file, found, device, dtype)
         _known[file] = found
     return _known[file]
@@ -168,22 +180,45 @@ def read_rate(device: torch.device) -> float:
         return file.stat().st_size / statistics.median(timed(read, device) for _ in range(ROUNDS))
 
 
-def process_bytes(dtype: torch.dtype) -> dict[str, int]:
-    """Return the bytes that a process has in each stage beside the model's: the built-in one's, run in a process."""
+def built_in(
+    device: torch.device, dtype: torch.dtype, rates: dict[str, Rate]
+) -> tuple[dict[str, int], dict[str, float]]:
+    """Return what a run of the built-in model in a process of its own adds to the operations, per stage.
+
+    Bytes of the process beside the model's (on a GPU none: PyTorch's allocator counts), and seconds around each
+    operation: at the smallest size these are what is not explained by the operations themselves.
+    """
     checkpoint = open_checkpoint(DEMO)
     costs, size = checkpoint.costs(), dtype.itemsize
-    model = costs.text_encoder.bytes(size) + costs.transformer.bytes(size) + costs.vae.bytes(4)
+    model = costs.transformer.bytes(size) + costs.vae.bytes(4)
     kind = str(dtype).removeprefix("torch.")
     with tempfile.TemporaryDirectory() as cache:
-        done = subprocess.run(
-            [sys.executable, "-c", PROCESS, kind, str(torch.get_num_threads())],
-            env={**os.environ, "DIT_RUNTIME_CACHE": cache}, capture_output=True, text=True, check=False,
-        )  # fmt: skip
+        command = [sys.executable, "-c", PROCESS, str(device), kind, str(torch.get_num_threads())]
+        env = {**os.environ, "DIT_RUNTIME_CACHE": cache}
+        first, second = (_last_json(command, env) for _ in range(2))  # the second finds the text in the cache
+    resident = {stage: max(peak - model - costs.text_encoder.bytes(size), 0) for stage, peak in first["bytes"].items()}
+    resident |= {f"known {stage}": max(peak - model, 0) for stage, peak in second["bytes"].items()}
+    latents, tokens = (2, 4, 4), 6  # of the request below
+    works = {
+        "text": [costs.text(tokens, size)] * 2,
+        "step": [costs.forward(Shape(latents=latents, text=tokens, rows=2, itemsize=size))],
+        "decode": [costs.decode(latents, None, 4)],
+    }
+    bare = Measured("", 0, rates)
+    glue = {}
+    for stage, parts in works.items():
+        calls = sum(each.count for work in parts for each in work.operations)
+        known = sum(bare.seconds(work, stage) for work in parts)
+        glue[stage] = max(first["seconds"][stage] - known, 0.0) / calls
+    glue |= {"denoise": glue["step"], "encode": glue["decode"]}
+    return ({} if device.type == "cuda" else resident), glue
+
+
+def _last_json(command: list[str], env: dict[str, str]) -> Any:
+    done = subprocess.run(command, env=env, capture_output=True, text=True, check=False)
     if done.returncode:
         raise RuntimeError(f"the built-in model did not run in a process of its own: {done.stderr[-500:]}")
-    peaks = json.loads(done.stdout.splitlines()[-1])
-    peaks |= {"step": peaks["denoise"], "encode": peaks["decode"]}
-    return {stage: max(peak - model, 0) for stage, peak in peaks.items()}
+    return json.loads(done.stdout.splitlines()[-1])
 
 
 def fit(samples: list[tuple[Operation, float]]) -> dict[str, Rate]:
@@ -238,7 +273,7 @@ def cases(device: torch.device, dtype: torch.dtype) -> Iterator[Case]:
     ):  # fmt: skip
         length, keys = length * more, keys * more
         q, k, v = draw(1, length, heads, width), draw(1, keys, heads, width), draw(1, keys, heads, width)
-        yield attention(length, keys, heads, width, size), partial(kernels.attention, q, k, v)
+        yield attention(length, keys, heads, width, size), partial(attend, q, k, v)
     yield from _sweeps(draw, size, more)
     for inputs, outputs, frames, side in (
         (16, 16, 4, 64), (16, 16, 4, 128), (32, 32, 2, 32), (32, 32, 4, 128), (64, 64, 1, 8), (64, 64, 2, 32),
@@ -259,13 +294,13 @@ def _sweeps(draw: Callable[..., torch.Tensor], size: int, more: int) -> Iterator
     for rows, width in ((16, 256), (160, 256), (640, 256), (640, 768), (2560, 768), (8192, 768), (16384, 768)):
         rows *= more
         x, y, vector = draw(1, rows, width), draw(1, rows, width), draw(1, 1, width, kind=torch.float32)
-        yield sweep("modulate", 2 * rows * width, size), partial(kernels.modulate, x, vector, vector)
-        yield sweep("gate_residual", 3 * rows * width, size), partial(kernels.gate_residual, x, y, vector)
+        yield sweep("modulate", 2 * rows * width, size), partial(modulate, x, vector, vector)
+        yield sweep("gate_residual", 3 * rows * width, size), partial(gate_residual, x, y, vector)
         yield sweep("pass", 2 * rows * width, size), partial(torch.mul, x, 0.5)
         if rows <= 8192 * more:
             qkv, rope = draw(1, rows, 3 * width), draw(rows, 32, 2, kind=torch.float32)
             gain = draw(width, kind=torch.float32)
-            call = partial(kernels.qk_norm_rope, qkv, gain, gain, rope, heads=width // 64, eps=1e-6)
+            call = partial(qk_norm_rope, qkv, gain, gain, rope, heads=width // 64, eps=1e-6)
             yield sweep("qk_norm_rope", 4 * rows * width, size), call
     for channels, frames, side in ((64, 1, 8), (64, 2, 16), (32, 4, 32), (16, 4, 64), (32, 4, 64), (32, 4, 128),
                                    (32, 4, 256)):  # fmt: skip
@@ -293,7 +328,7 @@ def _read(file: Path) -> Calibration | None:
             kind: Rate(tuple(rate["weights"]), tuple((a, b) for a, b in rate["curve"]))
             for kind, rate in found["rates"].items()
         }
-        return Calibration(rates, found["resident"], found["read"])
+        return Calibration(rates, found["resident"], found["glue"], found["read"])
     except FileNotFoundError:
         return None
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
@@ -311,6 +346,7 @@ def _write(file: Path, found: Calibration, device: torch.device, dtype: torch.dt
         "dtype": str(dtype).removeprefix("torch."),
         "rates": {kind: {"weights": rate.weights, "curve": rate.curve} for kind, rate in found.rates.items()},
         "resident": found.resident,
+        "glue": found.glue,
         "read": found.read,
     }
     unfinished = file.with_name(f".{file.name}.{os.getpid()}")

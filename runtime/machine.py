@@ -38,11 +38,11 @@ class Machine(Protocol):
         """A GPU's compute capability, (0, 0) without one."""
         ...
 
-    def seconds(self, work: Work) -> float:
-        """Seconds that the work takes."""
+    def seconds(self, work: Work, stage: str) -> float:
+        """Seconds that a stage's work takes."""
         ...
 
-    def bound(self, work: Work) -> str:
+    def bound(self, work: Work, stage: str) -> str:
         """What most of the time goes to: "compute", "memory" or "calls"."""
         ...
 
@@ -67,11 +67,11 @@ class Gpu:
     capability: tuple[int, int]
     basis: str = "ideal"
 
-    def seconds(self, work: Work) -> float:
+    def seconds(self, work: Work, stage: str) -> float:
         """The larger of arithmetic and traffic, perfectly overlapped: nothing runs faster."""
         return max(work.flops / self.flops, work.bytes / self.bandwidth)
 
-    def bound(self, work: Work) -> str:
+    def bound(self, work: Work, stage: str) -> str:
         """The larger of the two."""
         return "compute" if work.flops / self.flops >= work.bytes / self.bandwidth else "memory"
 
@@ -144,26 +144,28 @@ class Measured:
     memory: int
     rates: Mapping[str, Rate]
     residents: Mapping[str, int] = field(default_factory=dict)  # stage -> bytes of the process itself
+    glue: Mapping[str, float] = field(default_factory=dict)  # stage -> seconds around each operation
     read: float = 1e9  # bytes/s of weights from where they wait
     capability: tuple[int, int] = (0, 0)
     basis: str = "measured"
 
-    def seconds(self, work: Work) -> float:
+    def seconds(self, work: Work, stage: str) -> float:
         """The sum over all calls."""
-        return sum(self._parts(work))
+        return sum(self._parts(work, stage))
 
-    def bound(self, work: Work) -> str:
+    def bound(self, work: Work, stage: str) -> str:
         """The largest share of the time."""
-        calls, compute, moved = self._parts(work)
+        calls, compute, moved = self._parts(work, stage)
         return max((compute, "compute"), (moved, "memory"), (calls, "calls"))[1]
 
-    def _parts(self, work: Work) -> tuple[float, float, float]:
-        found = [
-            tuple(part * each.count for part in self.rates[each.kind].parts(each))
-            for each in work.operations
-            if each.count
-        ]
-        calls, compute, moved = (sum(column) for column in zip(*found, strict=True))
+    def _parts(self, work: Work, stage: str) -> tuple[float, float, float]:
+        glue = self.glue.get(stage, 0.0)
+        calls = compute = moved = 0.0
+        for each in work.operations:
+            parts = self.rates[each.kind].parts(each)
+            calls += (parts[0] + glue) * each.count
+            compute += parts[1] * each.count
+            moved += parts[2] * each.count
         return calls, compute, moved
 
     def resident(self, stage: str) -> int:

@@ -42,16 +42,27 @@ def encode_prompt(model: Model, request: Request) -> tuple[list[torch.Tensor], l
 
     A note says what was cut from a text that is longer than the model takes.
     """
-    texts = {"prompt": request.prompt}
-    if max(request.guidance or 0, request.guidance_2 or 0) > 1:
-        texts = {"negative_prompt": request.negative_prompt, "prompt": request.prompt}
-    found = {name: embedding(model, clean(text)) for name, text in texts.items()}
+    found = {name: embedding(model, clean(text)) for name, text in texts_of(request).items()}
     notes = [
         f"the {name} is longer than {model.spec.text_length} tokens; this was cut: {entry.cut!r}"
         for name, entry in found.items()
         if entry.cut
     ]
     return [entry.tokens for entry in found.values()], notes
+
+
+def embeddings_known(model: Model, request: Request) -> bool:
+    """Tell whether all texts of a request are in the cache, so that the text encoder stays where it is."""
+    keys = [cache_key(model, clean(text)) for text in texts_of(request).values()]
+    return all(key in _memory or (cache_folder() / f"{key}.safetensors").exists() for key in keys)
+
+
+def texts_of(request: Request) -> dict[str, str]:
+    """Return the texts of a request that are encoded; the negative prompt only where there is guidance."""
+    texts = {"prompt": request.prompt}
+    if max(request.guidance or 0, request.guidance_2 or 0) > 1:
+        texts = {"negative_prompt": request.negative_prompt, "prompt": request.prompt}
+    return texts
 
 
 def clean(text: str) -> str:

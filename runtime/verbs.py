@@ -188,6 +188,12 @@ def add_output(parser: Parser, output: str) -> None:
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:N (default: auto)")
     parser.add_argument("--dtype", default="auto", help="auto, float32, bfloat16, float16 (default: auto)")
     parser.add_argument("--engine", default="eager", help="eager (default), cuda_graph, inductor, tensorrt")
+    parser.add_argument(
+        "--memory", metavar="SIZE", help="bytes that may be used, such as 12GiB; the planner keeps to it"
+    )
+    parser.add_argument("--blocks", type=int, metavar="N", help="transformer blocks that stay on the device")
+    parser.add_argument("--text-encoder", choices=("resident", "released", "streamed"), help="where its weights are")
+    parser.add_argument("--warm", metavar="SIZES", help="sizes to warm at first, such as 832x480x81,480x832x49")
     parser.add_argument("--receipt", metavar="FILE", help="write what was done as JSON")
     parser.add_argument(
         "--preview", metavar="PATH", help="a small .gif (or other video) of each step while it denoises"
@@ -266,9 +272,7 @@ def make(options: Options) -> None:
         if path := getattr(options, what, None):
             check_file(path, what)
 
-    import runtime
-
-    model = runtime.load(options.model, device=options.device, dtype=options.dtype, engine=options.engine)
+    model = open_model(options, request)
     resolved = request.resolved(model.spec)
     if getattr(options, "draft", False):
         resolved = resolved.drafted(model.spec)
@@ -286,12 +290,45 @@ def finish(options: Options) -> None:
     if options.receipt:
         check_file(options.receipt, "receipt")
 
-    import runtime
-
-    model = runtime.load(options.model, device=options.device, dtype=options.dtype, engine=options.engine)
+    model = open_model(options, draft)
     width, height = options.size or (model.spec.defaults.width, model.spec.defaults.height)
     request = final_request(model, draft, width, height, strength=options.strength, steps=options.steps)
     write(options, model, request)
+
+
+def open_model(options: Options, request: Request) -> Model:
+    """Load the model as the options say; a budget of memory is planned for the request."""
+    from runtime.warming import parse_sizes
+
+    sizes = parse_sizes(options.warm) if options.warm else []
+
+    import runtime
+    from runtime.offload import Offload
+    from runtime.planner import load_within
+
+    how = {"device": options.device, "dtype": options.dtype, "engine": options.engine}
+    if options.blocks is not None or options.text_encoder is not None:
+        if options.blocks is not None and options.blocks < 0:
+            raise ValueError(f"--blocks is {options.blocks}; legal: 0 or more blocks that stay on the device")
+        how["offload"] = Offload(options.text_encoder or "resident", options.blocks)
+    if options.memory is not None:
+        model = load_within(options.model, request, memory=options.memory, **how)
+    else:
+        model = runtime.load(options.model, **how)
+    if sizes:
+        runtime.warmup(model, sizes)
+    return model
+
+
+def foretell(model: Model, request: Request) -> None:
+    """Print what the planner foresees; a machine that it does not know is measured first."""
+    from runtime.planner import foresee
+    from runtime.prediction import GIB
+
+    found = foresee(model, request, measure=True)
+    assert found is not None  # it is measured where it was not
+    stages = ", ".join(f"{name} {found.seconds[name]:.2f}" for name in ("text", "denoise", "decode"))
+    print(f"foreseen seconds: {stages}; peak memory {found.most / GIB:.2f} GiB", flush=True)
 
 
 def write(options: Options, model: Model, request: Request) -> None:
@@ -308,6 +345,8 @@ def write(options: Options, model: Model, request: Request) -> None:
     if options.preview:
         cells = None if frames is None else 1 + (frames - 1) // model.spec.stride[0]
         check_writable(options.preview, num_frames=cells)
+    if frames is not None and not options.quiet:
+        foretell(model, request)
     with Progress("denoising", "step", quiet=options.quiet) as progress:
         watch = Previewer(model, options.preview, request.fps, progress) if options.preview else None
         video = runtime.generate(model, request, on_step=progress if watch is None else watch)

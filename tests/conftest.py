@@ -16,4 +16,9 @@ if not torch.cuda.is_available():
 
 @pytest.fixture(autouse=True)
 def _own_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("DIT_RUNTIME_CACHE", str(tmp_path_factory.mktemp("cache")))
+    """A cache per test; the calibration of this machine alone is shared, measured by the first that needs it."""
+    cache = tmp_path_factory.mktemp("cache")
+    measured = tmp_path_factory.getbasetemp() / "machine"
+    measured.mkdir(exist_ok=True)
+    (cache / "machine").symlink_to(measured)
+    monkeypatch.setenv("DIT_RUNTIME_CACHE", str(cache))

@@ -5,12 +5,14 @@ from __future__ import annotations
 import dataclasses
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
 import runtime
+from benchmarks.measure import fresh_process
 from runtime.offload import SLOTS, Offload, Streamed
 from tests.published import Tiny, write
 
@@ -55,6 +57,7 @@ def test_a_missing_or_misshapen_block_is_named_before_anything_runs(tmp_path: Pa
 def test_a_file_that_goes_away_is_an_error_and_not_a_wrong_video(tmp_path: Path) -> None:
     write(Tiny(layers=4), tmp_path)
     model = runtime.load(tmp_path, offload=Offload("released", 0))
+    assert model.fingerprint  # read once, from the whole file
     file = tmp_path / "transformer" / "diffusion_pytorch_model.safetensors"
     content = file.read_bytes()
     file.unlink()
@@ -74,3 +77,37 @@ def test_the_receipt_says_it(folder: Path) -> None:
         runtime.generate(runtime.load(folder, offload=Offload("streamed", 1)), REQUEST).receipt.to_json()
     )
     assert receipt["offload"] == {"text": "streamed", "blocks": 1}
+
+
+MEDIUM = Tiny(heads=8, head_dim=64, layers=12, ffn=2048, channels=16, text_dim=16, vae_width=8)
+
+
+def peak_within(folder: str, memory: str | None) -> tuple[int, int, dict[str, Any] | None]:
+    """Make a video; return the highest resident memory of its stages and of loading, and what was predicted."""
+    torch.set_num_threads(1)
+    request = runtime.Request(prompt="a red ball", seed=3, steps=2, width=64, height=64, num_frames=5)
+    model = runtime.load(folder) if memory is None else runtime.load_within(folder, request, memory=memory)
+    video = runtime.generate(model, request)
+    for _ in video:
+        pass
+    stages = video.receipt.stages
+    loading = stages["load"].peak_bytes or 0
+    return max(stages[name].peak_bytes or 0 for name in ("text", "denoise", "decode")), loading, video.receipt.predicted
+
+
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="needs a system that tells peak memory")
+def test_a_budget_is_kept_in_a_process_of_its_own(tmp_path: Path) -> None:
+    write(MEDIUM, tmp_path)
+    runtime.load_within("demo", REQUEST, memory="64GiB")  # so that this machine is calibrated
+    whole, _, foreseen = fresh_process(peak_within, str(tmp_path), None)
+    assert foreseen is not None
+    assert foreseen["weights_bytes"]["transformer"] > 200e6
+    assert max(foreseen["peak_bytes"][stage] for stage in ("text", "denoise", "decode")) == pytest.approx(
+        whole, rel=0.15
+    )
+    budget = whole - 100 * 2**20
+    kept, loading, foreseen = fresh_process(peak_within, str(tmp_path), f"{budget / 2**20:.0f}MiB")
+    assert foreseen is not None
+    assert foreseen["choices"]["offload"]["transformer"] == "streamed"
+    assert max(kept, loading) <= budget
+    assert foreseen["memory"] == pytest.approx(budget, rel=0.01)

@@ -15,9 +15,10 @@ from runtime.__main__ import main
 from runtime.machine import GPUS, Measured, Rate
 from runtime.models import published, published_names
 from runtime.offload import Offload, choices
-from runtime.planner import Job, Setting, find_model, parse_bytes, plan_request, predict
+from runtime.planner import find_model, parse_bytes, plan_request
 from runtime.prediction import GIB, STAGES, table
 from runtime.request import Request
+from runtime.weighing import Job, Setting, predict
 
 # facts: FLOPs per pass, and ideal seconds of a pass, a guided step and 50 of them on an H200 at 790 TFLOP/s
 IDEAL = [

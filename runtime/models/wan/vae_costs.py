@@ -9,7 +9,6 @@ from runtime.models.costs import Operation, Work, attention, convolution, linear
 from runtime.models.wan.vae import VAEConfig
 
 KEPT_FRAMES = 2  # that a convolution with three taps in time remembers of its input
-LARGE_BLOCK = 2**25  # bytes that one tap's partial sums take at most, or one frame's
 DISTINCT = 4  # chunks that differ in how many of their taps see only zeros: the first few
 
 Cells = tuple[int, int]
@@ -27,7 +26,6 @@ class Walk:
         self.several = chunks > 1
         self.kept = 0  # bytes in the history, of all tiles
         self.most = 0  # bytes that are live at once beside it
-        self.partial = 0  # bytes of the largest partial sum of a convolution
 
     def sizes(self, frames: int, skip_first: bool = False) -> Iterator[tuple[int, int, int]]:
         """Yield (how many chunks, frames of each, frames of the stream before it)."""
@@ -50,8 +48,6 @@ class Walk:
             self.operations.append(made.times(count * self.copies))
         if taps[0] > 1:
             self.kept += (KEPT_FRAMES if self.several else 1) * pixels * widths[0] * self.itemsize * self.copies
-        sums = frames * pixels * widths[1] * self.itemsize
-        self.partial = max(self.partial, min(sums, max(LARGE_BLOCK, sums // frames)))
 
     def each(self, frames: int, operation: Operation, skip_first: bool = False) -> None:
         """An operation that grows with the frames, given for `frames` of them."""
@@ -78,7 +74,7 @@ class Walk:
             self.each(frames, linear(count, inputs, outputs, self.itemsize))
         self.norm(cells, frames, outputs)
         self.causal(cells, frames, (outputs, outputs), (3, 9))
-        self.hold(held, count * (inputs + 2 * max(inputs, outputs) + (outputs if inputs != outputs else 0)))
+        self.hold(held, count * (inputs + max(inputs, outputs) + outputs))  # input, normed, between or shortcut
 
     def middle(self, cells: Cells, width: int) -> None:
         """Residual block, attention within the frame, residual block."""
@@ -93,7 +89,7 @@ class Walk:
 
     def work(self, *lasting: int) -> Work:
         """Return what was collected; `lasting` bytes are live throughout."""
-        return Work(tuple(self.operations), self.kept + self.most + self.partial + sum(lasting))
+        return Work(tuple(self.operations), self.kept + self.most + sum(lasting))
 
 
 def decoder(
@@ -120,12 +116,13 @@ def _up(walk: Walk, config: VAEConfig, cells: Cells, widths: Sequence[int]) -> N
         pixels = cells[0] * cells[1]
         inputs = [width, *[out] * config.num_res_blocks]
         given = frames * pixels * width
+        apart = width != out or (config.is_residual and i < levels)  # else results take the input's memory
         for number, each in enumerate(inputs):
-            walk.residual(cells, frames, (each, out), given if number else 0)
+            walk.residual(cells, frames, (each, out), given if number and apart else 0)
         if i < levels:
             doubled = config.temperal_downsample[levels - 1 - i]
             out_width = out if config.is_residual else out // 2
-            before = given + frames * pixels * out
+            before = given * apart + frames * pixels * out
             if doubled and walk.several:
                 walk.causal(cells, frames, (out, 2 * out), (3, 1), skip_first=True)
                 frames *= 2
@@ -165,15 +162,16 @@ def _down(walk: Walk, config: VAEConfig, cells: Cells, widths: Sequence[int]) ->
     walk.causal(cells, frames, (config.in_channels, width), (3, 9))
     for i, out in enumerate(widths):
         given = frames * cells[0] * cells[1] * width
+        apart = width != out or config.is_residual
         for number, each in enumerate([width, *[out] * (config.num_res_blocks - 1)]):
-            walk.residual(cells, frames, (each, out), given if number else 0)
+            walk.residual(cells, frames, (each, out), given if number and apart else 0)
         width = out
         if i < levels:
             full = frames * cells[0] * cells[1] * out
             cells = (cells[0] // 2, cells[1] // 2)
             halved = convolution("convolution", frames * cells[0] * cells[1], 9, out, out, walk.itemsize)
             walk.each(frames, halved)
-            walk.hold(given, 2 * full, full // 4)
+            walk.hold(given * apart, 2 * full, full // 4)
             if config.temperal_downsample[i]:
                 frames = max(frames // 2, 1)
                 _halve_frames(walk, cells, frames, out)
