@@ -11,7 +11,7 @@ from runtime.denoising import denoise, prepare_context
 from runtime.latents import draw_noise
 from runtime.model import Model
 from runtime.request import Request
-from runtime.text import encode_prompt
+from runtime.text import run_encoder, texts_of
 
 CHUNKS = 3  # latent frames after which every further one is decoded as the last: first, second, steady
 
@@ -39,7 +39,8 @@ def warm(model: Model, request: Request) -> None:
     # One step at the highest sigma, for the first expert, and one below the boundary, for the second.
     sigmas = torch.tensor([HIGHEST, 0.5 * (model.spec.boundary or 1.0), 0.0], dtype=torch.float64)
     with torch.inference_mode():
-        texts, _ = encode_prompt(model, request)
+        # Not through the cache: a text that is known there would leave the encoder where it is.
+        texts = [run_encoder(model, text).tokens for text in texts_of(request).values()]
         model.release_text_encoder()
         context = prepare_context(model, texts, shape)
         latents = denoise(model, draw_noise(shape, seed=0), context, sigmas, request)
