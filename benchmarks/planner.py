@@ -101,8 +101,9 @@ def measure(case: Case, folder: Path, repeats: int, threads: int) -> dict[str, A
     samples: dict[str, list[float]] = {stage: [] for stage in STAGES}
     peaks: dict[str, int] = {}
     for take in range(repeats + 1):
+        number = (repeats + 1) * CASES.index(case) + take  # no prompt twice: a known one is not encoded
         request = runtime.Request(
-            prompt=f"a red ball rolls left over green grass, take {take} of {case}", negative_prompt=f"{take} {case}",
+            prompt=f"a red ball rolls left over green grass, take {number}", negative_prompt=f"blurred, take {number}",
             width=case.width, height=case.height, num_frames=case.num_frames, steps=case.steps,
             guidance=case.guidance, seed=take,
         )  # fmt: skip
