@@ -320,13 +320,15 @@ def open_model(options: Options, request: Request) -> Model:
     return model
 
 
-def foretell(model: Model, request: Request) -> None:
-    """Print what the planner foresees; a machine that it does not know is measured first."""
+def foretell(model: Model, request: Request, *, quiet: bool) -> None:
+    """Print what the planner foresees; a machine that it does not know is measured first, for the receipt too."""
     from runtime.planner import foresee
     from runtime.prediction import GIB
 
     found = foresee(model, request, measure=True)
     assert found is not None  # it is measured where it was not
+    if quiet:
+        return
     stages = ", ".join(f"{name} {found.seconds[name]:.2f}" for name in ("text", "denoise", "decode"))
     print(f"foreseen seconds: {stages}; peak memory {found.most / GIB:.2f} GiB", flush=True)
 
@@ -345,8 +347,8 @@ def write(options: Options, model: Model, request: Request) -> None:
     if options.preview:
         cells = None if frames is None else 1 + (frames - 1) // model.spec.stride[0]
         check_writable(options.preview, num_frames=cells)
-    if frames is not None and not options.quiet:
-        foretell(model, request)
+    if frames is not None and (options.receipt or not options.quiet):
+        foretell(model, request, quiet=options.quiet)
     with Progress("denoising", "step", quiet=options.quiet) as progress:
         watch = Previewer(model, options.preview, request.fps, progress) if options.preview else None
         video = runtime.generate(model, request, on_step=progress if watch is None else watch)

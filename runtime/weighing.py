@@ -28,7 +28,7 @@ class Setting:
     dtype: str
     itemsize: int
     memory: int
-    engine: str = "eager"
+    engine: str | None = None  # None: the planner chooses
     attention: str = "sdpa"
     offload: Offload | None = None  # None: the planner chooses
     tile: Tile = None  # None: the planner chooses
@@ -252,8 +252,9 @@ def describe(job: Job, offload: Offload, tile: Tile) -> dict[str, Any]:
     transformer = "resident"
     if offload.blocks is not None:
         transformer = "swapped" if offload.blocks >= blocks else "streamed"
+    replayed = job.machine.capability != (0, 0) and offload.blocks is None  # a GPU, and weights that stay in place
     return {
-        "engine": job.setting.engine,
+        "engine": job.setting.engine or ("cuda_graph" if replayed else "eager"),
         "attention": job.setting.attention,
         "offload": {
             "text_encoder": offload.text,

@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 
 import runtime
 from benchmarks.measure import fresh_process
+from runtime.__main__ import main
 from runtime.offload import SLOTS, Offload, Streamed
 from tests.published import Tiny, write
 
@@ -111,3 +112,24 @@ def test_a_budget_is_kept_in_a_process_of_its_own(tmp_path: Path) -> None:
     assert foreseen["choices"]["offload"]["transformer"] == "streamed"
     assert max(kept, loading) <= budget
     assert foreseen["memory"] == pytest.approx(budget, rel=0.01)
+
+
+def test_the_command_line_keeps_a_budget_or_says_what_would_fit(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    asked = ["generate", "a ball", "--frames", "5", "--steps", "1", "-o", str(tmp_path / "a.png")]
+    assert main([*asked, "--memory", "4GiB", "--receipt", str(tmp_path / "r.json")]) == 0
+    assert "foreseen seconds: text" in capsys.readouterr().out
+    receipt = json.loads((tmp_path / "r.json").read_text())
+    assert receipt["predicted"]["memory"] == 4 * 2**30
+    assert receipt["predicted"]["choices"]["engine"] == receipt["engine"] == "eager"
+    for stage in ("text", "denoise", "decode"):
+        assert receipt["predicted"]["seconds"][stage] > 0 and receipt["stages"][stage]["seconds"] > 0
+        assert receipt["predicted"]["peak_bytes"][stage] == pytest.approx(
+            receipt["stages"][stage]["peak_bytes"], rel=0.5
+        )
+    assert main([*asked, "--memory", "64MiB"]) == 2
+    assert "64x64 with 5 frames of demo take at least" in capsys.readouterr().err
+    assert main([*asked, "--blocks", "2", "--text-encoder", "streamed", "--receipt", str(tmp_path / "r.json")]) == 0
+    assert json.loads((tmp_path / "r.json").read_text())["offload"] == {"text": "streamed", "blocks": 2}
+    assert main([*asked, "--blocks", "-1"]) == 2
