@@ -117,7 +117,7 @@ def test_a_budget_is_kept_in_a_process_of_its_own(tmp_path: Path) -> None:
 def test_the_command_line_keeps_a_budget_or_says_what_would_fit(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    asked = ["generate", "a ball", "--frames", "5", "--steps", "1", "-o", str(tmp_path / "a.png")]
+    asked = ["generate", "a ball", "--frames", "5", "--steps", "1", "-o", str(tmp_path / "a.gif")]
     assert main([*asked, "--memory", "4GiB", "--receipt", str(tmp_path / "r.json")]) == 0
     assert "foreseen seconds: text" in capsys.readouterr().out
     receipt = json.loads((tmp_path / "r.json").read_text())
