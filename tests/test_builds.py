@@ -61,8 +61,11 @@ def test_build_for_a_gpu_that_is_not_here(folder: Path, capsys: pytest.CaptureFi
         (["--prune", "--keep", "-1"], "--keep is -1; legal: GiB, 0 or more"),
     ],
 )
-def test_what_cannot_be_built(folder: Path, options: list[str], said: str, capsys: pytest.CaptureFixture) -> None:
+def test_what_cannot_be_built(
+    folder: Path, options: list[str], said: str, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
     pytest.importorskip("tensorrt_rtx", reason="the extra [tensorrt-rtx] is not installed")
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     assert main(["build", "--model", str(folder), *options]) == 2
     assert said in capsys.readouterr().err
     assert Store().entries() == []
