@@ -56,6 +56,7 @@ def parser() -> argparse.ArgumentParser:
     view.add_argument("-o", "--output", default="video.mp4", metavar="PATH", help=".mp4 .webm .gif .png or a folder")
     view.add_argument("--fps", type=float, metavar="F", help="frames per second (default: as asked for then)")
     view.add_argument("--tile", type=parse_size, metavar="WIDTHxHEIGHT", help="pixels decoded at once, halo included")
+    view.add_argument("--dtype", default="float32", help="float32 (default, exact), bfloat16, float16")
     view.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:N (default: auto)")
     view.add_argument("--quiet", action="store_true", help="print nothing but errors")
 
@@ -112,7 +113,7 @@ def decode(options: argparse.Namespace) -> None:
     model = runtime.load(options.model, device=options.device)
     tile = options.tile and (options.tile[1], options.tile[0])
     fps = options.fps or float(notes.get("fps", model.spec.defaults.fps))
-    video = runtime.decode(model, latents, tile=tile, fps=fps)
+    video = runtime.decode(model, latents, tile=tile, dtype=options.dtype, fps=fps)
     with Progress("decoding", "frame", quiet=options.quiet) as progress:
         path = video.save(options.output, on_frame=progress)
     if not options.quiet:

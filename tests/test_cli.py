@@ -54,6 +54,10 @@ def test_kept_latents_decode_to_the_same_video(tmp_path: Path, capsys: pytest.Ca
     assert main(["decode", str(kept), "-o", str(second), "--quiet"]) == 0
     assert first.read_bytes() == second.read_bytes()
     assert sorted(p.name for p in tmp_path.iterdir()) == ["a.mp4", "b.mp4", "x.safetensors"]
+    assert main(["decode", str(kept), "-o", str(second), "--dtype", "bfloat16", "--quiet"]) == 0
+    assert first.read_bytes() != second.read_bytes()
+    assert main(["decode", str(kept), "-o", str(second), "--dtype", "int8"]) == 2
+    assert "legal: auto, float32, bfloat16, float16" in capsys.readouterr().err
     assert main(["decode", str(first), "-o", str(second)]) == 2
     assert "does not hold latents" in capsys.readouterr().err
     assert main(["decode", str(tmp_path / "gone"), "-o", str(second)]) == 2

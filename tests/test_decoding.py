@@ -176,7 +176,7 @@ def test_another_dtype() -> None:
     model = runtime.load("demo")
     video = runtime.generate(model, runtime.Request(prompt="a red ball rolls left over green grass", seed=7))
     rounded = runtime.decode(model, video.latents, dtype="bfloat16").frames.astype(float)
-    assert 0 < np.mean((rounded - video.frames) ** 2) < 255**2 / 10**4.0  # 40 dB; the exact figure is benchmarked
+    assert 0 < np.mean((rounded - video.frames) ** 2) < 255**2 / 10**5.0  # 50 dB, bytes' own rounding included
     with pytest.raises(ValueError, match="legal: auto, float32"):
         runtime.decode(model, video.latents, dtype="int8")
 
