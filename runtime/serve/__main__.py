@@ -1,0 +1,107 @@
+"""python -m runtime.serve: the HTTP process. It imports no torch, and starts the workers that do."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import signal
+import socket
+import sys
+from types import FrameType
+
+import uvicorn
+
+from runtime.serve.app import Api, make_app
+from runtime.serve.jobs import Store
+from runtime.serve.settings import Settings, read_settings
+from runtime.serve.supervisor import Supervisor
+
+log = logging.getLogger("runtime.serve")
+
+
+class Server(uvicorn.Server):
+    """Uvicorn, which tells the workers to end as soon as it is told itself; told twice it ends at once."""
+
+    def __init__(self, config: uvicorn.Config, api: Api, supervisor: Supervisor) -> None:
+        super().__init__(config)
+        self.api, self.supervisor = api, supervisor
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        if self.api.draining:
+            os._exit(128 + sig)
+        log.info("ending on signal %d", sig)
+        self.api.draining = True
+        self.supervisor.stop()
+        self.should_exit = True
+
+
+class JsonLines(logging.Formatter):
+    """A log line as a JSON object."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        line = {"time": self.formatTime(record), "level": record.levelname, "logger": record.name}
+        line["message"] = record.getMessage()
+        if record.exc_info:
+            line["exception"] = self.formatException(record.exc_info)
+        return json.dumps(line)
+
+
+def main() -> int:
+    """Serve until told to end; return the exit code."""
+    try:
+        settings = read_settings()
+        start_logging(settings)
+        store = Store(settings.data)
+        listener = listen(settings)
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    store.reclaim()
+    store.sweep()
+    supervisor = Supervisor(settings, store)
+    api = Api(settings, store, supervisor.wake)
+    api.ready = lambda: bool(supervisor.ready)
+    host, port = listener.getsockname()[:2]
+    config = uvicorn.Config(
+        make_app(api), log_config=None, access_log=False, server_header=False, date_header=False,
+        timeout_graceful_shutdown=max(1, int(settings.grace)), timeout_keep_alive=30,
+    )  # fmt: skip
+    server = Server(config, api, supervisor)
+    supervisor.start()
+    print(f"serving {', '.join(settings.model)} on http://{host}:{port} (data in {settings.data})", flush=True)
+    try:
+        server.run(sockets=[listener])
+    finally:
+        supervisor.stop()
+        supervisor.wait(settings.grace)
+    return 0
+
+
+def listen(settings: Settings) -> socket.socket:
+    """Return the listening socket; OSError where the address is taken."""
+    family = socket.AF_INET6 if ":" in settings.host else socket.AF_INET
+    listener = socket.socket(family)
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        listener.bind((settings.host, settings.port))
+    except OSError as error:
+        listener.close()
+        raise OSError(
+            f"{settings.host}:{settings.port} cannot be listened on ({error.strerror}); take another --port"
+        ) from error
+    listener.listen(2048)
+    return listener
+
+
+def start_logging(settings: Settings) -> None:
+    """Write log lines to standard error."""
+    handler = logging.StreamHandler()
+    plain = logging.Formatter("%(asctime)s %(levelname)s %(name)s %(message)s")
+    handler.setFormatter(JsonLines() if settings.log == "json" else plain)
+    logging.basicConfig(level=logging.INFO, handlers=[handler])
+    signal.signal(signal.SIGPIPE, signal.SIG_IGN)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,396 @@
+"""The store: jobs, workers and models in one sqlite file, and the rules by which a job changes hands.
+
+A job is queued, in_progress, then completed, failed or cancelled for good. A worker takes one with a lease, and every
+write that it makes names the attempt it was given: once another has the job, the first one's writes change nothing.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import secrets
+import shutil
+import sqlite3
+import threading
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+VERSION = 1
+LEASE_SECONDS = 30.0
+MAX_LOSSES = 3  # workers that may die over a job without taking a step further
+TERMINAL = ("completed", "failed", "cancelled")
+
+SCHEMA = """
+CREATE TABLE jobs (
+  seq INTEGER PRIMARY KEY AUTOINCREMENT, id TEXT NOT NULL UNIQUE, kind TEXT NOT NULL, owner TEXT NOT NULL,
+  status TEXT NOT NULL DEFAULT 'queued', model TEXT NOT NULL, prompt TEXT NOT NULL, priority INTEGER NOT NULL,
+  request TEXT NOT NULL, shown TEXT NOT NULL, parent TEXT, created_at REAL NOT NULL, started_at REAL,
+  completed_at REAL, estimate REAL, attempt INTEGER NOT NULL DEFAULT 0, losses INTEGER NOT NULL DEFAULT 0,
+  worker TEXT, lease_until REAL, cancel INTEGER NOT NULL DEFAULT 0, deleted INTEGER NOT NULL DEFAULT 0,
+  step INTEGER NOT NULL DEFAULT 0, total INTEGER NOT NULL DEFAULT 0, progress INTEGER NOT NULL DEFAULT 0,
+  error TEXT, output TEXT, receipt TEXT, idempotency TEXT, digest TEXT, UNIQUE (owner, idempotency));
+CREATE INDEX jobs_by_status ON jobs (status, priority, seq);
+CREATE TABLE owners (name TEXT PRIMARY KEY, share REAL NOT NULL DEFAULT 0);
+CREATE TABLE models (name TEXT PRIMARY KEY, card TEXT NOT NULL);
+CREATE TABLE stages (name TEXT PRIMARY KEY, seconds REAL NOT NULL, calls INTEGER NOT NULL);
+"""
+
+# First by priority, then whose owner has had least, then by age.
+ORDER = "priority DESC, (SELECT share FROM owners WHERE name = owner), seq"
+
+
+class LostLease(Exception):
+    """Raised to a worker whose job is another's by now, or is gone."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """One row: what was asked, where it stands, what came of it."""
+
+    seq: int
+    id: str
+    kind: str  # "video" or "image"
+    owner: str
+    status: str
+    model: str
+    prompt: str
+    priority: int
+    request: dict[str, Any]  # what runtime.Request takes, resolved; clips name their input files
+    shown: dict[str, Any]  # what the API says of it that never changes
+    parent: str | None
+    created_at: float
+    started_at: float | None
+    completed_at: float | None
+    estimate: float | None  # seconds, by the planner
+    attempt: int
+    losses: int
+    worker: str | None
+    lease_until: float | None
+    cancel: bool
+    deleted: bool
+    step: int
+    total: int
+    progress: int
+    error: dict[str, Any] | None
+    output: dict[str, Any] | None
+    receipt: dict[str, Any] | None
+    idempotency: str | None
+    digest: str | None
+
+    @classmethod
+    def of(cls, row: sqlite3.Row) -> Job:
+        """Return the job in a row."""
+        values = dict(row)
+        for name in ("request", "shown", "error", "output", "receipt"):
+            values[name] = json.loads(values[name]) if values[name] else None
+        return cls(**values)
+
+
+class Store:
+    """The jobs of a data folder; any number of processes on one machine may open it."""
+
+    def __init__(self, data: Path) -> None:
+        self.data = data
+        for name in ("jobs", "workers"):
+            (data / name).mkdir(parents=True, exist_ok=True)
+        self._lock = threading.Lock()
+        self._writer = self._connect()
+        self._reader = self._connect()
+        with self._write() as db:
+            (version,) = db.execute("PRAGMA user_version").fetchone()
+            if version > VERSION:
+                raise ValueError(
+                    f"{data / 'store.db'} was written by a newer version (format {version}; this one knows {VERSION}); "
+                    "update, or name another data folder"
+                )
+            if version == 0:
+                for statement in SCHEMA.split(";"):
+                    db.execute(statement)
+                db.execute(f"PRAGMA user_version = {VERSION}")
+
+    def _connect(self) -> sqlite3.Connection:
+        file = self.data / "store.db"
+        try:
+            db = sqlite3.connect(file, isolation_level=None, timeout=10, check_same_thread=False)
+            db.row_factory = sqlite3.Row
+            db.execute("PRAGMA journal_mode = WAL")
+            db.execute("PRAGMA synchronous = FULL")
+        except sqlite3.DatabaseError as error:
+            if isinstance(error, sqlite3.OperationalError):
+                raise OSError(f"{file} cannot be opened ({error}); name another data folder") from error
+            raise ValueError(f"{file} is damaged ({error}); move it away, or name another data folder") from error
+        return db
+
+    @contextmanager
+    def _write(self) -> Iterator[sqlite3.Connection]:
+        with self._lock:
+            self._writer.execute("BEGIN IMMEDIATE")
+            try:
+                yield self._writer
+            except BaseException:
+                self._writer.execute("ROLLBACK")
+                raise
+            self._writer.execute("COMMIT")
+
+    def folder(self, job_id: str) -> Path:
+        """Return the folder of a job's inputs, checkpoints and results."""
+        return self.data / "jobs" / job_id
+
+    # What the server does.
+
+    def create(self, values: Mapping[str, Any], *, max_queue: int, max_owner: int) -> Job | None:
+        """Add a job, durable when this returns; the same job for an idempotency key that is known; None where full."""
+        owner, columns = values["owner"], dict(values)
+        for name in ("request", "shown"):
+            columns[name] = json.dumps(columns[name])
+        with self._write() as db:
+            if values.get("idempotency"):
+                same = db.execute(
+                    "SELECT * FROM jobs WHERE owner = ? AND idempotency = ?", (owner, values["idempotency"])
+                ).fetchone()
+                if same is not None:
+                    return Job.of(same)
+            (waiting, mine) = db.execute(
+                "SELECT count(*), coalesce(sum(owner = ?), 0) FROM jobs WHERE status IN ('queued', 'in_progress')",
+                (owner,),
+            ).fetchone()
+            if waiting >= max_queue or mine >= max_owner:
+                return None
+            if not mine:  # who comes back starts level with those who wait
+                db.execute(
+                    "INSERT INTO owners (name, share) VALUES (?, 0) ON CONFLICT DO UPDATE SET share = max(share, "
+                    "coalesce((SELECT min(share) FROM owners JOIN jobs ON jobs.owner = owners.name "
+                    "WHERE status IN ('queued', 'in_progress')), 0))",
+                    (owner,),
+                )
+            names = ", ".join(columns)
+            row = db.execute(
+                f"INSERT INTO jobs ({names}, created_at) VALUES ({'?, ' * len(columns)}?) RETURNING *",
+                (*columns.values(), time.time()),
+            ).fetchone()
+        return Job.of(row)
+
+    def get(self, job_id: str) -> Job | None:
+        """Return a job; None where there is none, or it was deleted."""
+        row = self._reader.execute("SELECT * FROM jobs WHERE id = ? AND NOT deleted", (job_id,)).fetchone()
+        return None if row is None else Job.of(row)
+
+    def page(self, owner: str, *, after: int | None, limit: int, descending: bool) -> list[Job]:
+        """Return up to `limit` videos of an owner by age, after the one with that `seq`."""
+        past, direction = ("<", "DESC") if descending else (">", "ASC")
+        limits = "" if after is None else f"AND seq {past} {int(after)}"
+        rows = self._reader.execute(
+            f"SELECT * FROM jobs WHERE owner = ? AND kind = 'video' AND NOT deleted {limits} "
+            f"ORDER BY seq {direction} LIMIT ?",
+            (owner, limit),
+        )
+        return [Job.of(row) for row in rows.fetchall()]
+
+    def cancel(self, job_id: str, *, delete: bool = False) -> Job | None:
+        """Ask that a job ends, at once where nobody works on it; with `delete` it is gone for everyone from now on."""
+        with self._write() as db:
+            db.execute("UPDATE jobs SET cancel = 1, deleted = max(deleted, ?) WHERE id = ?", (delete, job_id))
+            db.execute(
+                "UPDATE jobs SET status = 'cancelled', completed_at = ? WHERE id = ? AND status = 'queued'",
+                (time.time(), job_id),
+            )
+            row = db.execute("SELECT * FROM jobs WHERE id = ?", (job_id,)).fetchone()
+        if row is not None and row["deleted"] and row["status"] in TERMINAL:
+            self._remove(job_id)
+        return None if row is None else Job.of(row)
+
+    def _remove(self, job_id: str) -> None:
+        with self._write() as db:
+            db.execute("DELETE FROM jobs WHERE id = ? AND deleted", (job_id,))
+        shutil.rmtree(self.folder(job_id), ignore_errors=True)
+
+    def fail(self, job: Job, error: Mapping[str, Any]) -> None:
+        """End a completed job whose result is gone."""
+        with self._write() as db:
+            db.execute(
+                "UPDATE jobs SET status = 'failed', error = ? WHERE id = ? AND status = 'completed'",
+                (json.dumps(error), job.id),
+            )
+
+    def ahead(self, job: Job) -> tuple[int, float | None]:
+        """Return (queued jobs before a queued one, seconds of work before it); None where not known yet."""
+        rows = self._reader.execute(
+            "SELECT id, status, estimate, step, total FROM jobs "
+            f"WHERE status IN ('queued', 'in_progress') AND NOT cancel ORDER BY status = 'queued', {ORDER}"
+        ).fetchall()
+        count, seconds = 0, 0.0
+        known = True
+        for row in rows:
+            if row["id"] == job.id:
+                break
+            count += row["status"] == "queued"
+            known = known and row["estimate"] is not None
+            seconds += (row["estimate"] or 0.0) * (1 - row["step"] / max(row["total"], 1))
+        return count, seconds if known else None
+
+    def soonest(self) -> float:
+        """Return the seconds until the first running job is done, as far as they are predicted."""
+        row = self._reader.execute(
+            "SELECT min(estimate * (1 - step * 1.0 / max(total, 1))) FROM jobs WHERE status = 'in_progress'"
+        ).fetchone()
+        return float(row[0] or 0.0)
+
+    def counts(self) -> dict[str, int]:
+        """Return how many jobs are in each status."""
+        return dict(self._reader.execute("SELECT status, count(*) FROM jobs GROUP BY status").fetchall())
+
+    def stages(self) -> list[tuple[str, float, int]]:
+        """Return (stage, seconds, calls) over all jobs."""
+        return [
+            tuple(row)
+            for row in self._reader.execute("SELECT name, seconds, calls FROM stages ORDER BY name").fetchall()
+        ]
+
+    def models(self) -> dict[str, dict[str, Any]]:
+        """Return the facts of the models that workers have told."""
+        return {
+            name: json.loads(card) for name, card in self._reader.execute("SELECT name, card FROM models").fetchall()
+        }
+
+    def sweep(self) -> None:
+        """Remove the folders that no job owns and that nobody has touched for an hour, and what is deleted for good."""
+        ids = {row["id"]: row["deleted"] for row in self._reader.execute("SELECT id, deleted FROM jobs").fetchall()}
+        for folder in (self.data / "jobs").iterdir():
+            if folder.name not in ids and time.time() - folder.stat().st_mtime > 3600:
+                shutil.rmtree(folder, ignore_errors=True)
+        for row in self._reader.execute(
+            "SELECT id FROM jobs WHERE deleted AND status IN (?, ?, ?)", TERMINAL
+        ).fetchall():
+            self._remove(row["id"])
+
+    def reclaim(self) -> int:
+        """Take the jobs back of workers that are dead or whose lease is over; return how many."""
+        held = self._reader.execute("SELECT id, attempt, worker, lease_until FROM jobs WHERE status = 'in_progress'")
+        lost = [row for row in held.fetchall() if row["lease_until"] < time.time() or not self.alive(row["worker"])]
+        for row in lost:
+            with self._write() as db:
+                db.execute(
+                    "UPDATE jobs SET losses = losses + 1, worker = NULL, lease_until = NULL, "
+                    "status = CASE WHEN cancel THEN 'cancelled' WHEN losses + 1 >= ? THEN 'failed' ELSE 'queued' END, "
+                    "completed_at = CASE WHEN cancel OR losses + 1 >= ? THEN ? END, "
+                    "error = CASE WHEN NOT cancel AND losses + 1 >= ? THEN ? END "
+                    "WHERE id = ? AND attempt = ? AND status = 'in_progress'",
+                    (MAX_LOSSES, MAX_LOSSES, time.time(), MAX_LOSSES, WORKER_LOST, row["id"], row["attempt"]),
+                )
+        return len(lost)
+
+    # What a worker does.
+
+    def alive(self, worker: str) -> bool:
+        """Tell whether a worker's process holds its lock, which no death leaves behind."""
+        try:
+            with (self.data / "workers" / worker).open("r+") as handle:
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return True
+        except FileNotFoundError:
+            return False
+        return False
+
+    def tell_model(self, name: str, card: Mapping[str, Any]) -> None:
+        """Make the facts of a model known."""
+        with self._write() as db:
+            db.execute("INSERT OR REPLACE INTO models VALUES (?, ?)", (name, json.dumps(card)))
+
+    def unestimated(self) -> list[Job]:
+        """Return queued jobs that nobody has predicted yet."""
+        rows = self._reader.execute("SELECT * FROM jobs WHERE status = 'queued' AND estimate IS NULL ORDER BY seq")
+        return [Job.of(row) for row in rows.fetchall()]
+
+    def estimate(self, job: Job, seconds: float) -> None:
+        """Keep a prediction."""
+        with self._write() as db:
+            db.execute("UPDATE jobs SET estimate = ? WHERE id = ?", (seconds, job.id))
+
+    def claim(self, worker: str) -> Job | None:
+        """Take the job whose turn it is; None where there is none."""
+        if self._reader.execute("SELECT 1 FROM jobs WHERE status = 'queued' AND NOT cancel").fetchone() is None:
+            return None
+        now = time.time()
+        with self._write() as db:
+            row = db.execute(
+                "UPDATE jobs SET status = 'in_progress', attempt = attempt + 1, worker = ?, lease_until = ?, "
+                "started_at = coalesce(started_at, ?) WHERE id = "
+                f"(SELECT id FROM jobs WHERE status = 'queued' AND NOT cancel ORDER BY {ORDER} LIMIT 1) RETURNING *",
+                (worker, now + LEASE_SECONDS, now),
+            ).fetchone()
+            if row is None:
+                return None
+            db.execute("UPDATE owners SET share = share + ? WHERE name = ?", (row["estimate"] or 1.0, row["owner"]))
+        return Job.of(row)
+
+    def beat(self, job: Job, step: int, total: int, progress: int) -> bool:
+        """Renew the lease and say how far a job is; return whether it shall end. LostLease where it is another's.
+
+        A step further than any before forgives the workers that died over it.
+        """
+        with self._write() as db:
+            row = db.execute(
+                "UPDATE jobs SET lease_until = ?, losses = CASE WHEN ? > step THEN 0 ELSE losses END, "
+                "step = max(step, ?), total = ?, progress = max(progress, ?) "
+                "WHERE id = ? AND attempt = ? AND status = 'in_progress' RETURNING cancel",
+                (time.time() + LEASE_SECONDS, step, step, total, progress, job.id, job.attempt),
+            ).fetchone()
+        if row is None:
+            raise LostLease(job.id)
+        return bool(row["cancel"])
+
+    def renew(self, job: Job) -> None:
+        """Renew the lease of a job that takes long over a step; nothing where it is another's."""
+        with self._write() as db:
+            db.execute(
+                "UPDATE jobs SET lease_until = ? WHERE id = ? AND attempt = ? AND status = 'in_progress'",
+                (time.time() + LEASE_SECONDS, job.id, job.attempt),
+            )
+
+    def release(self, job: Job) -> None:
+        """Give a job back unfinished, its place kept."""
+        self._end(job, "queued", worker=None, lease_until=None, completed_at=time.time() if job.cancel else None)
+
+    def finish(self, job: Job, status: str, **values: Any) -> None:
+        """End a job, with `output` and `receipt` or with `error`; LostLease where it is another's.
+
+        A job that is to be cancelled by now ends so, whatever became of it.
+        """
+        self._end(job, status, completed_at=time.time(), **values)
+        for name, stage in (values.get("receipt") or {}).get("stages", {}).items():
+            with self._write() as db:
+                db.execute(
+                    "INSERT INTO stages VALUES (?, ?, ?) ON CONFLICT DO UPDATE SET "
+                    "seconds = seconds + excluded.seconds, calls = calls + excluded.calls",
+                    (name, stage["seconds"], stage["calls"]),
+                )
+
+    def _end(self, job: Job, status: str, **values: Any) -> None:
+        plain = {k: json.dumps(v) if isinstance(v, dict) else v for k, v in values.items()}
+        columns = "".join(f", {name} = ?" for name in plain)
+        done = ", progress = 100" if status == "completed" else ""
+        with self._write() as db:
+            row = db.execute(
+                f"UPDATE jobs SET status = CASE WHEN cancel THEN 'cancelled' ELSE ? END{done}{columns} "
+                "WHERE id = ? AND attempt = ? AND status = 'in_progress' RETURNING deleted, status",
+                (status, *plain.values(), job.id, job.attempt),
+            ).fetchone()
+        if row is None:
+            raise LostLease(job.id)
+        if row["deleted"] and row["status"] in TERMINAL:
+            self._remove(job.id)
+
+
+WORKER_LOST = json.dumps(
+    {"code": "worker_lost", "message": f"{MAX_LOSSES} workers died over this job without taking a step further"}
+)
+
+
+def new_id(kind: str) -> str:
+    """Return a fresh id, such as video_ and 32 hexadecimal digits."""
+    return f"{kind}_{secrets.token_hex(16)}"

@@ -1,0 +1,76 @@
+"""The OpenAPI document's parts that the routes' signatures do not say: bodies and errors."""
+
+from __future__ import annotations
+
+from typing import Any
+
+ERROR = {
+    "type": "object",
+    "required": ["error"],
+    "properties": {
+        "error": {
+            "type": "object",
+            "required": ["message", "type", "param", "code"],
+            "properties": {
+                "message": {"type": "string"},
+                "type": {"type": "string"},
+                "param": {"type": ["string", "null"]},
+                "code": {"type": ["string", "null"]},
+            },
+        }
+    },
+}
+FIELDS: dict[str, Any] = {
+    "prompt": {"type": "string", "minLength": 1},
+    "model": {"type": "string"},
+    "seconds": {"oneOf": [{"type": "string"}, {"type": "number"}]},
+    "size": {"type": "string", "pattern": "^[0-9]+x[0-9]+$"},
+    "negative_prompt": {"type": "string"},
+    "guidance_scale": {"type": "number"},
+    "num_inference_steps": {"type": "integer", "minimum": 1, "maximum": 1000},
+    "seed": {"type": "integer", "minimum": 0},
+    "fps": {"type": "number"},
+    "num_frames": {"type": "integer", "minimum": 1},
+    "flow_shift": {"type": "number"},
+    "sampler": {"type": "string"},
+    "fit": {"type": "string", "enum": ["crop", "pad", "stretch"]},
+    "priority": {"type": "integer", "minimum": -10, "maximum": 10},
+    "draft": {"type": "boolean"},
+}
+VIDEO = {"type": "object", "properties": {"id": {"type": "string"}}, "required": ["id"]}
+PICTURE = {"type": "string", "description": "a file of the form, or a data: URL"}
+KEYFRAME = {
+    "type": "object",
+    "properties": {
+        "frame": {"type": "integer"}, "time": {"type": "number"}, "image": PICTURE, "strength": {"type": "number"},
+    },
+}  # fmt: skip
+BODIES: dict[str, tuple[dict[str, Any], list[str]]] = {
+    "create": (
+        {
+            **FIELDS, "loop": {"type": "boolean"}, "input_reference": PICTURE, "last_frame": PICTURE,
+            "keyframes": {"type": "array", "items": KEYFRAME},
+        },
+        ["prompt"],
+    ),
+    "edit": ({**FIELDS, "video": VIDEO, "strength": {"type": "number"}}, ["prompt", "video"]),
+    "remix": ({**FIELDS, "strength": {"type": "number"}}, ["prompt"]),
+    "extend": (
+        {**FIELDS, "video": VIDEO, "direction": {"type": "string", "enum": ["forward", "backward"]}},
+        ["prompt", "video"],
+    ),
+    "connect": ({**FIELDS, "videos": {"type": "array", "items": VIDEO, "minItems": 2, "maxItems": 2}}, ["videos"]),
+    "image": ({**FIELDS, "n": {"type": "integer", "minimum": 1, "maximum": 10}}, ["prompt"]),
+}  # fmt: skip
+# Any answer that is no success has one shape.
+DESCRIPTIONS: dict[str, Any] = {
+    "responses": {"default": {"description": "an error", "content": {"application/json": {"schema": ERROR}}}}
+}
+
+
+def describe(body: str) -> dict[str, Any]:
+    """Return what the document says of a route that takes a body, by its name."""
+    properties, required = BODIES[body]
+    schema = {"type": "object", "properties": properties, "required": required}
+    content = {kind: {"schema": schema} for kind in ("application/json", "multipart/form-data")}
+    return DESCRIPTIONS | {"requestBody": {"required": True, "content": content}}

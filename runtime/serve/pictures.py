@@ -1,0 +1,129 @@
+"""Pictures: uploads looked at in a process of their own, with limits; thumbnails and sheets of what was made."""
+
+from __future__ import annotations
+
+import json
+import math
+import resource
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+from PIL import Image, ImageOps
+
+from runtime.video import Video, read_video
+
+MAX_PIXELS = 50_000_000  # of one picture
+MAX_FRAMES = 3600
+SECONDS = 60  # of CPU time for one upload
+MEMORY = 4 * 2**30
+SHEET = 5  # pictures a row and a column of a sprite sheet at most
+SHEET_WIDTH = 160
+
+# The first bytes of what is taken, and the file suffix that each is kept under.
+KINDS = {
+    "png": lambda head: head.startswith(b"\x89PNG\r\n\x1a\n"),
+    "jpeg": lambda head: head.startswith(b"\xff\xd8\xff"),
+    "webp": lambda head: head[:4] == b"RIFF" and head[8:12] == b"WEBP",
+    "mp4": lambda head: head[4:8] == b"ftyp",
+    "webm": lambda head: head.startswith(b"\x1aE\xdf\xa3"),
+    "gif": lambda head: head[:6] in (b"GIF87a", b"GIF89a"),
+}
+PICTURES = ("png", "jpeg", "webp")
+
+
+def sniff(head: bytes) -> str | None:
+    """Return what a file is by its first 16 bytes, whatever it is called; None for what is not taken."""
+    return next((kind for kind, fits in KINDS.items() if fits(head)), None)
+
+
+def inspect(path: Path) -> dict[str, Any]:
+    """Decode an upload whole in a child with limits; return {file, width, height, num_frames, fps}.
+
+    A picture becomes a PNG, upright and without transparency. ValueError for what cannot be decoded within the limits.
+    """
+    command = [sys.executable, "-m", "runtime.serve.pictures", str(path)]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=2 * SECONDS, stdin=subprocess.DEVNULL)
+    except subprocess.TimeoutExpired:
+        raise ValueError("the upload takes too long to decode; give a shorter or smaller one") from None
+    try:
+        found = json.loads(done.stdout.splitlines()[-1])
+    except (ValueError, IndexError):
+        raise ValueError("the upload cannot be decoded within the limits of memory and time") from None
+    if "error" in found:
+        raise ValueError(found["error"])
+    return found
+
+
+def look(path: Path) -> dict[str, Any]:
+    """What the child does for `inspect`."""
+    with path.open("rb") as handle:
+        kind = sniff(handle.read(16))
+    if kind is None:
+        raise ValueError(f"the upload is none of {', '.join(KINDS)} by its content")
+    if kind in PICTURES:
+        with Image.open(path, formats=[kind.upper()]) as picture:
+            if picture.width * picture.height > MAX_PIXELS:
+                raise ValueError(f"the picture has more than {MAX_PIXELS} pixels; give a smaller one")
+            upright = ImageOps.exif_transpose(picture).convert("RGB")
+        target = path.with_suffix(".png")
+        upright.save(target)
+        return {"file": target.name, "width": upright.width, "height": upright.height, "num_frames": 1, "fps": None}
+    target = path.with_suffix(f".{kind}")
+    path.rename(target)
+    video = read_video(target)
+    if video.num_frames > MAX_FRAMES:
+        raise ValueError(f"the clip has {video.num_frames} frames; at most {MAX_FRAMES} are taken")
+    for _ in video._decode(keep=False):
+        pass
+    return {
+        "file": target.name, "width": video.width, "height": video.height, "num_frames": video.num_frames,
+        "fps": video.fps,
+    }  # fmt: skip
+
+
+def write_sheets(path: Path) -> dict[str, str]:
+    """Write a thumbnail and a sprite sheet beside a video; return the name of each."""
+    video = read_video(path)
+    count = min(SHEET * SHEET, video.num_frames)
+    wanted = {round(i * (video.num_frames - 1) / max(count - 1, 1)) for i in range(count)}
+    height = max(1, round(video.height * SHEET_WIDTH / video.width))
+    found: list[Image.Image] = []
+    for index, frame in enumerate(video):
+        if index == 0:
+            Image.fromarray(frame).save(path.with_suffix(".webp"))
+        if index in wanted:
+            found.append(Image.fromarray(frame).resize((SHEET_WIDTH, height)))
+    columns = math.ceil(math.sqrt(len(found)))
+    sheet = Image.new("RGB", (columns * SHEET_WIDTH, math.ceil(len(found) / columns) * height))
+    for place, picture in enumerate(found):
+        sheet.paste(picture, (place % columns * SHEET_WIDTH, place // columns * height))
+    sheet.save(path.with_suffix(".jpg"), quality=85)
+    return {"thumbnail": path.with_suffix(".webp").name, "spritesheet": path.with_suffix(".jpg").name}
+
+
+def stub(found: dict[str, Any]) -> Video:
+    """Return a Video with an upload's facts and no frames, for checks in a process that decodes nothing."""
+    return Video(
+        list, fps=found["fps"] or 24, num_frames=found["num_frames"], height=found["height"], width=found["width"]
+    )
+
+
+def main() -> int:
+    """Look at one file with limits on this process, and print what it is as JSON."""
+    resource.setrlimit(resource.RLIMIT_CPU, (SECONDS, SECONDS))
+    resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
+    path = Path(sys.argv[1])
+    try:
+        print(json.dumps(look(path)))
+    except ValueError as error:
+        print(json.dumps({"error": str(error).replace(str(path.parent) + "/", "")}))
+    except (OSError, SyntaxError, MemoryError, Image.DecompressionBombError) as error:
+        print(json.dumps({"error": f"the upload cannot be decoded ({type(error).__name__})"}))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,110 @@
+"""Settings of the server: what the command line says, before what a TOML file says, before the defaults."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import hashlib
+import hmac
+import ipaddress
+import tomllib
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How one server runs; sizes in bytes, times in seconds."""
+
+    host: str = "127.0.0.1"
+    port: int = 8000
+    data: Path = Path("dit-runtime-data")
+    model: tuple[str, ...] = ("demo",)
+    api_key: Path | None = None  # a file of lines NAME:KEY
+    workers: int = 1
+    device: str = "auto"
+    insecure: bool = False  # another address than loopback without a key
+    grace: float = 20.0  # between SIGTERM and the end
+    max_queue: int = 1000
+    max_per_key: int = 1000
+    max_upload: int = 256 * 2**20
+    min_free: int = 256 * 2**20  # of the disk; below it nothing is accepted
+    log: str = "text"  # or "json"
+    keys: dict[str, str] = field(default_factory=dict, repr=False)  # digest of a key -> its name
+
+
+def read_settings(arguments: Sequence[str] | None = None) -> Settings:
+    """Return the settings of a command line; ValueError or OSError for what cannot be."""
+    parser = argparse.ArgumentParser(prog="python -m runtime.serve", description="Serve videos over HTTP.")
+    parser.add_argument("--config", type=Path, metavar="FILE", help="TOML with the same names, such as port = 8000")
+    parser.add_argument("--host", help="address to listen on (default: 127.0.0.1)")
+    parser.add_argument("--port", type=int, help="port to listen on (default: 8000; 0: any that is free)")
+    parser.add_argument("--data", type=Path, metavar="FOLDER", help="jobs and results (default: ./dit-runtime-data)")
+    parser.add_argument("--model", action="append", metavar="NAME", help="may be given again (default: demo)")
+    parser.add_argument("--api-key", type=Path, metavar="FILE", help="lines NAME:KEY, or KEY alone")
+    parser.add_argument("--workers", type=int, metavar="N", help="worker processes (default: 1)")
+    parser.add_argument("--device", help="auto, cpu, cuda, cuda:N (default: auto)")
+    parser.add_argument("--insecure", action="store_true", default=None, help="no key on an address others can reach")
+    parser.add_argument("--grace", type=float, metavar="S", help="seconds to end in after SIGTERM (default: 20)")
+    parser.add_argument("--max-queue", type=int, metavar="N", help="jobs waiting or running at most (default: 1000)")
+    parser.add_argument("--max-per-key", type=int, metavar="N", help="the same for each key (default: 1000)")
+    parser.add_argument("--log", choices=("text", "json"), help="how lines are written (default: text)")
+    options = {name: value for name, value in vars(parser.parse_args(arguments)).items() if value is not None}
+    told: dict[str, Any] = {}
+    if (config := options.pop("config", None)) is not None:
+        told = {name.replace("-", "_"): value for name, value in tomllib.loads(config.read_text()).items()}
+        known = {f.name for f in dataclasses.fields(Settings)} - {"keys"}
+        if unknown := sorted(told.keys() - known):
+            raise ValueError(f"{config} has keys that are not known: {', '.join(unknown)}; legal: {', '.join(known)}")
+    values = told | options
+    for name in ("data", "api_key"):
+        if name in values:
+            values[name] = Path(values[name])
+    if "model" in values:
+        values["model"] = tuple([values["model"]] if isinstance(values["model"], str) else values["model"])
+    settings = Settings(**values)
+    if settings.api_key is not None:
+        settings = dataclasses.replace(settings, keys=read_keys(settings.api_key))
+    if not settings.keys and not settings.insecure and not loopback(settings.host):
+        raise ValueError(
+            f"host is {settings.host}, which others can reach, and there is no API key: give --api-key FILE, or "
+            "--insecure if that is meant"
+        )
+    return settings
+
+
+def loopback(host: str) -> bool:
+    """Tell whether only this machine can reach an address."""
+    if host == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
+
+
+def read_keys(path: Path) -> dict[str, str]:
+    """Return digest -> name of the keys in a file; ValueError where there is none, or one is short."""
+    found = {}
+    for index, line in enumerate(path.read_text().splitlines()):
+        if line.strip() and not line.startswith("#"):
+            name, colon, key = line.strip().partition(":")
+            name, key = (name, key) if colon else (f"key-{index}", name)
+            if len(key) < 16:
+                raise ValueError(f"{path} has a key of {len(key)} characters in line {index + 1}; legal: at least 16")
+            found[hashlib.sha256(key.encode()).hexdigest()] = name
+    if not found:
+        raise ValueError(f"{path} holds no key; legal: lines NAME:KEY")
+    return found
+
+
+def owner_of(keys: dict[str, str], given: str) -> str | None:
+    """Return whose key is given; None for nobody's. All are compared, in constant time each."""
+    digest = hashlib.sha256(given.encode()).hexdigest()
+    found = None
+    for known, name in keys.items():
+        if hmac.compare_digest(known, digest):
+            found = name
+    return found

@@ -1,0 +1,239 @@
+"""The worker: a process that takes jobs from the store, makes them with the pipeline, and can be killed at any moment.
+
+It learns of new jobs by lines on its standard input, and where that ends it ends too, its job given back at the next
+step. Nothing but lines of text and the store's rows passes between the processes.
+"""
+
+from __future__ import annotations
+
+import argparse
+import fcntl
+import json
+import logging
+import signal
+import sys
+import threading
+import time
+from dataclasses import asdict
+from pathlib import Path
+from typing import IO, Any
+
+import runtime
+from runtime.calibration import local
+from runtime.checkpoints import Checkpoints
+from runtime.decoding import out_of_memory
+from runtime.denoising import Cancelled
+from runtime.planner import Setting, predict
+from runtime.previews import preview
+from runtime.serve.jobs import Job, LostLease, Store
+from runtime.serve.pictures import write_sheets
+from runtime.trace import recording, span
+
+log = logging.getLogger("runtime.serve.worker")
+
+IDLE_SECONDS = 0.5  # between two looks at the queue where nobody says that there is something
+BEAT_SECONDS = 0.1  # least time between two reports of one job
+RENEW_SECONDS = 5.0
+RESTART = 75  # exit code of a worker whose device cannot be trusted any more
+
+
+class Stopping(Exception):
+    """Raised between two steps where the process is to end."""
+
+
+class Worker:
+    """One process's loaded models and the job in its hands."""
+
+    def __init__(self, store: Store, name: str, device: str) -> None:
+        self.store, self.name, self.device = store, name, device
+        self.models: dict[str, runtime.Model] = {}
+        self.stopping, self.wake = threading.Event(), threading.Event()
+        self.job: Job | None = None
+
+    def stop(self) -> None:
+        """Let the process end at the next step."""
+        self.stopping.set()
+        self.wake.set()
+
+    def model(self, name: str) -> runtime.Model:
+        """Return a model, loaded at first use and kept."""
+        if name not in self.models:
+            self.models[name] = runtime.load(name, device=self.device)
+        return self.models[name]
+
+    def work(self) -> None:
+        """Take one job after the other until it is time to stop."""
+        while not self.stopping.is_set():
+            self.wake.clear()
+            self.store.reclaim()
+            for waiting in self.store.unestimated():
+                self.estimate(waiting)
+            job = self.store.claim(self.name)
+            if job is None:
+                self.wake.wait(IDLE_SECONDS)
+                continue
+            self.job = job
+            try:
+                self.run(job)
+            except LostLease:
+                log.warning("another has job %s by now, or it is gone", job.id)
+            finally:
+                self.job = None
+
+    def renew(self) -> None:
+        """Keep the lease of the job in hand, however long a step takes: a hung process is the supervisor's to end."""
+        while not self.stopping.wait(RENEW_SECONDS):
+            if (job := self.job) is not None:
+                self.store.renew(job)
+
+    def estimate(self, job: Job) -> None:
+        """Predict a job's seconds by the planner; what cannot be predicted counts nothing."""
+        try:
+            model = self.model(job.model)
+            machine = local(model.device, model.dtype)
+            assert machine is not None
+            request = request_of(job, self.store.folder(job.id)).resolved(model.spec)
+            kind = str(model.dtype).removeprefix("torch.")
+            setting = Setting(dtype=kind, itemsize=model.dtype.itemsize, memory=machine.memory)
+            seconds = predict(model.spec, model.checkpoint.costs(), request, machine, setting).seconds["total"]
+        except (ValueError, OSError) as error:
+            log.warning("job %s cannot be predicted: %s", job.id, error)
+            seconds = 0.0
+        self.store.estimate(job, seconds)
+
+    def run(self, job: Job) -> None:
+        """Make one job, and say what became of it."""
+        began = time.monotonic()
+        log.info("job %s: attempt %d from step %d", job.id, job.attempt, job.step)
+        try:
+            output, receipt = self.make(job)
+        except Cancelled:
+            self.store.finish(job, "cancelled")
+        except Stopping:
+            self.store.release(job)
+        except LostLease:
+            raise
+        except Exception as error:
+            log.exception("job %s failed", job.id)
+            self.store.finish(job, "failed", error=explain(error))
+            if out_of_memory(error) and self.models[job.model].device.type != "cpu":
+                raise SystemExit(RESTART) from error
+        else:
+            self.store.finish(job, "completed", output=output, receipt=receipt)
+            for left in (*self.store.folder(job.id).glob("window-*"), self.store.folder(job.id) / "preview.gif"):
+                left.unlink(missing_ok=True)
+            log.info("job %s: completed in %.2f s", job.id, time.monotonic() - began)
+
+    def make(self, job: Job) -> tuple[dict[str, Any], dict[str, Any]]:
+        """Return (output, receipt) of a job whose files are written."""
+        folder = self.store.folder(job.id)
+        model = self.model(job.model)
+        request = request_of(job, folder)
+        checkpoints = Checkpoints(folder, f"{job.id} {model.fingerprint} {json.dumps(job.request, sort_keys=True)}")
+        report = Report(self, job, folder, checkpoints)
+        video = runtime.generate(model, request, on_step=report.step, checkpoints=checkpoints)
+        path = folder / f"output-{job.attempt}.{'png' if job.kind == 'image' else 'mp4'}"
+        with recording(video.receipt.stages), span("save"):
+            video.save(path, on_frame=report.frame)
+        sheets = {} if job.kind == "image" else write_sheets(path)
+        receipt = json.loads(video.receipt.to_json())
+        for clip in receipt["request"]["clips"]:
+            clip["frames"] = Path(clip["frames"]).name
+        return {"file": path.name, "bytes": path.stat().st_size, **sheets}, receipt
+
+
+class Report:
+    """Tells the store how far a job is, and stops it where it is to end."""
+
+    def __init__(self, worker: Worker, job: Job, folder: Path, checkpoints: Checkpoints) -> None:
+        self.worker, self.job, self.folder, self.checkpoints = worker, job, folder, checkpoints
+        self.told = 0.0
+        self.steps = (job.step, max(job.total, 1))
+
+    def step(self, step: int, total: int, latents: Any, estimate: Any) -> None:
+        """Report a step, with a look at what is coming."""
+        self.steps = step, total
+        if self.tell(round(90 * step / total), last=step == total):
+            shown = self.worker.models[self.job.model]
+            preview(shown, estimate).save(self.folder / "preview.gif")
+
+    def frame(self, done: int, total: int) -> None:
+        """Report a frame that is written."""
+        self.tell(90 + round(9 * done / total))
+
+    def tell(self, progress: int, *, last: bool = False) -> bool:
+        """Report where it is time to; Cancelled where the job shall end, Stopping where the process shall."""
+        if self.worker.stopping.is_set():
+            self.checkpoints.write()
+            raise Stopping
+        if not last and time.monotonic() - self.told < BEAT_SECONDS:
+            return False
+        if self.worker.store.beat(self.job, *self.steps, progress):
+            raise Cancelled
+        self.told = time.monotonic()
+        return True
+
+
+def request_of(job: Job, folder: Path) -> runtime.Request:
+    """Return the request of a job, its clips being the files in its folder."""
+    clips = tuple(
+        runtime.Clip(str(folder / clip["input"]), at=clip["at"], hold=clip["hold"]) for clip in job.request["clips"]
+    )
+    return runtime.Request(**{**job.request, "clips": clips})
+
+
+def explain(error: Exception) -> dict[str, str]:
+    """Return the API's error of an exception; what is a fault of ours is told by its kind alone."""
+    if out_of_memory(error):
+        return {"code": "out_of_memory", "message": "out of memory; ask for a smaller size or fewer frames"}
+    if isinstance(error, OSError) and error.errno in (28, 122):
+        return {"code": "insufficient_storage", "message": "the disk of the server is full"}
+    if isinstance(error, ValueError):
+        return {"code": "invalid_request", "message": str(error)}
+    return {"code": "internal_error", "message": f"{type(error).__name__} while making the video; the log says more"}
+
+
+def card(model: runtime.Model) -> dict[str, Any]:
+    """Return what the server needs to know of a model."""
+    return {"spec": asdict(model.spec), "fingerprint": model.fingerprint, "device": str(model.device)}
+
+
+def hold_lock(data: Path, name: str) -> IO[str]:
+    """Return the locked file that says this worker is alive; the lock goes with the process, however it ends."""
+    handle = (data / "workers" / name).open("w")
+    fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    return handle
+
+
+def listen(worker: Worker) -> None:
+    """Wake the worker at each line on standard input; let it stop where that ends."""
+    for _ in sys.stdin:
+        worker.wake.set()
+    worker.stop()
+
+
+def main() -> int:
+    """Run the worker; return its exit code."""
+    parser = argparse.ArgumentParser(prog="python -m runtime.serve.worker")
+    parser.add_argument("--data", type=Path, required=True)
+    parser.add_argument("--name", required=True)
+    parser.add_argument("--model", action="append", required=True)
+    parser.add_argument("--device", default="auto")
+    options = parser.parse_args()
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s %(message)s")
+    worker = Worker(Store(options.data), options.name, options.device)
+    signal.signal(signal.SIGTERM, lambda *_: worker.stop())
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the server decides
+    lock = hold_lock(options.data, options.name)
+    threading.Thread(target=listen, args=(worker,), daemon=True).start()
+    threading.Thread(target=worker.renew, daemon=True).start()
+    for name in options.model:
+        worker.store.tell_model(name, card(worker.model(name)))
+    print("ready", flush=True)
+    worker.work()
+    lock.close()
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
