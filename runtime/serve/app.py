@@ -65,10 +65,7 @@ class Api:
 
     def full(self) -> ApiError:
         """Return the error of a full queue: come again when the job that is running is done."""
-        error = ApiError(
-            429, "the queue is full", code="queue_full", retry_after=min(max(self.store.soonest(), 1), 120)
-        )
-        return error
+        return ApiError(429, "the queue is full", code="queue_full", retry_after=min(max(self.store.soonest(), 1), 120))
 
     def job(self, request: Request, job_id: str) -> Job:
         """Return a video of the asking key; ApiError where there is none."""
