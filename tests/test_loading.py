@@ -91,11 +91,13 @@ DAMAGES: dict[str, tuple[Callable[[Path], None], type[Exception], str]] = {
     "unknown pipeline": (
         lambda f: edit(f / "model_index.json", _class_name="FluxPipeline"), ValueError, "not a model of a known family"
     ),
-    "image to video": (
-        lambda f: edit(f / "model_index.json", _class_name="WanImageToVideoPipeline"), ValueError, "text-to-video"
+    "another task": (
+        lambda f: edit(f / "model_index.json", _class_name="WanAnimatePipeline"), ValueError, "supported: WanPipeline"
     ),
     "image layers": (
-        lambda f: edit(f / "transformer/config.json", added_kv_proj_dim=1280), ValueError, "added_kv_proj_dim"
+        lambda f: edit(f / "transformer/config.json", image_dim=8, added_kv_proj_dim=5),
+        ValueError,
+        "added_kv_proj_dim 5",
     ),
     "unknown key": (lambda f: edit(f / "transformer/config.json", window=3), ValueError, "not known: window"),
     "scheduler": (
@@ -268,7 +270,7 @@ def test_a_repository_in_the_local_cache(published: Path, monkeypatch: pytest.Mo
         ({"device": "cuda:7"}, "shows 0 NVIDIA GPUs" if not torch.cuda.is_available() else "cuda:7"),
         ({"device": "tpu"}, "legal: auto, cpu, cuda"),
         ({"dtype": "int8"}, "legal: auto, float32"),
-        ({"engine": "warp"}, "legal: eager"),
+        ({"engine": "warp"}, "legal: cuda_graph, eager"),
     ],
 )
 def test_bad_arguments(arguments: dict, sentence: str) -> None:
