@@ -236,6 +236,16 @@ def test_pictures_sync_and_state(server: Server) -> None:
     assert "/v1/videos/{video_id}/remix" in server.http.get("/openapi.json").json()["paths"]
 
 
+def test_a_picture_does_not_wait_for_a_film(server: Server) -> None:
+    film = server.create(LONG | {"num_inference_steps": 400})["id"]
+    server.until(lambda: server.video(film)["step"] > 2)
+    answer = server.http.post("/v1/images/generations", json={"prompt": "a ball", "num_inference_steps": 1})
+    assert answer.status_code == 200, answer.text
+    found = server.until(lambda: (job := server.video(film))["attempt"] == 2 and job)
+    assert 2 < found["step"] < 400, "it went on after the picture"
+    server.http.delete(f"/v1/videos/{film}")
+
+
 def test_the_openai_client(server: Server) -> None:
     pytest.importorskip("openai")
     script = Path(__file__).with_name("openai_client.py")

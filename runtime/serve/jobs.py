@@ -352,6 +352,14 @@ class Store:
                 (time.time() + LEASE_SECONDS, job.id, job.attempt),
             )
 
+    def pressing(self, job: Job, left: float) -> bool:
+        """Tell whether a job of higher priority waits that takes at most a tenth of the `left` seconds of this one."""
+        row = self._reader.execute(
+            "SELECT 1 FROM jobs WHERE status = 'queued' AND NOT cancel AND priority > ? AND estimate * 10 < ? LIMIT 1",
+            (job.priority, left),
+        ).fetchone()
+        return row is not None
+
     def release(self, job: Job) -> None:
         """Give a job back unfinished, its place kept."""
         self._end(job, "queued", worker=None, lease_until=None, completed_at=time.time() if job.cancel else None)

@@ -34,11 +34,12 @@ log = logging.getLogger("runtime.serve.worker")
 IDLE_SECONDS = 0.5  # between two looks at the queue where nobody says that there is something
 BEAT_SECONDS = 0.1  # least time between two reports of one job
 RENEW_SECONDS = 5.0
+FORESEE_SECONDS = 0.1  # between two looks for jobs that nobody has predicted
 RESTART = 75  # exit code of a worker whose device cannot be trusted any more
 
 
 class Stopping(Exception):
-    """Raised between two steps where the process is to end."""
+    """Raised between two steps where a job is to be given back: the process ends, or a shorter job comes first."""
 
 
 class Worker:
@@ -66,8 +67,6 @@ class Worker:
         while not self.stopping.is_set():
             self.wake.clear()
             self.store.reclaim()
-            for waiting in self.store.unestimated():
-                self.estimate(waiting)
             job = self.store.claim(self.name)
             if job is None:
                 self.wake.wait(IDLE_SECONDS)
@@ -85,6 +84,13 @@ class Worker:
         while not self.stopping.wait(RENEW_SECONDS):
             if (job := self.job) is not None:
                 self.store.renew(job)
+
+    def foresee(self) -> None:
+        """Predict what is queued, also while a job is made; a model that is not loaded yet is predicted later."""
+        while not self.stopping.wait(FORESEE_SECONDS):
+            for job in self.store.unestimated():
+                if job.model in self.models:
+                    self.estimate(job)
 
     def estimate(self, job: Job) -> None:
         """Predict a job's seconds by the planner; what cannot be predicted counts nothing."""
@@ -149,10 +155,17 @@ class Report:
         self.worker, self.job, self.folder, self.checkpoints = worker, job, folder, checkpoints
         self.told = 0.0
         self.steps = (job.step, max(job.total, 1))
+        self.began, self.first = 0.0, 0  # when and after which step the first one of this attempt was done
 
     def step(self, step: int, total: int, latents: Any, estimate: Any) -> None:
-        """Report a step, with a look at what is coming."""
+        """Report a step, with a look at what is coming; give way to a much shorter job that presses."""
         self.steps = step, total
+        if not self.began:
+            self.began, self.first = time.monotonic(), step
+        each = (time.monotonic() - self.began) / max(step - self.first, 1)
+        if self.worker.store.pressing(self.job, each * (total - step)):
+            self.checkpoints.write()
+            raise Stopping
         if self.tell(round(90 * step / total), last=step == total):
             shown = self.worker.models[self.job.model]
             preview(shown, estimate).save(self.folder / "preview.gif")
@@ -226,10 +239,13 @@ def main() -> int:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the server decides
     lock = hold_lock(options.data, options.name)
     threading.Thread(target=listen, args=(worker,), daemon=True).start()
-    threading.Thread(target=worker.renew, daemon=True).start()
+    for beside in (worker.renew, worker.foresee):
+        threading.Thread(target=beside, daemon=True).start()
     for name in options.model:
         worker.store.tell_model(name, card(worker.model(name)))
     print("ready", flush=True)
+    for model in worker.models.values():
+        local(model.device, model.dtype)  # measured once on a machine, before a job could disturb it
     worker.work()
     lock.close()
     return 0
