@@ -12,6 +12,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from runtime.client import Client
     from runtime.clips import Clip
     from runtime.decoding import decode, encode
     from runtime.denoising import Cancelled
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
 # Names are handed out at first use, so that a process which only serves HTTP never imports torch.
 _HOMES = {
     "Cancelled": "denoising",
+    "Client": "client",
     "Card": "storyboard",
     "Clip": "clips",
     "Model": "model",
@@ -44,7 +46,7 @@ _HOMES = {
 }
 
 __all__ = [
-    "Cancelled", "Card", "Clip", "Model", "Receipt", "Request", "Video",
+    "Cancelled", "Card", "Client", "Clip", "Model", "Receipt", "Request", "Video",
     "decode", "encode", "generate", "load", "load_within", "preview", "warmup",
 ]  # fmt: skip
 

@@ -18,6 +18,8 @@ from PIL import Image
 
 pytest.importorskip("fastapi")
 
+import runtime
+from runtime.client import ServerError
 from tests.serving import LONG, TINY, Server
 
 
@@ -244,6 +246,23 @@ def test_a_picture_does_not_wait_for_a_film(server: Server) -> None:
     found = server.until(lambda: (job := server.video(film))["attempt"] == 2 and job)
     assert 2 < found["step"] < 400, "it went on after the picture"
     server.http.delete(f"/v1/videos/{film}")
+
+
+def test_our_own_client(server: Server, tmp_path: Path) -> None:
+    few = {"num_frames": 5, "num_inference_steps": 2, "seed": 3}
+    with runtime.Client(server.url) as client:
+        video = client.wait(client.create("a red ball", **few))
+        path = client.save(video, tmp_path / "ball.mp4")
+        assert path.read_bytes() == server.content(video["id"])
+        again = client.extend(path, "on", num_frames=4, num_inference_steps=2)
+        more = client.connect(video["id"], video["id"], "on", num_frames=4, num_inference_steps=2)
+        assert [client.wait(each)["num_frames"] for each in (again, more)] == [9, 14]
+        assert {video["id"], again["id"], more["id"]} <= {each["id"] for each in client.list(limit=2)}
+        for each in (video, again, more):
+            client.delete(each["id"])
+        with pytest.raises(ServerError, match="no video") as caught:
+            client.save(video, tmp_path / "none.mp4")
+        assert caught.value.status == 404 and [file.name for file in tmp_path.iterdir()] == ["ball.mp4"]
 
 
 def test_the_openai_client(server: Server) -> None:
