@@ -1,0 +1,174 @@
+"""The demo model's tools: world, captions and scorer agree; what is trained is the published modules."""
+
+from __future__ import annotations
+
+import math
+import re
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from tools.demo_model import autoencoder, captions, denoiser, pool, score, text
+from tools.demo_model.diffusion import Student, draw_known
+from tools.demo_model.evaluate import to_bytes
+from tools.demo_model.recipe import RECIPES, make
+from tools.demo_model.training import Run
+from tools.demo_model.world import MOTIONS, Scene, Thing, draw_scene, render
+
+BALL = Scene((Thing("ball", "red", "medium", "matte"),), "left", "grass", "day", "clear", "still")
+
+
+def test_a_scene_is_the_same_at_every_drawing_and_its_annotations_are_where_the_pixels_are() -> None:
+    first, again = (render(BALL, 9, 64, 96) for _ in range(2))
+    assert torch.equal(first.frames, again.frames)
+    assert first.frames.shape == (9, 3, 64, 96) and float(first.frames.min()) >= 0 and float(first.frames.max()) <= 1
+    for frame in range(9):
+        x, y, radius = first.tracks[0, frame].tolist()
+        inside = first.frames[frame, :, int(y), int(x)]
+        assert inside[0] > 2 * inside[1], "the middle of a red ball is red"
+        assert float(first.masks[0, frame].sum()) == pytest.approx(math.pi * radius**2, rel=0.08)
+    assert first.tracks[0, 0, 0] > first.tracks[0, -1, 0] + 40
+
+
+@pytest.mark.parametrize("size", [(64, 64), (96, 160), (160, 96)])
+def test_renders_are_read_right(size: tuple[int, int]) -> None:
+    rng = np.random.default_rng(7)
+    judged = []
+    for _ in range(14):
+        scene = captions.held_out_scene(rng)
+        judged.append(score.judge(scene, score.read(to_bytes(render(scene, 17, *size).frames))))
+    for what, (right, of) in score.table(judged).items():
+        assert right >= of - 2, f"{what}: {right} of {of}"
+
+
+@pytest.mark.parametrize("motion", MOTIONS)
+def test_every_motion_is_read_and_its_opposite_is_not(motion: str) -> None:
+    shape = "star" if motion == "spin" else "ball"
+    scene = replace(BALL, things=(Thing(shape, "red", "medium", "matte"),), motion=motion)
+    assert score.read(to_bytes(render(scene, 17, 64, 96).frames)).motion == motion
+
+
+def test_an_empty_scene_has_no_thing() -> None:
+    reading = score.read(to_bytes(render(replace(BALL, things=()), 5, 64, 96).frames))
+    assert (reading.count, reading.ground, reading.shapes) == (0, "grass", ())
+
+
+def test_held_out_scenes_are_never_trained_on() -> None:
+    rng = np.random.default_rng(0)
+    assert not any(captions.held_out(captions.training_scene(rng)) for _ in range(200))
+    share = np.mean([captions.held_out(draw_scene(rng)) for _ in range(2000)])
+    assert 0.05 < share < 0.15
+
+
+def test_captions_hold_only_known_words_and_every_style_names_the_thing() -> None:
+    rng = np.random.default_rng(1)
+    words = set(captions.vocabulary())
+    for _ in range(200):
+        scene = draw_scene(rng)
+        for style in captions.STYLES:
+            found = captions.caption(scene, style, rng)
+            assert set(found.replace(",", " ").split()) <= words, found
+    assert captions.caption(BALL, "terse") == "a red ball rolls left over green grass"
+
+
+def test_rules_expand_terse_captions_into_descriptive_ones() -> None:
+    rules = captions.expansion_rules()
+    rng = np.random.default_rng(2)
+    for _ in range(60):
+        scene = replace(draw_scene(rng), time="day", weather="clear", camera="still", post=False)
+        things = tuple(replace(t, size="medium", material="matte") for t in scene.things)
+        scene = replace(scene, things=things)
+        prompt = captions.caption(scene, "terse")
+        for pattern, words in rules["replace"]:
+            prompt = re.sub(pattern, words, prompt)
+        for unless, words in rules["append"]:
+            prompt = prompt if re.search(unless, prompt) else prompt + words
+        assert prompt == captions.caption(scene, "descriptive")
+
+
+def test_the_tokenizer_reads_words_whole_and_spells_what_it_does_not_know(tmp_path: Path) -> None:
+    from transformers import AutoTokenizer
+
+    text.write_tokenizer(tmp_path)
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path)
+    assert tokenizer.tokenize("A Red ball, please") == ["▁A", "▁Red", "▁ball", ",", "▁", "p", "l", "e", "a", "s", "e"]
+    assert tokenizer.unk_token_id not in tokenizer(captions.caption(BALL, "descriptive"))["input_ids"]
+
+
+def test_whole_clips_are_encoded_and_decoded_as_the_published_module_does_it() -> None:
+    torch.manual_seed(0)
+    vae = autoencoder.build()
+    for p in vae.parameters():
+        p.data += 0.02 * torch.randn_like(p)
+    pixels = torch.rand(1, 3, 9, 32, 48) * 2 - 1
+    with torch.no_grad():
+        mean, logvar = autoencoder.encode(vae, pixels)
+        published = vae.encode(pixels).latent_dist
+        torch.testing.assert_close(mean, published.mean, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(logvar, published.logvar, rtol=1e-4, atol=1e-5)
+        ours, theirs = autoencoder.decode(vae, mean), vae.decode(mean).sample
+        torch.testing.assert_close(ours.clamp(-1, 1), theirs, rtol=1e-4, atol=1e-5)
+
+
+def test_the_training_forward_is_the_published_one_with_512_text_tokens() -> None:
+    torch.manual_seed(0)
+    dit = denoiser.build(width=128, layers=2, ffn=256, text=64, channels=8)
+    for p in dit.parameters():
+        p.data += 0.05 * torch.randn_like(p)
+    x, sigma, words = torch.randn(2, 8, 3, 8, 12), torch.rand(2, 3), torch.randn(2, 7, 64)
+    steps = (sigma * 1000)[:, :, None].expand(2, 3, 24).flatten(1)
+    padded = torch.cat([words, torch.zeros(2, 505, 64)], 1)
+    bias = torch.zeros(2, 1, 1, 8)
+    bias[..., 7] = math.log(505)
+    with torch.no_grad():
+        theirs = dit(x, steps, padded, return_dict=False)[0]
+        ours, _ = denoiser.forward(
+            dit, x, sigma, torch.cat([words, torch.zeros(2, 1, 64)], 1), bias, denoiser.Rotary(64)
+        )
+    torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
+
+
+def test_known_frames_never_are_all_of_them() -> None:
+    known = draw_known(400, 5, np.random.default_rng(0))
+    assert not known.all(1).any() and 0.2 < known.any(1).float().mean() < 0.5
+    assert not draw_known(10, 1, np.random.default_rng(0)).any()
+
+
+def test_cover_is_the_share_of_a_token() -> None:
+    masks = torch.zeros(1, 5, 32, 32)
+    masks[0, 1:, :16, :16] = 1
+    assert pool.token_cover(masks).tolist() == [[[0, 0], [0, 0]], [[1, 0], [0, 0]]]
+
+
+def test_a_stopped_training_goes_on_as_if_it_had_not_stopped(tmp_path: Path) -> None:
+    def some(folder: Path, until: int) -> torch.Tensor:
+        torch.manual_seed(0)
+        layer = torch.nn.Linear(4, 4)
+        run = Run(folder, layer, [torch.optim.AdamW(layer.parameters(), lr=0.1)], 6, warm=2)
+        while run.step < until:
+            run.update(layer(torch.randn(3, 4)).square().mean())
+        run.save()
+        return run.averaged()["weight"]
+
+    whole = some(tmp_path / "whole", 6)
+    some(tmp_path / "parts", 3)
+    assert torch.equal(some(tmp_path / "parts", 6), whole)
+
+
+def test_one_command_makes_a_checkpoint_that_diffusers_and_this_runtime_load(tmp_path: Path) -> None:
+    from diffusers import WanPipeline
+
+    import runtime
+
+    said: list[str] = []
+    folder = make(tmp_path, RECIPES["smoke"], say=said.append)
+    assert any(line.startswith("probe") for line in said)
+    pipeline = WanPipeline.from_pretrained(folder)
+    assert pipeline.config.expand_timesteps and pipeline.transformer.dtype == torch.bfloat16
+    model = runtime.load(str(folder))
+    request = runtime.Request(prompt="a red ball", width=64, height=64, num_frames=5, steps=2, seed=0)
+    assert runtime.generate(model, request).frames.shape == (5, 64, 64, 3)
+    assert isinstance(Student(width=128, layers=6, ffn=256, text_width=64, channels=32), torch.nn.Module)

@@ -1,0 +1,59 @@
+"""python -m tools.demo_model train | score | ladder: trains the built-in checkpoint, and reads what one has learned."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+
+import torch
+
+
+def main() -> None:
+    """Parse the command line and do it."""
+    parser = argparse.ArgumentParser(prog="python -m tools.demo_model", description=__doc__)
+    verbs = parser.add_subparsers(dest="verb", required=True)
+    train = verbs.add_parser(
+        "train", help="train a checkpoint from nothing; the same command goes on with a stopped run"
+    )
+    train.add_argument("--out", type=Path, required=True, help="folder for states, logs and the checkpoint")
+    train.add_argument(
+        "--size", choices=("smoke", "cpu", "gpu"), default="cpu", help="a minute | CPU hours | one GPU, 20 minutes"
+    )
+    train.add_argument("--seed", type=int, default=0)
+    train.add_argument("--threads", type=int, help="CPU threads")
+    score = verbs.add_parser("score", help="generate for held-out prompts and read the videos by fixed rules")
+    score.add_argument("--model", default="demo")
+    score.add_argument("--prompts", type=int, default=128)
+    score.add_argument("--size", default=None, help="WxH; the checkpoint's default where absent")
+    score.add_argument("--style", choices=("terse", "plain", "descriptive"), default="descriptive")
+    score.add_argument("--steps", type=int, default=25)
+    score.add_argument("--guidance", type=float)
+    score.add_argument("--verbs", action="store_true", help="animate and extend held-out clips as well")
+    score.add_argument("--sheet", type=Path, help="write a contact sheet (png)")
+    score.add_argument("--json", type=Path, help="write the numbers")
+    given = parser.parse_args()
+    if given.verb == "train":
+        from tools.demo_model.recipe import RECIPES, make
+
+        if given.threads:
+            torch.set_num_threads(given.threads)
+        print(make(given.out, RECIPES[given.size], seed=given.seed, say=lambda line: print(line, flush=True)))
+        return
+    from tools.demo_model.evaluate import evaluate
+
+    found = evaluate(
+        given.model, given.prompts, size=given.size, style=given.style, steps=given.steps, guidance=given.guidance,
+        verbs=given.verbs, sheet=given.sheet,
+    )  # fmt: skip
+    for row, numbers in found.items():
+        print(
+            f"{row:14s} "
+            + "  ".join(f"{k} {right}/{of} ({100 * right / of:.0f} %)" for k, (right, of) in numbers.items() if of)
+        )
+    if given.json:
+        given.json.write_text(json.dumps(found, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,94 @@
+"""Generates for held-out prompts with this runtime and reads the videos; what the model card's numbers come from."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+import runtime
+from tools.demo_model.captions import caption, held_out_scene
+from tools.demo_model.score import judge, read, table
+from tools.demo_model.world import Scene, render
+
+SEED = 20261122
+
+
+def scenes(count: int) -> list[Scene]:
+    """Return the held-out scenes that every score is measured on."""
+    rng = np.random.default_rng(SEED)
+    return [held_out_scene(rng) for _ in range(count)]
+
+
+def evaluate(
+    model_name: str, prompts: int, *, size: str | None = None, style: str = "descriptive", steps: int = 25,
+    guidance: float | None = None, verbs: bool = False, sheet: Path | None = None,
+) -> dict[str, dict[str, tuple[int, int]]]:  # fmt: skip
+    """Return per row ("renders", "reconstructions", "text") how many prompts were shown right, per attribute."""
+    model = runtime.load(model_name)
+    own = model.spec.defaults
+    width, height = (int(n) for n in size.split("x")) if size else (own.width, own.height)
+    judged: dict[str, list[dict[str, bool]]] = {"renders": [], "reconstructions": [], "text": []}
+    rows = []
+    quality = []
+    for number, scene in enumerate(scenes(prompts)):
+        truth = to_bytes(render(scene, own.num_frames, height, width).frames)
+        judged["renders"].append(judge(scene, read(truth)))
+        again = runtime.decode(model, runtime.encode(model, truth)).frames
+        quality.append(10 * np.log10(255**2 / np.mean((again.astype(float) - truth) ** 2)))
+        judged["reconstructions"].append(judge(scene, read(again)))
+        request = runtime.Request(
+            prompt=caption(scene, style), width=width, height=height, seed=number, steps=steps, guidance=guidance
+        )
+        frames = runtime.generate(model, request).frames
+        judged["text"].append(judge(scene, read(frames)))
+        if len(rows) < 16:
+            rows.append(np.concatenate([frames[i] for i in np.linspace(0, len(frames) - 1, 5).astype(int)], 1))
+    if verbs:
+        judged |= known_frames(model, scenes(prompts), width, height, steps)
+    if sheet is not None:
+        from PIL import Image
+
+        half = (len(rows) + 1) // 2
+        blank = np.zeros_like(rows[0])
+        columns = [np.concatenate(([*rows, blank])[i : i + half], 0) for i in (0, half)]
+        Image.fromarray(np.concatenate(columns, 1)).save(sheet)
+    found: dict[str, Any] = {name: table(rows_) for name, rows_ in judged.items()}
+    print(f"reconstructions: {np.mean(quality):.1f} dB on average, {min(quality):.1f} at least")
+    return found
+
+
+def known_frames(
+    model: runtime.Model, asked: list[Scene], width: int, height: int, steps: int
+) -> dict[str, list[dict[str, bool]]]:
+    """Return what is shown where a clip's beginning is given: its first frame (animation), its first half (extension).
+
+    Only frames that the model made are read for things; for the motion the whole clip is.
+    """
+    judged: dict[str, list[dict[str, bool]]] = {"animation": [], "extension": []}
+    for number, scene in enumerate(asked):
+        truth = to_bytes(render(scene, 17, height, width).frames)
+        common = {
+            "prompt": caption(scene, "descriptive"),
+            "width": width,
+            "height": height,
+            "seed": number,
+            "steps": steps,
+        }
+        first = runtime.Request(**common, num_frames=17, clips=(runtime.Clip(truth[:1]),))
+        half = runtime.Request(
+            **common, num_frames=8, window=17, overlap=9, direction="forward", clips=(runtime.Clip(truth[:9]),)
+        )
+        for name, request, made in (("animation", first, 1), ("extension", half, 9)):
+            frames = runtime.generate(model, request).frames
+            things, whole = judge(scene, read(frames[made:])), judge(scene, read(frames))
+            judged[name].append(
+                {k: whole[k] if k in ("motion", "direction", "camera") else v for k, v in things.items()}
+            )
+    return judged
+
+
+def to_bytes(frames: Any) -> np.ndarray:
+    """Return uint8 frames [F, H, W, 3] of frames [F, 3, H, W] in [0, 1]."""
+    return (frames.permute(0, 2, 3, 1) * 255).round().byte().numpy()

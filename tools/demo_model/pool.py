@@ -1,0 +1,92 @@
+"""A pool of clips as latents: rendered, encoded once, kept in memory for the DiT's training, grouped by size."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from diffusers import AutoencoderKLWan
+
+from tools.demo_model import autoencoder
+from tools.demo_model.captions import training_scene
+from tools.demo_model.world import Scene, render
+
+
+@dataclass(frozen=True)
+class Bucket:
+    """Clips of one size: share of the training's samples, frames, height, width in pixels."""
+
+    share: float
+    frames: int
+    height: int
+    width: int
+
+    @property
+    def grid(self) -> tuple[int, int, int]:
+        """Tokens along time, height and width."""
+        return (self.frames - 1) // 4 + 1, self.height // 16, self.width // 16
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of one clip."""
+        t, h, w = self.grid
+        return t * h * w
+
+
+@dataclass
+class Shelf:
+    """The clips of one bucket: normalised latents [n, C, T, H, W] bfloat16, the share of each token that things cover
+    [n, T, H/2, W/2], and the scenes."""
+
+    bucket: Bucket
+    latents: torch.Tensor
+    cover: torch.Tensor
+    scenes: list[Scene]
+
+
+def token_cover(masks: torch.Tensor) -> torch.Tensor:
+    """Return [T, H/16, W/16]: what share of each token's pixels things of masks [n, F, H, W] cover."""
+    cover = F.avg_pool2d(masks.sum(0).clamp(0, 1)[:, None], 16)[:, 0]  # [F, h, w]
+    rest = cover[1:].unflatten(0, (-1, 4)).mean(1)
+    return torch.cat([cover[:1], rest])
+
+
+def fill(
+    vae: AutoencoderKLWan, buckets: tuple[Bucket, ...], clips: int, *, seed: int, say: Callable[[str], None] = print,
+    device: str | torch.device = "cpu", scene: Callable[[np.random.Generator], Scene] = training_scene,
+) -> list[Shelf]:  # fmt: skip
+    """Return about `clips` random clips, shared out over the buckets, encoded with the means that `vae` holds."""
+    mean = torch.tensor(vae.config.latents_mean).view(1, -1, 1, 1, 1)
+    std = torch.tensor(vae.config.latents_std).view(1, -1, 1, 1, 1)
+    total = sum(b.share for b in buckets)
+    shelves = []
+    for index, bucket in enumerate(buckets):
+        count = max(4, round(clips * bucket.share / total))
+        latents, cover, scenes = [], [], []
+        for number in range(count):
+            what = scene(np.random.default_rng((seed, index, number)))
+            clip = render(what, bucket.frames, bucket.height, bucket.width, device)
+            pixels = clip.frames.transpose(0, 1)[None] * 2 - 1
+            with torch.no_grad(), torch.autocast(pixels.device.type, torch.bfloat16):
+                found = autoencoder.encode(vae, pixels)[0].cpu()
+            latents.append(((found - mean) / std).bfloat16()[0])
+            cover.append(token_cover(clip.masks).cpu())
+            scenes.append(what)
+        shelves.append(Shelf(bucket, torch.stack(latents), torch.stack(cover), scenes))
+        say(f"pool: {count} clips of {bucket.frames} frames, {bucket.width}x{bucket.height}")
+    return shelves
+
+
+def measure(vae: AutoencoderKLWan, *, seed: int, clips: int = 96) -> tuple[list[float], list[float]]:
+    """Return mean and standard deviation of each latent channel over random training clips."""
+    found = []
+    for number in range(clips):
+        size = ((64, 64), (64, 96), (96, 64))[number % 3]
+        frames = render(training_scene(np.random.default_rng((seed, number))), 17, *size).frames
+        with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+            found.append(autoencoder.encode(vae, frames.transpose(0, 1)[None] * 2 - 1)[0].flatten(2)[0])
+    every = torch.cat(found, 1)
+    return [round(v, 5) for v in every.mean(1).tolist()], [round(v, 5) for v in every.std(1).tolist()]

@@ -1,0 +1,124 @@
+"""How much of everything a training takes, and the one function that does it all, from nothing to a checkpoint."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from diffusers import AutoencoderKLWan
+from transformers import AutoTokenizer
+
+from tools.demo_model import autoencoder, export, text
+from tools.demo_model.diffusion import Student, train
+from tools.demo_model.pool import Bucket, Shelf, fill, measure
+from tools.demo_model.probe import probe
+
+BUCKETS = (
+    Bucket(0.34, 17, 96, 160),
+    Bucket(0.20, 17, 64, 96),
+    Bucket(0.12, 17, 64, 64),
+    Bucket(0.10, 17, 96, 64),
+    Bucket(0.06, 33, 96, 160),
+    Bucket(0.05, 17, 160, 96),
+    Bucket(0.03, 9, 96, 160),
+    Bucket(0.02, 49, 64, 96),
+    Bucket(0.04, 1, 96, 160),
+    Bucket(0.02, 1, 128, 128),
+    Bucket(0.01, 1, 192, 320),
+    Bucket(0.01, 17, 192, 320),
+)
+SQUARES = (Bucket(0.9, 17, 96, 96), Bucket(0.1, 1, 96, 96))  # what is trained on for the comparison of framing
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Steps of the autoencoder on pictures, on clips, and of its decoder alone; clips in the pool; steps, tokens per
+    step and learning rate of the DiT; the networks' sizes."""
+
+    pictures: int
+    clips: int
+    finish: int
+    pool: int
+    steps: int
+    tokens: int
+    rate: float = 3e-3
+    width: int = 256
+    layers: int = 6
+    ffn: int = 1024
+    text_width: int = 128
+    buckets: tuple[Bucket, ...] = BUCKETS
+    batch: int = 1  # how many times the clips of a step that the CPU takes
+
+
+RECIPES = {
+    "smoke": Recipe(
+        4,
+        4,
+        2,
+        24,
+        4,
+        400,
+        width=128,
+        ffn=256,
+        text_width=64,
+        buckets=(Bucket(0.8, 17, 64, 64), Bucket(0.2, 1, 64, 96)),
+    ),
+    "cpu": Recipe(500, 4000, 2500, 7000, 9000, 2400),
+    "gpu": Recipe(2000, 12000, 4000, 60000, 30000, 38400, batch=8),
+}
+
+
+def train_autoencoder(folder: Path, recipe: Recipe, *, seed: int, say: Callable[[str], None]) -> AutoencoderKLWan:
+    """Return the trained autoencoder with its latents' statistics; taken from `folder` where it is finished there."""
+    done = folder / "vae"
+    if not (done / "config.json").exists():
+        vae = autoencoder.train(folder, recipe.pictures, recipe.clips, seed=seed, batch_scale=recipe.batch, say=say)
+        mean, std = measure(vae, seed=seed + 1)
+        vae.register_to_config(latents_mean=mean, latents_std=std)
+        vae.save_pretrained(done)
+    vae = AutoencoderKLWan.from_pretrained(done)
+    autoencoder.channels_last(vae)
+    return vae
+
+
+def make(folder: Path, recipe: Recipe, *, seed: int = 0, say: Callable[[str], None] = print) -> Path:
+    """Train everything and write the checkpoint to `folder`/checkpoint; a stopped run goes on where it was.
+
+    Deterministic: the same recipe, seed, machine and number of threads give the same checkpoint.
+    """
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    vae = train_autoencoder(folder, recipe, seed=seed, say=say)
+    text.write_tokenizer(folder / "tokenizer")
+    tokenizer = AutoTokenizer.from_pretrained(folder / "tokenizer")
+    shelves: list[Shelf] = fill(vae.to(device), recipe.buckets, recipe.pool, seed=seed + 2, say=say, device=device)
+    torch.manual_seed(seed)
+    student = Student(
+        width=recipe.width,
+        layers=recipe.layers,
+        ffn=recipe.ffn,
+        text_width=recipe.text_width,
+        channels=vae.config.z_dim,
+    ).to(device)
+
+    def watch(step: int) -> None:
+        gaps = probe(student, tokenizer, shelves[0], clips=min(48, len(shelves[0].scenes)))
+        say(f"probe after {step}: " + ", ".join(f"{k} {' '.join(f'{v:+.4f}' for v in row)}" for k, row in gaps.items()))
+
+    train(
+        folder,
+        student,
+        tokenizer,
+        shelves,
+        recipe.steps,
+        tokens=recipe.tokens,
+        rate=recipe.rate,
+        seed=seed,
+        say=say,
+        watch=watch,
+        watch_every=max(recipe.steps // 20, 1),
+    )
+    vae = autoencoder.finish(folder, vae, recipe.finish, seed=seed, batch_scale=recipe.batch, say=say)
+    export.write(folder / "checkpoint", vae.cpu(), student.cpu())
+    return folder / "checkpoint"

@@ -1,0 +1,238 @@
+"""What a video of the demo world shows, read from its pixels by fixed rules: no learned judge, nothing to tune away.
+
+The background is the empty scene that differs least; what differs from it is a thing; its colour is the nearest of the
+palette, its shape the strongest symmetry of its outline, its motion the way of its middle. Renders and autoencoder
+reconstructions are read first: they are the ceiling of what a model can reach.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections import Counter
+from dataclasses import dataclass
+from functools import lru_cache
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+from tools.demo_model.world import CAMERAS, COLOURS, GROUNDS, HORIZON, SKIES, WEATHERS, Scene, render, view
+
+THING = 0.012  # least share of the frame that counts as a thing
+DIFFERENT = 0.17  # least distance of a pixel from the empty scene
+DIRECTIONS = ("left", "right", "rise", "fall", "approach")
+
+
+@dataclass(frozen=True)
+class Reading:
+    """What was read: words of the world, and the track [F, 3] (u, v, area in shares of the frame; NaN: nothing)."""
+
+    ground: str
+    time: str
+    weather: str
+    camera: str
+    count: int
+    colours: tuple[str, ...]
+    shapes: tuple[str, ...]
+    motion: str
+    track: np.ndarray
+
+
+@lru_cache(maxsize=8)
+def _templates(count: int, height: int, width: int) -> tuple[list[Scene], torch.Tensor]:
+    """Return every empty scene and three frames of each [n, 3, 3, h, w], small."""
+    scenes = [
+        Scene((), "still", ground, time, weather, camera)
+        for ground in GROUNDS for time in SKIES for weather in WEATHERS
+        for camera in CAMERAS[: 5 if count > 1 else 1]
+    ]  # fmt: skip
+    frames = []
+    for scene in scenes:
+        clip = render(scene, 3 if count > 1 else 1, height // 2, width // 2)
+        frames.append(clip.frames)
+    return scenes, torch.stack(frames)
+
+
+def empty_scene(frames: torch.Tensor) -> Scene:
+    """Return the empty scene that is nearest to frames [F, 3, H, W] in [0, 1]."""
+    count, _, height, width = frames.shape
+    scenes, templates = _templates(count, height, width)
+    some = frames[[0, count // 2, count - 1]] if count > 1 else frames
+    some = F.avg_pool2d(some, 2)
+    distance = (templates - some).abs().amax(2).clamp(max=0.25).mean((1, 2, 3))
+    return scenes[int(distance.argmin())]
+
+
+def _clear(frames: torch.Tensor, scene: Scene) -> torch.Tensor:
+    """Undo what light over the frame, fog and rain do to colours; the reverse of the last lines of `world.render`."""
+    height, width = frames.shape[-2:]
+    y = ((torch.arange(height) + 0.5) / height)[:, None]
+    x = ((torch.arange(width) + 0.5) / width)[None, :]
+    frames = frames / ((1.10 - 0.26 * x) * (1.0 - 0.22 * (((x - 0.5) ** 2 + (y - 0.5) ** 2) / 0.5)))
+    if scene.weather == "fog":
+        thick = 0.62 * torch.exp(-(((y - HORIZON) / 0.30) ** 2)) + 0.08
+        tone = 0.80 * (0.35 + 0.65 * sum(SKIES[scene.time][2]) / 3)
+        return ((frames - tone * thick) / (1 - thick)).clamp(0, 1)
+    if scene.weather == "rain":
+        frames = frames / 0.86
+        return ((frames - 0.35 * frames.mean(1, keepdim=True)) / 0.65).clamp(0, 1)
+    return frames
+
+
+def _nearest_colour(frames: torch.Tensor, time: str) -> torch.Tensor:
+    """Return the index of the palette's nearest colour per pixel [F, H, W], at any shading."""
+    light = 0.45 + 0.55 * torch.tensor(SKIES[time][2])
+    best = []
+    for colour in COLOURS.values():
+        lit = torch.tensor(colour) * light
+        shades = [(lit * s).clamp(max=1).view(1, 3, 1, 1) for s in (0.55, 0.7, 0.85, 1.0, 1.15)]
+        best.append(torch.stack([(frames - s).square().sum(1) for s in shades]).amin(0))
+    return torch.stack(best).argmin(0)
+
+
+def _parts(mask: np.ndarray, least: float) -> list[np.ndarray]:
+    """Return the connected parts of a mask [H, W] with at least so many pixels, largest first."""
+    left, parts = mask.copy(), []
+    while left.any():
+        seed = np.zeros_like(left)
+        seed[tuple(np.argwhere(left)[0])] = True
+        while True:
+            grown = seed.copy()
+            grown[1:] |= seed[:-1]
+            grown[:-1] |= seed[1:]
+            grown[:, 1:] |= grown[:, :-1].copy()
+            grown[:, :-1] |= grown[:, 1:].copy()
+            grown &= left
+            if (grown == seed).all():
+                break
+            seed = grown
+        left &= ~seed
+        if seed.sum() >= least:
+            parts.append(seed)
+    return sorted(parts, key=lambda p: -p.sum())
+
+
+def outline(mask: np.ndarray) -> tuple[str, float] | None:
+    """Return shape and turn (radians) of one part [H, W]; None where the frame cuts it."""
+    if mask[0].any() or mask[-1].any() or mask[:, 0].any() or mask[:, -1].any():
+        return None
+    ys, xs = np.nonzero(mask)
+    cy, cx = ys.mean(), xs.mean()
+    height, width = mask.shape
+    angles = np.linspace(0, 2 * math.pi, 96, endpoint=False)
+    steps = np.arange(0.0, max(np.ptp(ys), np.ptp(xs)) + 2, 0.25)
+    py = np.clip(np.rint(cy - np.outer(np.cos(angles), steps)).astype(int), 0, height - 1)
+    px = np.clip(np.rint(cx + np.outer(np.sin(angles), steps)).astype(int), 0, width - 1)
+    ray = mask[py, px]
+    reach = steps[ray.shape[1] - 1 - ray[:, ::-1].argmax(1)]
+    middle = reach.mean()
+    disc = (np.arange(height)[:, None] - cy) ** 2 + (np.arange(width)[None] - cx) ** 2 < (0.32 * middle) ** 2
+    if disc.any() and mask[disc].mean() < 0.5:
+        return "ring", 0.0
+    waves = np.fft.rfft(reach / middle) / len(angles)
+    strength = {n: 2 * abs(waves[n]) for n in (3, 4, 5)}
+    corners = max(strength, key=lambda n: strength[n])
+    if strength[corners] < 0.055:
+        return "ball", 0.0
+    name = {3: "pyramid", 4: "cube", 5: "star"}[corners]
+    return name, float(-np.angle(waves[corners]) / corners)
+
+
+def _settle_motion(track: np.ndarray, turns: list[tuple[int, float]]) -> str:
+    seen = track[~np.isnan(track[:, 0])]
+    if len(seen) < 3:
+        return "still"
+    third = max(len(seen) // 4, 1)
+    first, last = seen[:third].mean(0), seen[-third:].mean(0)
+    du, dv, growth = last[0] - first[0], last[1] - first[1], last[2] / max(first[2], 1e-6)
+    range_u, range_v = np.ptp(seen[:, 0]), np.ptp(seen[:, 1])
+    closed = math.hypot(*(seen[-1, :2] - seen[0, :2])) < 0.12
+    if closed and range_v > 0.16 and range_u > 0.09:
+        return "orbit"
+    if abs(du) > 0.18 and abs(du) > 0.8 * abs(dv):
+        return "left" if du < 0 else "right"
+    if abs(dv) > 0.18:
+        return "rise" if dv < 0 else "fall"
+    if growth > 1.7:
+        return "approach"
+    if range_v > 0.16:
+        return "orbit" if range_u > 0.09 else "bounce"
+    steps = [abs(math.remainder(b - a, 2 * math.pi / n)) for (n, a), (m, b) in itertools.pairwise(turns) if n == m]
+    if len(steps) > 2 and np.median(steps) > 0.12:
+        return "spin"
+    return "still"
+
+
+def read(frames: np.ndarray) -> Reading:
+    """Return what frames [F, H, W, 3] uint8 show."""
+    pixels = torch.from_numpy(np.ascontiguousarray(frames)).permute(0, 3, 1, 2).float() / 255
+    count, _, height, width = pixels.shape
+    scene = empty_scene(pixels)
+    empty = render(scene, count, height, width).frames
+    different = ((pixels - empty).abs().amax(1) > DIFFERENT).numpy()
+    palette = _nearest_colour(_clear(pixels, scene), scene.time).numpy()
+    shift, zoom, _ = view(scene, count).T
+    names = list(COLOURS)
+    counts: list[int] = []
+    shapes: Counter[str] = Counter()
+    hues: Counter[str] = Counter()
+    track = np.full((count, 3), np.nan)
+    turns: list[tuple[int, float]] = []
+    for f in range(count):
+        parts = _parts(different[f], THING * height * width * min(zoom[f], 1.0) ** 2)
+        if not parts:
+            counts.append(0)
+            continue
+        parts = [p for p in parts if p.sum() > 0.25 * parts[0].sum()]
+        counts.append(len(parts))
+        whole = np.logical_or.reduce(parts)
+        ys, xs = np.nonzero(whole)
+        u = ((xs.mean() + 0.5) / width - 0.5) / zoom[f] + 0.5 + shift[f]
+        v = ((ys.mean() + 0.5) / height - HORIZON) / zoom[f] + HORIZON
+        track[f] = u, v, whole.sum() / (height * width * zoom[f] ** 2)
+        for part in parts:
+            hues[names[int(np.bincount(palette[f][part], minlength=len(names)).argmax())]] += 1
+            if (found := outline(part)) is not None:
+                shapes[found[0]] += 1
+                if part is parts[0] and found[0] in ("cube", "pyramid", "star"):
+                    turns.append(({"pyramid": 3, "cube": 4, "star": 5}[found[0]], found[1]))
+    present = [c for c in counts if c] or [0]
+    number = int(np.median(present))
+    often = lambda found: tuple(sorted(k for k, v in found.items() if v >= 0.25 * sum(found.values())))  # noqa: E731
+    camera, motion = scene.camera, _settle_motion(track, turns)
+    if camera == "pan right" and motion == "right":  # the thing stays in the middle while the world passes
+        screen = track[~np.isnan(track[:, 0]), 0] - shift[~np.isnan(track[:, 0])]
+        if np.ptp(screen) < 0.1:
+            camera, motion = "orbit", "still"
+    return Reading(scene.ground, scene.time, scene.weather, camera, number, often(hues), often(shapes), motion, track)
+
+
+def judge(scene: Scene, reading: Reading) -> dict[str, bool]:
+    """Return which attributes of the scene that was asked for the reading shows; only those that the scene settles."""
+    colours = tuple(sorted({t.colour for t in scene.things}))
+    shapes = tuple(sorted({t.shape for t in scene.things}))
+    out = {
+        "colour": reading.colours == colours,
+        "shape": reading.shapes == shapes,
+        "count": reading.count == len(scene.things),
+        "background": reading.ground == scene.ground,
+        "time": reading.time == scene.time,
+        "weather": reading.weather == scene.weather,
+        "camera": reading.camera == scene.camera,
+    }
+    if len(reading.track) > 1 and scene.camera == "still":
+        out["motion"] = reading.motion == scene.motion
+        if scene.motion in DIRECTIONS:
+            out["direction"] = reading.motion == scene.motion
+    return out
+
+
+def table(judged: list[dict[str, bool]]) -> dict[str, tuple[int, int]]:
+    """Return per attribute how many were right, of how many."""
+    keys = [
+        k
+        for k in ("colour", "background", "direction", "motion", "shape", "count", "time", "weather", "camera")
+        if any(k in j for j in judged)
+    ]
+    return {k: (sum(j[k] for j in judged if k in j), sum(k in j for j in judged)) for k in keys}
