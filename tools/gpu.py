@@ -22,7 +22,9 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 LINKED = ROOT / "build" / "gpu"
+DEMO = Path(os.environ.get("OUT", ROOT / "out")) / "demo-model"
 PARTS = ("tests", "kernels")
+LONG = ("demo",)  # run only where asked for
 TEST_PROCESSES = 6
 TEST_SHARE = 0.5  # of the time that is left when they begin, at most
 LAST = 20.0  # seconds kept for printing the table
@@ -32,11 +34,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the parts and return the exit status."""
     parser = argparse.ArgumentParser(prog="python tools/gpu.py", description=__doc__)
     parser.add_argument("--budget", type=float, default=540, help="seconds for all (default 540)")
-    parser.add_argument("--only", default=",".join(PARTS), help=f"some of {','.join(PARTS)} (default: all)")
+    parser.add_argument("--only", default=",".join(PARTS), help=f"some of {','.join(PARTS)} (default: these), {','.join(LONG)}")
     args = parser.parse_args(argv)
     parts = args.only.split(",")
-    if unknown := [part for part in parts if part not in PARTS]:
-        parser.error(f"--only {', '.join(unknown)}: legal are {', '.join(PARTS)}, joined by commas")
+    if unknown := [part for part in parts if part not in PARTS + LONG]:
+        parser.error(f"--only {', '.join(unknown)}: legal are {', '.join(PARTS + LONG)}, joined by commas")
     began = time.time()
     end = began + args.budget
     if (gpu := output(sys.executable, "-c", "import torch; print(torch.cuda.get_device_name())")) is None:
@@ -49,6 +51,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         notes.append(tests(environment, time.time() + TEST_SHARE * (end - time.time())))
     if "kernels" in parts:
         notes.append(speeds(environment, began, end))
+    if "demo" in parts:  # goes on with what an earlier run left in the folder
+        train = [sys.executable, "-m", "tools.demo_model", "train", "--size", "gpu", "--out", str(DEMO)]
+        notes.append(failed("training the demo model", train, environment, end))
     for note in filter(None, notes):
         print(note, file=sys.stderr)
     return 1 if any(notes) else 0
