@@ -34,7 +34,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the parts and return the exit status."""
     parser = argparse.ArgumentParser(prog="python tools/gpu.py", description=__doc__)
     parser.add_argument("--budget", type=float, default=540, help="seconds for all (default 540)")
-    parser.add_argument("--only", default=",".join(PARTS), help=f"some of {','.join(PARTS)} (default: these), {','.join(LONG)}")
+    parser.add_argument(
+        "--only", default=",".join(PARTS), help=f"some of {','.join(PARTS)} (default: these), {','.join(LONG)}"
+    )
     args = parser.parse_args(argv)
     parts = args.only.split(",")
     if unknown := [part for part in parts if part not in PARTS + LONG]:

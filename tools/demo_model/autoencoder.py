@@ -259,6 +259,7 @@ def _decoder_loss(
         with torch.no_grad():
             mean = encode(vae, pixels)[0]
             mean = mean + 0.05 * mean.std() * torch.randn_like(mean)
+        mean.requires_grad_()  # torch 2.13's CPU convolution crashes where only the weights need gradients
         error = decode(vae, mean).float() - pixels
     weight = 1 + 2 * things
     edges = (error.diff(dim=-1).abs().mean() + error.diff(dim=-2).abs().mean()) * 0.5

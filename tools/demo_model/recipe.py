@@ -54,16 +54,7 @@ class Recipe:
 
 RECIPES = {
     "smoke": Recipe(
-        4,
-        4,
-        2,
-        24,
-        4,
-        400,
-        width=128,
-        ffn=256,
-        text_width=64,
-        buckets=(Bucket(0.8, 17, 64, 64), Bucket(0.2, 1, 64, 96)),
+        2, 2, 1, 8, 2, 400, width=128, ffn=256, text_width=64, buckets=(Bucket(0.8, 9, 64, 64), Bucket(0.2, 1, 64, 64))
     ),
     "cpu": Recipe(500, 4000, 2500, 7000, 9000, 2400),
     "gpu": Recipe(2000, 12000, 4000, 60000, 30000, 38400, batch=8),
