@@ -138,10 +138,13 @@ def test_known_frames_never_are_all_of_them() -> None:
     assert not draw_known(10, 1, np.random.default_rng(0)).any()
 
 
-def test_cover_is_the_share_of_a_token() -> None:
-    masks = torch.zeros(1, 5, 32, 32)
-    masks[0, 1:, :16, :16] = 1
-    assert pool.token_cover(masks).tolist() == [[[0, 0], [0, 0]], [[1, 0], [0, 0]]]
+def test_cover_tells_a_tokens_cells_row_by_row_at_its_last_frame() -> None:
+    masks = torch.zeros(1, 5, 32, 48)
+    masks[0, 4, 16:20, 4:10] = 1  # the second row of tokens, its first row of cells: the second cell, half the third
+    cover = pool.token_cover(masks)
+    assert cover.shape == (2, 2, 3, 16)
+    assert cover[1, 1, 0].tolist() == [0, 1, 0.5] + [0] * 13
+    assert cover.sum() == 1.5
 
 
 def test_a_stopped_training_goes_on_as_if_it_had_not_stopped(tmp_path: Path) -> None:

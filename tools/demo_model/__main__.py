@@ -1,9 +1,10 @@
-"""python -m tools.demo_model train | score | ladder: trains the built-in checkpoint, and reads what one has learned."""
+"""python -m tools.demo_model train | score | framing: trains the built-in checkpoint, and reads what one has learned."""
 
 from __future__ import annotations
 
 import argparse
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -21,6 +22,7 @@ def main() -> None:
         "--size", choices=("smoke", "cpu", "gpu"), default="cpu", help="a minute | CPU hours | one GPU, 20 minutes"
     )
     train.add_argument("--seed", type=int, default=0)
+    train.add_argument("--squares", action="store_true", help="the DiT on square crops alone, to compare the framing")
     train.add_argument("--threads", type=int, help="CPU threads")
     score = verbs.add_parser("score", help="generate for held-out prompts and read the videos by fixed rules")
     score.add_argument("--model", default="demo")
@@ -32,15 +34,26 @@ def main() -> None:
     score.add_argument("--verbs", action="store_true", help="animate and extend held-out clips as well")
     score.add_argument("--sheet", type=Path, help="write a contact sheet (png)")
     score.add_argument("--json", type=Path, help="write the numbers")
+    framed = verbs.add_parser("framing", help="how often things are whole in wide and tall videos")
+    framed.add_argument("--model", action="append", required=True, help="a checkpoint; may be repeated")
+    framed.add_argument("--prompts", type=int, default=48)
     given = parser.parse_args()
     if given.verb == "train":
-        from tools.demo_model.recipe import RECIPES, make
+        from tools.demo_model.recipe import RECIPES, SQUARES, make
 
         if given.threads:
             torch.set_num_threads(given.threads)
-        print(make(given.out, RECIPES[given.size], seed=given.seed, say=lambda line: print(line, flush=True)))
+        recipe = RECIPES[given.size]
+        recipe = replace(recipe, buckets=SQUARES) if given.squares else recipe
+        print(make(given.out, recipe, seed=given.seed, say=lambda line: print(line, flush=True)))
         return
-    from tools.demo_model.evaluate import evaluate
+    from tools.demo_model.evaluate import evaluate, framing
+
+    if given.verb == "framing":
+        for model in given.model:
+            rows = framing(model, given.prompts).items()
+            print(f"{model}: whole in " + ", ".join(f"{n}/{given.prompts} at {size}" for size, n in rows))
+        return
 
     found = evaluate(
         given.model, given.prompts, size=given.size, style=given.style, steps=given.steps, guidance=given.guidance,

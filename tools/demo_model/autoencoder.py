@@ -1,7 +1,7 @@
 """Trains the video autoencoder of the demo model: diffusers' AutoencoderKLWan in the Wan 2.2 arrangement, small.
 
 The published module decodes one latent frame after the other through a cache. Training runs whole clips at once through
-the same weights (`encode`, `decode`): causal convolutions with zeros in front are what the cache computes, tests hold it.
+the same weights (`encode`, `decode`): causal convolutions with zeros in front are what the cache computes.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """Trains text encoder and DiT together by flow matching on a pool of latents, with some latent frames known.
 
 Two losses stand beside the flow's and go with their heads at the end: hidden states must tell where their token stands
-(the architecture knows distances only, and "starts at the right" needs a place) and how much of it a thing covers (what
-a caption says about motion is a small part of the flow's loss and all of this one).
+(the architecture knows distances only, and "starts at the right" needs a place) and which cells of it a thing covers
+(what a caption says about motion and shape is a small part of the flow's loss and all of this one).
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from torch import nn
 
 from tools.demo_model import denoiser, text
 from tools.demo_model.captions import training_caption
-from tools.demo_model.pool import Shelf
+from tools.demo_model.pool import CELLS, Shelf
 from tools.demo_model.training import Run
 
 PLACE_TAPS, COVER_TAPS = (1, 3), (3, 4)
@@ -33,7 +33,7 @@ class Student(nn.Module):
         self.encoder = text.build(text_width)
         self.dit = denoiser.build(width=width, layers=layers, ffn=ffn, text=text_width, channels=channels)
         self.place = nn.ModuleList([nn.Linear(width, 3) for _ in PLACE_TAPS])
-        self.cover = nn.ModuleList([nn.Linear(width, 1) for _ in COVER_TAPS])
+        self.cover = nn.ModuleList([nn.Linear(width, CELLS * CELLS) for _ in COVER_TAPS])
 
     def optimizers(self, rate: float) -> list[torch.optim.Optimizer]:
         """Return Muon for the matrices of the blocks, AdamW for all else."""
@@ -96,7 +96,7 @@ def encode_text(
 
 @dataclass
 class Batch:
-    """Latents x0 [B, C, T, H, W] float32, cover [B, T, h, w], captions, known [B, T], lengths of the padded texts."""
+    """Latents x0 [B, C, T, H, W] float32, cover [B, T, h, w, 16], captions, known [B, T], padded texts' lengths."""
 
     latents: torch.Tensor
     cover: torch.Tensor
@@ -111,7 +111,7 @@ def draw_batch(shelves: Sequence[Shelf], rng: np.random.Generator, tokens: int) 
     shelf = shelves[rng.choice(len(shelves), p=shares / shares.sum())]
     size = max(1, round(tokens / shelf.bucket.tokens))
     rows = rng.integers(len(shelf.scenes), size=size)
-    latents, cover = shelf.latents[rows].float(), shelf.cover[rows]
+    latents, cover = shelf.latents[rows].float(), shelf.cover[rows].float()
     if latents.shape[2] > 2 and rng.random() < 0.06:  # loops have no first frame
         latents, cover = latents[:, :, 1:], cover[:, 1:]
     captions = ["" if rng.random() < 0.1 else training_caption(shelf.scenes[i], rng) for i in rows]
@@ -137,8 +137,8 @@ def flow_loss(
     error = (velocity.float() - (noise - x0)).square().mean((1, 3, 4))  # [B, T]
     flow = (error * unknown).sum(1) / unknown.sum(1)
     states = {tap: F.layer_norm(h, h.shape[-1:]) for tap, h in zip(taps, kept, strict=True)}
-    cover = batch.cover.to(device).flatten(2)
-    grid = batch.cover.shape[1:]
+    cover = batch.cover.to(device).flatten(2, 3)
+    grid = batch.cover.shape[1:4]
     axes = torch.meshgrid(
         *(torch.linspace(-1, 1, n, device=device) if n > 1 else torch.zeros(1, device=device) for n in grid),
         indexing="ij",
@@ -149,7 +149,7 @@ def flow_loss(
         for head, tap in zip(student.place, PLACE_TAPS, strict=True)
     )
     covers = sum(
-        F.binary_cross_entropy_with_logits(head(states[tap])[..., 0], cover, reduction="none").mean((1, 2))
+        F.binary_cross_entropy_with_logits(head(states[tap]), cover, reduction="none").mean((1, 2, 3))
         for head, tap in zip(student.cover, COVER_TAPS, strict=True)
     )
     return flow, places / len(PLACE_TAPS), covers / len(COVER_TAPS)
@@ -174,8 +174,8 @@ def train(
         sigma = draw_sigma(len(batch.captions), generator)
         noise = torch.randn(batch.latents.shape, generator=generator)
         flow, places, covers = flow_loss(student, tokenizer, rotary, batch, sigma, noise)
-        helping = 1 - 0.9 * min(1.0, 1.5 * run.step / steps)
-        run.update(flow.mean() + helping * (0.3 * places.mean() + 0.5 * covers.mean()))
+        placing = 0.3 - 0.27 * min(1.0, 1.5 * run.step / steps)  # places are learned first
+        run.update(flow.mean() + placing * places.mean() + 0.6 * covers.mean())
         seen.append((flow.mean().item(), places.mean().item(), covers.mean().item()))
         if run.step % 100 == 0 or run.step == steps:
             values = np.mean(seen, 0)

@@ -9,7 +9,7 @@ import numpy as np
 
 import runtime
 from tools.demo_model.captions import caption, held_out_scene
-from tools.demo_model.score import judge, read, table
+from tools.demo_model.score import judge, read, table, whole
 from tools.demo_model.world import Scene, render
 
 SEED = 20261122
@@ -87,6 +87,26 @@ def known_frames(
                 {k: whole[k] if k in ("motion", "direction", "camera") else v for k, v in things.items()}
             )
     return judged
+
+
+def framing(
+    model_name: str, prompts: int, sizes: tuple[tuple[int, int], ...] = ((160, 96), (96, 160))
+) -> dict[str, int]:
+    """Return per size (width, height) how many clips show things whole in their middle frame.
+
+    The report on Sora compares training at native sizes with training on square crops by this.
+    """
+    model = runtime.load(model_name)
+    found = {}
+    for width, height in sizes:
+        shown = 0
+        for number, scene in enumerate(s for s in scenes(4 * prompts) if s.camera == "still"):
+            if number == prompts:
+                break
+            request = runtime.Request(prompt=caption(scene, "descriptive"), width=width, height=height, seed=number)
+            shown += whole(runtime.generate(model, request).frames)
+        found[f"{width}x{height}"] = shown
+    return found
 
 
 def to_bytes(frames: Any) -> np.ndarray:

@@ -38,8 +38,8 @@ class Bucket:
 
 @dataclass
 class Shelf:
-    """The clips of one bucket: normalised latents [n, C, T, H, W] bfloat16, the share of each token that things cover
-    [n, T, H/2, W/2], and the scenes."""
+    """The clips of one bucket: normalised latents [n, C, T, H, W] bfloat16, what things cover of each token's cells
+    [n, T, H/2, W/2, 16] (`token_cover`), and the scenes."""
 
     bucket: Bucket
     latents: torch.Tensor
@@ -47,11 +47,17 @@ class Shelf:
     scenes: list[Scene]
 
 
+CELLS = 4  # a token's cover is told in so many cells each way: enough to tell outlines apart
+
+
 def token_cover(masks: torch.Tensor) -> torch.Tensor:
-    """Return [T, H/16, W/16]: what share of each token's pixels things of masks [n, F, H, W] cover."""
-    cover = F.avg_pool2d(masks.sum(0).clamp(0, 1)[:, None], 16)[:, 0]  # [F, h, w]
-    rest = cover[1:].unflatten(0, (-1, 4)).mean(1)
-    return torch.cat([cover[:1], rest])
+    """Return [T, H/16, W/16, 16]: what share of each cell of each token things of masks [n, F, H, W] cover.
+
+    A latent frame's is that of its last pixel frame, sharp where things move.
+    """
+    last = masks[:, ::4].sum(0).clamp(0, 1)  # frames 0, 4, 8, ...
+    cells = F.avg_pool2d(last[:, None], 16 // CELLS)[:, 0]
+    return cells.unflatten(1, (-1, CELLS)).unflatten(3, (-1, CELLS)).transpose(2, 3).flatten(3)
 
 
 def fill(
@@ -73,7 +79,7 @@ def fill(
             with torch.no_grad(), torch.autocast(pixels.device.type, torch.bfloat16):
                 found = autoencoder.encode(vae, pixels)[0].cpu()
             latents.append(((found - mean) / std).bfloat16()[0])
-            cover.append(token_cover(clip.masks).cpu())
+            cover.append(token_cover(clip.masks).cpu().bfloat16())
             scenes.append(what)
         shelves.append(Shelf(bucket, torch.stack(latents), torch.stack(cover), scenes))
         say(f"pool: {count} clips of {bucket.frames} frames, {bucket.width}x{bucket.height}")

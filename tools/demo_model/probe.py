@@ -54,7 +54,7 @@ def probe(
             captions = [caption(s, "descriptive") for s in scenes]
             batch = Batch(
                 latents,
-                shelf.cover[rows],
+                shelf.cover[rows].float(),
                 captions,
                 torch.zeros(len(rows), latents.shape[2], dtype=torch.bool),
                 [512] * len(rows),

@@ -208,6 +208,16 @@ def read(frames: np.ndarray) -> Reading:
     return Reading(scene.ground, scene.time, scene.weather, camera, number, often(hues), often(shapes), motion, track)
 
 
+def whole(frames: np.ndarray) -> bool:
+    """Return whether the middle frame of [F, H, W, 3] uint8 shows a thing, and none that the frame's edge cuts."""
+    pixels = torch.from_numpy(np.ascontiguousarray(frames)).permute(0, 3, 1, 2).float() / 255
+    count, _, height, width = pixels.shape
+    empty = render(empty_scene(pixels), count, height, width).frames
+    mask = ((pixels - empty).abs().amax(1)[count // 2] > DIFFERENT).numpy()
+    parts = _parts(mask, THING * height * width)
+    return bool(parts) and not any(p[0].any() or p[-1].any() or p[:, 0].any() or p[:, -1].any() for p in parts)
+
+
 def judge(scene: Scene, reading: Reading) -> dict[str, bool]:
     """Return which attributes of the scene that was asked for the reading shows; only those that the scene settles."""
     colours = tuple(sorted({t.colour for t in scene.things}))
