@@ -132,6 +132,13 @@ def test_the_training_forward_is_the_published_one_with_512_text_tokens() -> Non
     torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
 
 
+def test_square_crops_are_the_middle_of_wide_and_tall_clips() -> None:
+    bucket = pool.Bucket(1.0, 5, 48, 48, crop=True)
+    wide = render(BALL, 5, 48, 80).frames[..., 16:64]
+    assert torch.equal(pool.draw(BALL, bucket, 1, "cpu")[0], wide)
+    assert pool.draw(BALL, bucket, 0, "cpu")[1].shape == (1, 5, 48, 48)
+
+
 def test_known_frames_never_are_all_of_them() -> None:
     known = draw_known(400, 5, np.random.default_rng(0))
     assert not known.all(1).any() and 0.2 < known.any(1).float().mean() < 0.5

@@ -1,4 +1,4 @@
-"""python -m tools.demo_model train | score | framing: trains the built-in checkpoint, and reads what one has learned."""
+"""python -m tools.demo_model train | score | framing: trains the built-in checkpoint, reads what one has learned."""
 
 from __future__ import annotations
 

@@ -17,12 +17,16 @@ from tools.demo_model.world import Scene, render
 
 @dataclass(frozen=True)
 class Bucket:
-    """Clips of one size: share of the training's samples, frames, height, width in pixels."""
+    """Clips of one size: share of the training's samples, frames, height, width in pixels.
+
+    With `crop` the middle square of wide and of tall clips is taken, as trainings at one size do.
+    """
 
     share: float
     frames: int
     height: int
     width: int
+    crop: bool = False
 
     @property
     def grid(self) -> tuple[int, int, int]:
@@ -74,16 +78,29 @@ def fill(
         latents, cover, scenes = [], [], []
         for number in range(count):
             what = scene(np.random.default_rng((seed, index, number)))
-            clip = render(what, bucket.frames, bucket.height, bucket.width, device)
-            pixels = clip.frames.transpose(0, 1)[None] * 2 - 1
+            frames, masks = draw(what, bucket, number, device)
+            pixels = frames.transpose(0, 1)[None] * 2 - 1
             with torch.no_grad(), torch.autocast(pixels.device.type, torch.bfloat16):
                 found = autoencoder.encode(vae, pixels)[0].cpu()
             latents.append(((found - mean) / std).bfloat16()[0])
-            cover.append(token_cover(clip.masks).cpu().bfloat16())
+            cover.append(token_cover(masks).cpu().bfloat16())
             scenes.append(what)
         shelves.append(Shelf(bucket, torch.stack(latents), torch.stack(cover), scenes))
         say(f"pool: {count} clips of {bucket.frames} frames, {bucket.width}x{bucket.height}")
     return shelves
+
+
+def draw(scene: Scene, bucket: Bucket, number: int, device: str | torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return frames [F, 3, H, W] and masks [n, F, H, W] of a scene at a bucket's size."""
+    height, width = bucket.height, bucket.width
+    if not bucket.crop:
+        clip = render(scene, bucket.frames, height, width, device)
+        return clip.frames, clip.masks
+    long = -(-height * 5 // 48) * 16  # 5 : 3, wide and tall in turn
+    clip = render(scene, bucket.frames, *((height, long) if number % 2 else (long, width)), device)
+    top, left = (clip.frames.shape[2] - height) // 2, (clip.frames.shape[3] - width) // 2
+    cut = (..., slice(top, top + height), slice(left, left + width))
+    return clip.frames[cut].contiguous(), clip.masks[cut].contiguous()
 
 
 def measure(vae: AutoencoderKLWan, *, seed: int, clips: int = 96) -> tuple[list[float], list[float]]:

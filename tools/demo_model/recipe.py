@@ -29,7 +29,7 @@ BUCKETS = (
     Bucket(0.01, 1, 192, 320),
     Bucket(0.01, 17, 192, 320),
 )
-SQUARES = (Bucket(0.9, 17, 96, 96), Bucket(0.1, 1, 96, 96))  # what is trained on for the comparison of framing
+SQUARES = (Bucket(0.9, 17, 96, 96, crop=True), Bucket(0.1, 1, 96, 96, crop=True))  # to compare the framing with
 
 
 @dataclass(frozen=True)
