@@ -157,7 +157,7 @@ def flow_loss(
 
 def train(
     folder: Path, student: Student, tokenizer: object, shelves: Sequence[Shelf], steps: int, *, tokens: int = 2400,
-    rate: float = 3e-3, seed: int = 0, say: Callable[[str], None] = print, watch: Callable[[int], None] | None = None,
+    rate: float = 3e-3, seed: int = 0, say: Callable[[str], None] = print, watch: Callable[[Run], None] | None = None,
     watch_every: int = 500,
 ) -> Student:  # fmt: skip
     """Train for `steps` steps of about `tokens` tokens; return the student with averaged weights."""
@@ -184,7 +184,7 @@ def train(
             say(f"dit {run.step}/{steps}: flow {flow_:.4f}, place {place_:.4f}, cover {cover_:.4f}, {seconds:.0f} s")
             seen = []
         if watch is not None and run.step % watch_every == 0:
-            watch(run.step)
+            watch(run)
     run.save()
     student.load_state_dict(run.averaged())
     return student

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +15,7 @@ from tools.demo_model import autoencoder, export, text
 from tools.demo_model.diffusion import Student, train
 from tools.demo_model.pool import Bucket, Shelf, fill, measure
 from tools.demo_model.probe import probe
+from tools.demo_model.training import Run
 
 BUCKETS = (
     Bucket(0.34, 17, 96, 160),
@@ -30,6 +32,7 @@ BUCKETS = (
     Bucket(0.01, 17, 192, 320),
 )
 SQUARES = (Bucket(0.9, 17, 96, 96, crop=True), Bucket(0.1, 1, 96, 96, crop=True))  # to compare the framing with
+LADDER = (1, 4, 16)  # shares of the training's steps after which averaged weights are kept, as checkpoints to compare
 
 
 @dataclass(frozen=True)
@@ -54,7 +57,7 @@ class Recipe:
 
 RECIPES = {
     "smoke": Recipe(
-        2, 2, 1, 8, 2, 400, width=128, ffn=256, text_width=64, buckets=(Bucket(0.8, 9, 64, 64), Bucket(0.2, 1, 64, 64))
+        2, 2, 1, 8, 16, 200, width=128, ffn=256, text_width=64, buckets=(Bucket(0.8, 9, 64, 64), Bucket(0.2, 1, 64, 64))
     ),
     "cpu": Recipe(500, 4000, 2500, 7000, 9000, 2400),
     "gpu": Recipe(2000, 12000, 4000, 60000, 30000, 38400, batch=8),
@@ -77,6 +80,8 @@ def train_autoencoder(folder: Path, recipe: Recipe, *, seed: int, say: Callable[
 def make(folder: Path, recipe: Recipe, *, seed: int = 0, say: Callable[[str], None] = print) -> Path:
     """Train everything and write the checkpoint to `folder`/checkpoint; a stopped run goes on where it was.
 
+    What was learned after a sixteenth and a quarter of the DiT's steps lies in `folder`/ladder.
+
     Deterministic: the same recipe, seed, machine and number of threads give the same checkpoint.
     """
     device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -93,23 +98,26 @@ def make(folder: Path, recipe: Recipe, *, seed: int = 0, say: Callable[[str], No
         channels=vae.config.z_dim,
     ).to(device)
 
-    def watch(step: int) -> None:
-        gaps = probe(student, tokenizer, shelves[0], clips=min(48, len(shelves[0].scenes)))
-        say(f"probe after {step}: " + ", ".join(f"{k} {' '.join(f'{v:+.4f}' for v in row)}" for k, row in gaps.items()))
+    def watch(run: Run) -> None:
+        clips = min(48, len(shelves[0].scenes))
+        gaps = probe(student, tokenizer, shelves[0], clips=clips)
+        say(
+            f"probe after {run.step}: "
+            + ", ".join(f"{k} {' '.join(f'{v:+.4f}' for v in row)}" for k, row in gaps.items())
+        )
+        for rung in LADDER[:-1]:
+            if run.step == recipe.steps * rung // LADDER[-1]:
+                torch.save(run.averaged(), folder / f"student-{rung}x.pt")
 
     train(
-        folder,
-        student,
-        tokenizer,
-        shelves,
-        recipe.steps,
-        tokens=recipe.tokens,
-        rate=recipe.rate,
-        seed=seed,
-        say=say,
-        watch=watch,
-        watch_every=max(recipe.steps // 20, 1),
-    )
+        folder, student, tokenizer, shelves, recipe.steps, tokens=recipe.tokens, rate=recipe.rate, seed=seed, say=say,
+        watch=watch, watch_every=max(recipe.steps // LADDER[-1], 1),
+    )  # fmt: skip
+    torch.save(student.state_dict(), folder / f"student-{LADDER[-1]}x.pt")
     vae = autoencoder.finish(folder, vae, recipe.finish, seed=seed, batch_scale=recipe.batch, say=say)
-    export.write(folder / "checkpoint", vae.cpu(), student.cpu())
+    for rung in LADDER:
+        if (kept := folder / f"student-{rung}x.pt").exists():
+            student.load_state_dict(torch.load(kept, weights_only=True))
+            place = folder / ("checkpoint" if rung == LADDER[-1] else f"ladder/{rung}x")
+            export.write(place, copy.deepcopy(vae).cpu(), copy.deepcopy(student).cpu())
     return folder / "checkpoint"

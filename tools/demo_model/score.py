@@ -80,37 +80,31 @@ def _clear(frames: torch.Tensor, scene: Scene) -> torch.Tensor:
     return frames
 
 
-def _nearest_colour(frames: torch.Tensor, time: str) -> torch.Tensor:
-    """Return the index of the palette's nearest colour per pixel [F, H, W], at any shading."""
+def _nearest_colour(pixels: torch.Tensor, time: str) -> torch.Tensor:
+    """Return the index of the palette's nearest colour, at any shading, of each of [n, 3]."""
     light = 0.45 + 0.55 * torch.tensor(SKIES[time][2])
-    best = []
-    for colour in COLOURS.values():
-        lit = torch.tensor(colour) * light
-        shades = [(lit * s).clamp(max=1).view(1, 3, 1, 1) for s in (0.55, 0.7, 0.85, 1.0, 1.15)]
-        best.append(torch.stack([(frames - s).square().sum(1) for s in shades]).amin(0))
-    return torch.stack(best).argmin(0)
+    shades = torch.tensor([0.55, 0.7, 0.85, 1.0, 1.15])
+    palette = torch.tensor(list(COLOURS.values())) * light  # [colours, 3]
+    lit = (palette[:, None] * shades[:, None]).clamp(max=1)  # [colours, shades, 3]
+    return torch.cdist(pixels, lit.flatten(0, 1)).unflatten(1, lit.shape[:2]).amin(2).argmin(1)
 
 
-def _parts(mask: np.ndarray, least: float) -> list[np.ndarray]:
-    """Return the connected parts of a mask [H, W] with at least so many pixels, largest first."""
-    left, parts = mask.copy(), []
-    while left.any():
-        seed = np.zeros_like(left)
-        seed[tuple(np.argwhere(left)[0])] = True
-        while True:
-            grown = seed.copy()
-            grown[1:] |= seed[:-1]
-            grown[:-1] |= seed[1:]
-            grown[:, 1:] |= grown[:, :-1].copy()
-            grown[:, :-1] |= grown[:, 1:].copy()
-            grown &= left
-            if (grown == seed).all():
-                break
-            seed = grown
-        left &= ~seed
-        if seed.sum() >= least:
-            parts.append(seed)
-    return sorted(parts, key=lambda p: -p.sum())
+def _labels(masks: torch.Tensor) -> torch.Tensor:
+    """Return for masks [F, H, W] a number per connected part, 0 outside."""
+    marks = torch.arange(1, masks[0].numel() + 1, dtype=torch.float32).view(1, 1, *masks.shape[1:])
+    labels = marks * masks[:, None]
+    while True:
+        grown = F.max_pool2d(labels, 3, stride=1, padding=1) * masks[:, None]
+        if torch.equal(grown, labels):
+            return labels[:, 0].long()
+        labels = grown
+
+
+def _parts(labels: torch.Tensor, least: float) -> list[np.ndarray]:
+    """Return the masks of one frame's parts with at least so many pixels, largest first."""
+    numbers, sizes = labels[labels > 0].unique(return_counts=True)
+    order = sizes.argsort(descending=True)
+    return [(labels == n).numpy() for n, size in zip(numbers[order], sizes[order], strict=True) if size >= least]
 
 
 def outline(mask: np.ndarray) -> tuple[str, float] | None:
@@ -170,8 +164,10 @@ def read(frames: np.ndarray) -> Reading:
     count, _, height, width = pixels.shape
     scene = empty_scene(pixels)
     empty = render(scene, count, height, width).frames
-    different = ((pixels - empty).abs().amax(1) > DIFFERENT).numpy()
-    palette = _nearest_colour(_clear(pixels, scene), scene.time).numpy()
+    different = (pixels - empty).abs().amax(1) > DIFFERENT
+    labels = _labels(different)
+    palette = torch.zeros(different.shape, dtype=torch.long)
+    palette[different] = _nearest_colour(_clear(pixels, scene).permute(0, 2, 3, 1)[different], scene.time)
     shift, zoom, _ = view(scene, count).T
     names = list(COLOURS)
     counts: list[int] = []
@@ -180,7 +176,7 @@ def read(frames: np.ndarray) -> Reading:
     track = np.full((count, 3), np.nan)
     turns: list[tuple[int, float]] = []
     for f in range(count):
-        parts = _parts(different[f], THING * height * width * min(zoom[f], 1.0) ** 2)
+        parts = _parts(labels[f], THING * height * width * min(zoom[f], 1.0) ** 2)
         if not parts:
             counts.append(0)
             continue
@@ -192,7 +188,7 @@ def read(frames: np.ndarray) -> Reading:
         v = ((ys.mean() + 0.5) / height - HORIZON) / zoom[f] + HORIZON
         track[f] = u, v, whole.sum() / (height * width * zoom[f] ** 2)
         for part in parts:
-            hues[names[int(np.bincount(palette[f][part], minlength=len(names)).argmax())]] += 1
+            hues[names[int(np.bincount(palette[f].numpy()[part], minlength=len(names)).argmax())]] += 1
             if (found := outline(part)) is not None:
                 shapes[found[0]] += 1
                 if part is parts[0] and found[0] in ("cube", "pyramid", "star"):
@@ -213,8 +209,8 @@ def whole(frames: np.ndarray) -> bool:
     pixels = torch.from_numpy(np.ascontiguousarray(frames)).permute(0, 3, 1, 2).float() / 255
     count, _, height, width = pixels.shape
     empty = render(empty_scene(pixels), count, height, width).frames
-    mask = ((pixels - empty).abs().amax(1)[count // 2] > DIFFERENT).numpy()
-    parts = _parts(mask, THING * height * width)
+    different = (pixels - empty).abs().amax(1)[count // 2] > DIFFERENT
+    parts = _parts(_labels(different[None])[0], THING * height * width)
     return bool(parts) and not any(p[0].any() or p[-1].any() or p[:, 0].any() or p[:, -1].any() for p in parts)
 
 
