@@ -21,7 +21,7 @@ from PIL import Image
 
 from runtime.__main__ import main
 
-QUICK = ["--frames", "5", "--steps", "2", "--seed", "7"]
+QUICK = ["--size", "64x64", "--frames", "5", "--steps", "2", "--seed", "7"]
 
 
 def run(*arguments: object) -> subprocess.CompletedProcess[str]:
@@ -99,7 +99,7 @@ def test_same_seed_same_file(tmp_path: Path) -> None:
 def test_info(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["info", "--model", "demo"]) == 0
     told = capsys.readouterr().out
-    for line in ("family    wan", "8.06 M parameters, bfloat16", "width 64", "missing   nothing", "multiple of 16"):
+    for line in ("family    wan", "7.02 M parameters, bfloat16", "width 160", "missing   nothing", "multiple of 16"):
         assert line in told
 
 

@@ -195,7 +195,7 @@ def read(key):
 
 def run(frames):
     if way == "decode":
-        for frame in runtime.decode(model, torch.zeros(16, (frames + 3) // 4, 8, 8)):
+        for frame in runtime.decode(model, torch.zeros(32, (frames + 3) // 4, 8, 8)):
             pass
     else:
         source = lambda: (np.zeros((64, 64, 3), np.uint8) for _ in range(frames))

@@ -16,7 +16,7 @@ import runtime
 from runtime import Request
 from runtime.video import Video
 
-REQUEST = Request(prompt="a red ball rolls left over green grass", num_frames=5, steps=3, seed=7)
+REQUEST = Request(prompt="a red ball rolls left over green grass", width=64, height=64, num_frames=5, steps=3, seed=7)
 
 
 @pytest.fixture(scope="module")
@@ -49,7 +49,7 @@ def test_same_bytes_in_another_process(model: runtime.Model) -> None:
 
 
 def test_noise_may_be_given(model: runtime.Model) -> None:
-    noise = torch.randn(1, 16, 2, 8, 8, generator=torch.Generator().manual_seed(7))
+    noise = torch.randn(1, 32, 2, 8, 8, generator=torch.Generator().manual_seed(7))
     drawn = runtime.generate(model, REQUEST)
     assert torch.equal(runtime.generate(model, REQUEST, noise=noise).latents, drawn.latents)
     assert torch.equal(runtime.generate(model, REQUEST, noise=noise[0]).latents, drawn.latents)
@@ -76,7 +76,7 @@ def test_cancelling(model: runtime.Model) -> None:
 def test_video(model: runtime.Model) -> None:
     video = runtime.generate(model, REQUEST)
     assert video.fps == 8
-    assert video.latents.shape == (16, 2, 8, 8)
+    assert video.latents.shape == (32, 2, 8, 8)
     assert video.latents.dtype == torch.float32
     frames = list(video)
     assert [frame.shape for frame in frames] == [(64, 64, 3)] * 5
@@ -155,10 +155,10 @@ def test_encode_equals_diffusers(model: runtime.Model) -> None:
 @pytest.mark.parametrize(
     ("latents", "sentence"),
     [
-        (torch.zeros(8, 2, 8, 8), r"shape \[8, 2, 8, 8\]; legal: \[16, any, any, any\]"),
-        (torch.zeros(16, 8, 8), "shape"),
-        (torch.zeros(16, 2, 8, 8, dtype=torch.uint8), "floating-point"),
-        (torch.cat([torch.zeros(16, 2, 8, 8), torch.full((16, 1, 8, 8), torch.inf)], 1), "latent frame 2"),
+        (torch.zeros(8, 2, 8, 8), r"shape \[8, 2, 8, 8\]; legal: \[32, any, any, any\]"),
+        (torch.zeros(32, 8, 8), "shape"),
+        (torch.zeros(32, 2, 8, 8, dtype=torch.uint8), "floating-point"),
+        (torch.cat([torch.zeros(32, 2, 8, 8), torch.full((32, 1, 8, 8), torch.inf)], 1), "latent frame 2"),
     ],
 )
 def test_refused_latents(model: runtime.Model, latents: torch.Tensor, sentence: str) -> None:

@@ -48,7 +48,7 @@ def test_it_runs_from_there(built: Path, tmp_path: Path) -> None:
         f"import sys; sys.path.insert(0, {str(built)!r}); import runtime, runtime.kernels;"
         "assert runtime.__file__.startswith(sys.path[0]) and runtime.kernels.__file__.startswith(sys.path[0]);"
         "video = runtime.generate(runtime.load('demo'), runtime.Request(prompt='a ball', num_frames=1, steps=1));"
-        "assert video.frames.shape == (1, 64, 64, 3)"
+        "assert video.frames.shape == (1, 96, 160, 3)"
     )
     subprocess.run([sys.executable, "-c", code], cwd=tmp_path, check=True, capture_output=True)
 

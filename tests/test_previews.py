@@ -33,7 +33,7 @@ def small(frames: np.ndarray, cells: tuple[int, int, int]) -> torch.Tensor:
 
 
 def test_a_preview_is_near_to_the_decoded_frames(model: runtime.Model) -> None:
-    request = runtime.Request(prompt="a red ball rolls left over green grass", seed=7)
+    request = runtime.Request(prompt="a red ball rolls left over green grass", seed=7, width=64, height=64)
     estimates: list[torch.Tensor] = []
     video = runtime.generate(model, request, on_step=lambda step, total, x, estimate: estimates.append(estimate))
     looked = runtime.preview(model, video.latents, fps=video.fps)
@@ -50,7 +50,7 @@ def test_a_preview_is_near_to_the_decoded_frames(model: runtime.Model) -> None:
 
 def test_the_fit_is_kept(model: runtime.Model, monkeypatch: pytest.MonkeyPatch) -> None:
     fitted = previews.projection(model)
-    assert fitted.shape == (17, 3)
+    assert fitted.shape == (33, 3)
     (file,) = (cache_root() / "previews").iterdir()
     with monkeypatch.context() as patched:
         patched.setattr(previews, "fit_projection", lambda model: pytest.fail("fitted again"))
@@ -67,13 +67,13 @@ def test_a_cache_that_cannot_be_written_costs_only_time(
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("DIT_RUNTIME_CACHE", str(tmp_path / "file"))
     with pytest.warns(UserWarning, match="going on without"):
-        assert previews.projection(model).shape == (17, 3)
+        assert previews.projection(model).shape == (33, 3)
 
 
 def test_latents_that_cannot_be_shown(model: runtime.Model) -> None:
-    with pytest.raises(ValueError, match=r"latents has shape \[4, 2, 8, 8\]; legal: \[16, any, any, any\]"):
+    with pytest.raises(ValueError, match=r"latents has shape \[4, 2, 8, 8\]; legal: \[32, any, any, any\]"):
         runtime.preview(model, torch.zeros(4, 2, 8, 8))
-    latents = torch.zeros(16, 3, 8, 8)
+    latents = torch.zeros(32, 3, 8, 8)
     latents[0, 2, 1, 1] = float("nan")
     with pytest.raises(ValueError, match="NaN or infinity in latent frame 2"):
         runtime.preview(model, latents)
@@ -90,7 +90,7 @@ def test_the_command_line_shows_each_step(
         return save(video, path, **options)
 
     monkeypatch.setattr(runtime.Video, "save", watch)
-    command = ["generate", "a red ball", "--frames", "5", "--steps", "3", "--seed", "7", "--quiet"]
+    command = ["generate", "a red ball", "--size", "64x64", "--frames", "5", "--steps", "3", "--seed", "7", "--quiet"]
     assert main([*command, "-o", str(tmp_path / "ball.mp4"), "--preview", str(file)]) == 0
     assert written == [str(file)] * 3 + [str(tmp_path / "ball.mp4")]
     shown = read_video(file)

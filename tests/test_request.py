@@ -20,7 +20,7 @@ SPEC = open_checkpoint(DEMO).spec
 
 def test_none_means_the_models_own_default() -> None:
     request = Request(prompt="a ball").resolved(SPEC)
-    assert (request.width, request.height, request.num_frames, request.fps) == (64, 64, 17, 8)
+    assert (request.width, request.height, request.num_frames, request.fps) == (160, 96, 17, 8)
     assert (request.steps, request.guidance, request.shift, request.sampler) == (25, 4.0, 3.0, "unipc")
     assert request.guidance_2 is None
     assert 0 <= request.seed < 2**31
@@ -79,7 +79,7 @@ def test_refused_for_any_model(values: dict, sentence: str) -> None:
 @pytest.mark.parametrize(
     ("values", "sentence"),
     [
-        ({"width": 65}, "take 64x64 or 80x64"),
+        ({"width": 65}, "take 64x96 or 80x96"),
         ({"width": 1, "height": 1}, "take 16x16 or 16x16"),
         ({"num_frames": 16}, "take 13 or 17"),
         ({"num_frames": 2}, "take 1 or 5"),
@@ -112,10 +112,10 @@ def test_the_sizes_it_proposes_are_legal(width: int, height: int, frames: int) -
 @pytest.mark.parametrize(
     ("noise", "sentence"),
     [
-        (torch.zeros(16, 5, 8, 9), r"shape \[16, 5, 8, 9\]; legal: \[16, 5, 8, 8\]"),
-        (torch.zeros(2, 16, 5, 8, 8), "shape"),
-        (torch.zeros(16, 5, 8, 8, dtype=torch.int64), "floating-point"),
-        (torch.full((16, 5, 8, 8), math.nan), "NaN or infinity in latent frame 0"),
+        (torch.zeros(32, 5, 12, 9), r"shape \[32, 5, 12, 9\]; legal: \[32, 5, 12, 20\]"),
+        (torch.zeros(2, 32, 5, 12, 20), "shape"),
+        (torch.zeros(32, 5, 12, 20, dtype=torch.int64), "floating-point"),
+        (torch.full((32, 5, 12, 20), math.nan), "NaN or infinity in latent frame 0"),
         ("noise", "legal: a floating-point torch tensor"),
     ],
 )
