@@ -55,9 +55,7 @@ MOTION_WORDS = {  # what one does, what several do
     "approach": (("approaches", "approach"), ("comes closer", "come closer")),
     "still": (("stands still", "stand still"), ("rests", "rest")),
 }
-LONG_MOTIONS = {  # the first wording of the descriptive style
-    "left": ("rolls from right to left", "roll from right to left"),
-    "right": ("rolls from left to right", "roll from left to right"),
+LONG_MOTIONS = {  # the first wording of the descriptive style; "from right to left" is told apart by word order alone
     "rise": ("rises from the bottom to the top", "rise from the bottom to the top"),
     "fall": ("falls from the top to the bottom", "fall from the top to the bottom"),
 }
@@ -163,6 +161,7 @@ def vocabulary() -> list[str]:
     texts += [_plural(word) for row in SHAPE_WORDS.values() for word in row]
     texts += [words for rows in MOTION_WORDS.values() for row in rows for words in row]
     texts += [words for row in LONG_MOTIONS.values() for words in row]
+    texts += ["from right to left"]
     texts += [
         "rolling moving sliding rising falling bouncing circling spinning turning approaching",
         "standing the is it in video of",
