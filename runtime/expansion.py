@@ -9,9 +9,11 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import time
 import urllib.error
 import urllib.request
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -19,16 +21,20 @@ KEY = "OPENAI_API_KEY"  # the environment variable that holds the endpoint's key
 LONGEST = 2**20  # bytes of an answer that are read
 NEW_TOKENS = 256
 
+Rules = Mapping[str, Sequence[Sequence[str]]]
+
 
 @dataclass(frozen=True, kw_only=True)
 class Expansion:
     """Who expands prompts: `model` at the endpoint `url` (such as http://localhost:8000/v1), or, without one, a folder.
 
+    Without a model, the checkpoint's own rules do (`by_rules`), where it brings some.
+
     `timeout` is seconds for each of 1 + `retries` tries. With `optional`, the prompt as it was is taken where nobody
     answers, and a note says so.
     """
 
-    model: str
+    model: str | None = None
     url: str | None = None
     timeout: float = 30.0
     retries: int = 2
@@ -37,12 +43,15 @@ class Expansion:
     def __post_init__(self) -> None:
         if self.url is not None and not self.url.startswith(("http://", "https://")):
             raise ValueError(f"the expansion's url is {self.url!r}; legal: http:// or https:// and the rest up to /v1")
+        if self.url is not None and not self.model:
+            raise ValueError(f"the expansion's url is {self.url}, but no model is named; legal: a name it knows")
         if not self.timeout > 0 or self.retries < 0:
             raise ValueError(f"timeout is {self.timeout}, retries {self.retries}; legal: more than 0, and at least 0")
 
 
 def expand(prompt: str, expansion: Expansion, instructions: str) -> tuple[str, list[str]]:
     """Return (the expanded prompt, notes). Raises ConnectionError or ValueError where nobody answers in words."""
+    assert expansion.model
     from runtime.engines.store import cache_root  # a request is checked without torch, which engines need
 
     file = cache_root() / "expansions" / f"{_key(prompt, expansion, instructions)}.json"
@@ -69,6 +78,20 @@ def expand(prompt: str, expansion: Expansion, instructions: str) -> tuple[str, l
     except OSError as error:
         return expanded, [f"the expanded prompt cannot be cached ({error})"]
     return expanded, []
+
+
+def by_rules(prompt: str, rules: Rules | None) -> str:
+    """Return a prompt written out by a checkpoint's own rules; ValueError where it brings none.
+
+    "replace" holds (pattern, text), applied in turn; "append" (pattern, text): added unless the pattern is found.
+    """
+    if rules is None:
+        raise ValueError("the checkpoint brings no rules that expand prompts; name a model that does (--expand-model)")
+    for pattern, words in rules.get("replace", ()):
+        prompt = re.sub(pattern, words, prompt)
+    for unless, words in rules.get("append", ()):
+        prompt = prompt if re.search(unless, prompt, re.IGNORECASE) else prompt.rstrip(" .") + words
+    return prompt
 
 
 def _key(prompt: str, expansion: Expansion, instructions: str) -> str:

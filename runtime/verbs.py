@@ -174,7 +174,7 @@ def add_sampling(parser: Parser) -> None:
     parser.add_argument("--positions", metavar="KIND", help="spread them beyond the model's own size: ntk, riflex")
     parser.add_argument(
         "--expand", nargs="?", const="required", choices=("required", "optional"),
-        help="let a language model write the prompt out; 'optional' goes on without where nobody answers",
+        help="let the checkpoint's rules or a language model write the prompt out; 'optional' goes on without",
     )  # fmt: skip
     parser.add_argument("--expand-model", metavar="NAME", help="the model's name at the endpoint, or its folder here")
     parser.add_argument("--expand-url", metavar="URL", help="a chat endpoint, such as http://localhost:8000/v1")
@@ -208,8 +208,6 @@ def request_of(options: Options, **task: Any) -> Request:
 
     width, height = options.size or (None, None)
     if options.expand:
-        if not options.expand_model:
-            raise ValueError("--expand needs to know who; give --expand-model NAME, with --expand-url for an endpoint")
         task["expand"] = Expansion(
             model=options.expand_model, url=options.expand_url, timeout=options.expand_timeout,
             optional=options.expand == "optional",

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,6 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from runtime.expansion import by_rules
 from tools.demo_model import autoencoder, captions, denoiser, pool, score, text
 from tools.demo_model.diffusion import draw_known
 from tools.demo_model.evaluate import to_bytes
@@ -83,10 +83,7 @@ def test_rules_expand_terse_captions_into_descriptive_ones() -> None:
         things = tuple(replace(t, size="medium", material="matte") for t in scene.things)
         scene = replace(scene, things=things)
         prompt = captions.caption(scene, "terse")
-        for pattern, words in rules["replace"]:
-            prompt = re.sub(pattern, words, prompt)
-        for unless, words in rules["append"]:
-            prompt = prompt if re.search(unless, prompt) else prompt + words
+        prompt = by_rules(prompt, rules)
         assert prompt == captions.caption(scene, "descriptive")
 
 

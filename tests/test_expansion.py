@@ -13,7 +13,7 @@ import pytest
 import runtime
 from runtime import Request
 from runtime.__main__ import main
-from runtime.expansion import KEY, Expansion, expand
+from runtime.expansion import KEY, Expansion, by_rules, expand
 
 
 class Endpoint:
@@ -111,8 +111,8 @@ def test_the_receipt_holds_both(endpoint: Endpoint, tmp_path: Path) -> None:
 
 def test_the_command_line_says_what_is_wrong(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = ["-o", str(tmp_path / "a.mp4"), "--steps", "1", "--frames", "1"]
-    assert main(["image", "a", "--expand"]) == 2
-    assert "--expand-model" in capsys.readouterr().err
+    assert main(["image", "a", "--expand", "--expand-url", "http://localhost:1", "-o", str(tmp_path / "a.png")]) == 2
+    assert "no model is named" in capsys.readouterr().err
     assert main(["generate", "a", "--expand", "--expand-model", "m", "--expand-url", "ftp://x", *out]) == 2
     assert "legal: http://" in capsys.readouterr().err
     assert main(["generate", "a", "--expand", "--expand-model", "/nowhere", *out]) == 2
@@ -135,3 +135,15 @@ def test_a_model_on_this_machine(tmp_path: Path) -> None:
     first = expand("a red ball", Expansion(model=str(tmp_path)), "write")[0]
     assert first.strip()
     assert expand("a red ball", Expansion(model=str(tmp_path), timeout=5), "write")[0] == first
+
+
+def test_a_checkpoint_brings_its_own_rules() -> None:
+    model = runtime.load("demo")
+    request = Request(prompt="A red ball rolls left on grass.", steps=1, num_frames=1, seed=0, expand=Expansion())
+    receipt = runtime.generate(model, request).receipt
+    said = "A red ball rolls left on grass by day under a clear sky, the camera stands still"
+    assert receipt.expanded == {"A red ball rolls left on grass.": said}
+    with pytest.raises(ValueError, match="brings no rules"):
+        by_rules("a", None)
+    with pytest.raises(ValueError, match="no model is named"):
+        Expansion(url="http://localhost:1/v1")

@@ -13,6 +13,9 @@ from runtime.models.spec import Checkpoint, Defaults, ModelSpec
 FAMILIES = ("wan",)
 
 
+OWN_SETTINGS = {"name", "text_length", "captions", "expansion"}  # what runtime.json may say besides defaults
+
+
 def families() -> list[ModuleType]:
     """Return the family packages.
 
@@ -48,7 +51,7 @@ def open_checkpoint(folder: Path) -> Checkpoint:
 
 
 def _with_own_settings(checkpoint: Checkpoint) -> Checkpoint:
-    """Apply the folder's runtime.json, if there is one: {"name", "text_length", "captions", "defaults": {...}}."""
+    """Apply the folder's runtime.json, if there is one: {"name", "defaults": {...}, ...}."""
     file = checkpoint.folder / "runtime.json"
     if not file.exists():
         return checkpoint
@@ -57,10 +60,10 @@ def _with_own_settings(checkpoint: Checkpoint) -> Checkpoint:
     settings = read_json(file)
     own = settings.pop("defaults", {})
     known = {f.name for f in fields(Defaults)}
-    if unknown := sorted(settings.keys() - {"name", "text_length", "captions"}) + sorted(own.keys() - known):
+    if unknown := sorted(settings.keys() - OWN_SETTINGS) + sorted(own.keys() - known):
         raise ValueError(
-            f"{file} has keys that are not known: {', '.join(unknown)}; legal: name, text_length, captions, and in "
-            f"defaults {', '.join(sorted(known))}"
+            f"{file} has keys that are not known: {', '.join(unknown)}; legal: {', '.join(sorted(OWN_SETTINGS))}, and "
+            f"in defaults {', '.join(sorted(known))}"
         )
     spec = checkpoint.spec
     return replace(checkpoint, spec=replace(spec, **settings, defaults=replace(spec.defaults, **own)))

@@ -59,6 +59,7 @@ class ModelSpec:
     boundary: float | None = None  # sigma at and above which the first of two experts works
     conditioning: Conditioning = "blend"  # how known frames are consumed
     captions: str = CAPTIONS  # what a language model is told of the captions that it was trained on
+    expansion: Mapping[str, Sequence[Sequence[str]]] | None = None  # its own rules, see expansion.by_rules
 
     @property
     def size_multiple(self) -> tuple[int, int]:

@@ -170,7 +170,7 @@ def vocabulary() -> list[str]:
 
 
 def expansion_rules() -> dict[str, list[list[str]]]:
-    """Return the rules, as data for the checkpoint's `expansion.json`, that make a terse prompt a descriptive one.
+    """Return the rules, as data for the checkpoint's runtime.json, that make a terse prompt a descriptive one.
 
     "replace" holds (pattern, text), applied in turn; "append" (pattern, text): added unless the pattern is found.
     """

@@ -11,6 +11,7 @@ from diffusers import AutoencoderKLWan, UniPCMultistepScheduler, WanPipeline
 from transformers import AutoTokenizer
 
 from tools.demo_model import text
+from tools.demo_model.captions import expansion_rules
 from tools.demo_model.diffusion import Student
 
 DEFAULTS = {"width": 160, "height": 96, "num_frames": 17, "fps": 8, "steps": 25, "guidance": 4.0, "shift": 3.0}
@@ -31,5 +32,5 @@ def write(folder: Path, vae: AutoencoderKLWan, student: Student, *, defaults: di
     )  # fmt: skip
     pipeline.save_pretrained(folder)
     text.write_tokenizer(folder / "tokenizer")
-    settings = {"name": "demo", "defaults": defaults or DEFAULTS}
+    settings = {"name": "demo", "defaults": defaults or DEFAULTS, "expansion": expansion_rules()}
     (folder / "runtime.json").write_text(json.dumps(settings, indent=2) + "\n")
