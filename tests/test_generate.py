@@ -39,7 +39,7 @@ def test_same_seed_same_bytes(model: runtime.Model) -> None:
 def test_same_bytes_in_another_process(model: runtime.Model) -> None:
     code = (
         f"import hashlib, runtime, torch; torch.set_num_threads({torch.get_num_threads()});"
-        f"r = runtime.Request(prompt={REQUEST.prompt!r}, num_frames=5, steps=3, seed=7);"
+        f"r = runtime.Request(prompt={REQUEST.prompt!r}, width=64, height=64, num_frames=5, steps=3, seed=7);"
         "print(hashlib.sha256(runtime.generate(runtime.load('demo'), r).frames.tobytes()).hexdigest())"
     )
     run = subprocess.run(

@@ -322,7 +322,7 @@ def test_plans_add_up(demo: runtime.Model, first: int, second: int, new: int, di
         assert max(places) < window.num_frames
         assert places.isdisjoint(range(part.start, part.stop))
         assert part.start - 1 in places or part.stop in places
-        assert any(hold == 1 for hold in latent_holds(window, 4))
+        assert any(hold > 0 for hold in latent_holds(window, 4))
 
 
 def test_a_clip_keeps_its_size_and_rate_and_resolving_twice_changes_nothing(demo: runtime.Model) -> None:
@@ -385,7 +385,7 @@ def test_positions_are_spread_only_beyond_the_models_own_size() -> None:
 
 
 def test_spread_positions_stand_in_the_receipt(demo: runtime.Model) -> None:
-    asked = {"prompt": PROMPT, "steps": 1, "seed": 1, "width": 96, "height": 96}
+    asked = {"prompt": PROMPT, "steps": 1, "seed": 1, "width": 320, "height": 96, "num_frames": 1}
     plain, ntk = (runtime.generate(demo, Request(**asked, positions=kind)) for kind in (None, "ntk"))
     assert ntk.receipt.approximations == ["positions spread by ntk"]
     assert not torch.equal(plain.latents, ntk.latents)

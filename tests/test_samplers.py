@@ -134,5 +134,6 @@ def test_unknown_sampler_names_the_legal_ones() -> None:
 
 def test_start_below_one_skips_high_sigmas() -> None:
     full, part = make_schedule("flow_linear", 20, 3.0), make_schedule("flow_linear", 20, 3.0, start=0.6)
-    assert part[0] <= 0.6
-    assert np.array_equal(part.numpy(), full[len(full) - len(part) :].numpy())
+    assert part[0] == 0.6
+    assert np.array_equal(part[1:].numpy(), full[len(full) - len(part) + 1 :].numpy())
+    assert full[len(full) - len(part)] <= 0.6 < full[len(full) - len(part) - 1]
