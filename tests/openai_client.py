@@ -15,7 +15,7 @@ TINY = {"num_frames": 5, "num_inference_steps": 2, "seed": 3}
 def main(url: str) -> None:
     """Create, poll, list with paging, download, remix, extend, edit, errors, delete."""
     client = openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=1)
-    video = client.videos.create_and_poll(prompt="a red ball", extra_body=TINY, poll_interval_ms=100)
+    video = client.videos.create_and_poll(prompt="a red ball", size="64x64", extra_body=TINY, poll_interval_ms=100)
     assert video.status == "completed" and video.progress == 100 and video.size == "64x64", video
     assert client.videos.retrieve(video.id).seconds == "0.625"
     data = client.videos.download_content(video.id).read()

@@ -13,7 +13,7 @@ from typing import Any
 
 import httpx2
 
-TINY = {"prompt": "a red ball", "num_frames": 5, "num_inference_steps": 2, "seed": 3}
+TINY = {"prompt": "a red ball", "size": "64x64", "num_frames": 5, "num_inference_steps": 2, "seed": 3}
 LONG = {"prompt": "a red ball", "num_frames": 17, "num_inference_steps": 60, "seed": 4, "guidance_scale": 4}
 
 

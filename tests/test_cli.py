@@ -12,6 +12,7 @@ import subprocess
 import sys
 import termios
 import time
+from functools import partial
 from pathlib import Path
 
 import av
@@ -275,7 +276,8 @@ def test_interrupting_leaves_no_half_file(tmp_path: Path, kind: str) -> None:
         "--steps",
         "1",
     ]
-    child = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=os.environ.copy())
+    listening = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)  # a shell's background jobs start deaf to it
+    child = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=os.environ.copy(), preexec_fn=listening)
     deadline = time.monotonic() + 60
     while time.monotonic() < deadline and not list(tmp_path.iterdir()):  # until the writer has begun
         time.sleep(0.02)

@@ -59,7 +59,7 @@ def test_a_request_meets_nothing_that_has_not_run(experts: int, tmp_path: Path) 
 def test_every_size_is_warmed_and_the_default_without_any() -> None:
     model, seen = watched(runtime.load("demo"))
     runtime.warmup(model)
-    assert ("expert 0", (5, 8, 8), 2) in seen
+    assert ("expert 0", (5, 12, 20), 2) in seen
     runtime.warmup(model, parse_sizes("32x64x1, 96x32x5"))
     assert {("expert 0", (1, 8, 4), 2), ("expert 0", (2, 4, 12), 2)} <= set(seen)
     assert {("chunk", (1, 64, 32)), ("chunk", (4, 32, 96))} <= set(seen)
