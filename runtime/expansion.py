@@ -49,9 +49,18 @@ class Expansion:
             raise ValueError(f"timeout is {self.timeout}, retries {self.retries}; legal: more than 0, and at least 0")
 
 
-def expand(prompt: str, expansion: Expansion, instructions: str) -> tuple[str, list[str]]:
-    """Return (the expanded prompt, notes). Raises ConnectionError or ValueError where nobody answers in words."""
-    assert expansion.model
+def expand(prompt: str, expansion: Expansion, instructions: str, rules: Rules | None = None) -> tuple[str, list[str]]:
+    """Return (the expanded prompt, notes). Raises ConnectionError or ValueError where nobody answers in words.
+
+    `instructions` are for a language model, `rules` are the checkpoint's own.
+    """
+    if expansion.model is None:
+        try:
+            return by_rules(prompt, rules), []
+        except ValueError as error:
+            if not expansion.optional:
+                raise
+            return prompt, [f"the prompt was not expanded: {error}"]
     from runtime.engines.store import cache_root  # a request is checked without torch, which engines need
 
     file = cache_root() / "expansions" / f"{_key(prompt, expansion, instructions)}.json"

@@ -15,7 +15,7 @@ from runtime.checkpoints import Checkpoints
 from runtime.clips import Clip, conformed, part_of
 from runtime.decoding import decode
 from runtime.denoising import Known, OnState, OnStep, denoise, prepare_context
-from runtime.expansion import by_rules, expand
+from runtime.expansion import expand
 from runtime.known import encode_channels, encode_known, firmness, given_frames, given_masks
 from runtime.latents import check_latents, draw_noise
 from runtime.model import Model
@@ -155,11 +155,8 @@ def expanded(job: Job, prompt: str) -> str:
         return prompt
     if prompt not in job.receipt.expanded:
         with span("text/expand"):
-            if job.request.expand.model is None:
-                found = by_rules(prompt, job.model.spec.expansion)
-                notes: list[str] = []
-            else:
-                found, notes = expand(prompt, job.request.expand, job.model.spec.captions)
+            spec = job.model.spec
+            found, notes = expand(prompt, job.request.expand, spec.captions, spec.expansion)
         job.receipt.expanded[prompt] = found
         job.receipt.notes += notes
     return job.receipt.expanded[prompt]

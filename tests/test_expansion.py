@@ -145,5 +145,7 @@ def test_a_checkpoint_brings_its_own_rules() -> None:
     assert receipt.expanded == {"A red ball rolls left on grass.": said}
     with pytest.raises(ValueError, match="brings no rules"):
         by_rules("a", None)
+    kept, (note,) = expand("a", Expansion(optional=True), "x")
+    assert kept == "a" and "brings no rules" in note
     with pytest.raises(ValueError, match="no model is named"):
         Expansion(url="http://localhost:1/v1")

@@ -322,7 +322,9 @@ def test_plans_add_up(demo: runtime.Model, first: int, second: int, new: int, di
         assert max(places) < window.num_frames
         assert places.isdisjoint(range(part.start, part.stop))
         assert part.start - 1 in places or part.stop in places
-        assert any(hold > 0 for hold in latent_holds(window, 4))
+        holds = latent_holds(window, 4)
+        short = not window.tail and max(g.count for g in window.given) < 4  # no latent frame is known as a whole
+        assert any(hold == 1 for hold in holds) or (short and any(hold > 0 for hold in holds))
 
 
 def test_a_clip_keeps_its_size_and_rate_and_resolving_twice_changes_nothing(demo: runtime.Model) -> None:

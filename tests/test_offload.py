@@ -123,7 +123,9 @@ def test_the_command_line_keeps_a_budget_or_says_what_would_fit(
     assert receipt["predicted"]["memory"] == 4 * 2**30
     assert receipt["predicted"]["choices"]["engine"] == receipt["engine"] == "eager"
     for stage in ("text", "denoise", "decode"):
-        assert receipt["predicted"]["seconds"][stage] >= 0 and receipt["stages"][stage]["seconds"] > 0
+        if stage != "text":  # whose seconds round to nothing
+            assert receipt["predicted"]["seconds"][stage] > 0
+        assert receipt["stages"][stage]["seconds"] > 0
         assert receipt["predicted"]["peak_bytes"][stage] == pytest.approx(
             receipt["stages"][stage]["peak_bytes"], rel=0.5
         )

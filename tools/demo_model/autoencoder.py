@@ -168,13 +168,17 @@ def loss_of(vae: AutoencoderKLWan, pixels: torch.Tensor, things: torch.Tensor) -
         mean, logvar = encode(vae, pixels)
         logvar = logvar.clamp(-12, 4)
         out = decode(vae, mean + torch.randn_like(mean) * (0.5 * logvar).exp()).float()
+    loss, psnr = distance(out - pixels, things)
+    divergence = 0.5 * (mean.square() + logvar.exp() - 1 - logvar).mean()
+    return loss + 1e-3 * divergence, {"psnr": psnr, "kl": divergence.item()}
+
+
+def distance(error: torch.Tensor, things: torch.Tensor) -> tuple[torch.Tensor, float]:
+    """Return the loss of an error of pixels and of their steps, where things are counted more, and its PSNR in dB."""
     weight = 1 + 2 * things
-    error = out - pixels
     pixel = (error.abs() * weight).mean() + 4 * (error.square() * weight).mean()
     edges = (error.diff(dim=-1).abs().mean() + error.diff(dim=-2).abs().mean()) * 0.5
-    divergence = 0.5 * (mean.square() + logvar.exp() - 1 - logvar).mean()
-    squared = error.detach().clamp(-2, 2).square().mean().item()
-    return pixel + edges + 1e-3 * divergence, {"psnr": 10 * math.log10(4 / squared), "kl": divergence.item()}
+    return pixel + edges, 10 * math.log10(4 / error.detach().clamp(-2, 2).square().mean().item())
 
 
 def channels_last(module: nn.Module) -> None:
@@ -259,9 +263,6 @@ def _decoder_loss(
         with torch.no_grad():
             mean = encode(vae, pixels)[0]
             mean = mean + 0.05 * mean.std() * torch.randn_like(mean)
-        mean.requires_grad_()  # torch 2.13's CPU convolution crashes where only the weights need gradients
         error = decode(vae, mean).float() - pixels
-    weight = 1 + 2 * things
-    edges = (error.diff(dim=-1).abs().mean() + error.diff(dim=-2).abs().mean()) * 0.5
-    psnr = 10 * math.log10(4 / error.detach().clamp(-2, 2).square().mean().item())
-    return (error.abs() * weight).mean() + 4 * (error.square() * weight).mean() + edges, {"psnr": psnr, "kl": 0.0}
+    loss, psnr = distance(error, things)
+    return loss, {"psnr": psnr, "kl": 0.0}

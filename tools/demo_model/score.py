@@ -17,7 +17,19 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from tools.demo_model.world import CAMERAS, COLOURS, GROUNDS, HORIZON, SKIES, WEATHERS, Scene, render, view
+from tools.demo_model.world import (
+    CAMERAS,
+    COLOURS,
+    GROUNDS,
+    HORIZON,
+    SKIES,
+    WEATHERS,
+    Scene,
+    fog,
+    light_over_frame,
+    render,
+    view,
+)  # fmt: skip
 
 THING = 0.012  # least share of the frame that counts as a thing
 DIFFERENT = 0.17  # least distance of a pixel from the empty scene
@@ -69,10 +81,9 @@ def _clear(frames: torch.Tensor, scene: Scene) -> torch.Tensor:
     height, width = frames.shape[-2:]
     y = ((torch.arange(height) + 0.5) / height)[:, None]
     x = ((torch.arange(width) + 0.5) / width)[None, :]
-    frames = frames / ((1.10 - 0.26 * x) * (1.0 - 0.22 * (((x - 0.5) ** 2 + (y - 0.5) ** 2) / 0.5)))
+    frames = frames / light_over_frame(x, y)
     if scene.weather == "fog":
-        thick = 0.62 * torch.exp(-(((y - HORIZON) / 0.30) ** 2)) + 0.08
-        tone = 0.80 * (0.35 + 0.65 * sum(SKIES[scene.time][2]) / 3)
+        thick, tone = fog(scene, y)
         return ((frames - tone * thick) / (1 - thick)).clamp(0, 1)
     if scene.weather == "rain":
         frames = frames / 0.86
@@ -168,7 +179,7 @@ def read(frames: np.ndarray) -> Reading:
     labels = _labels(different)
     palette = torch.zeros(different.shape, dtype=torch.long)
     palette[different] = _nearest_colour(_clear(pixels, scene).permute(0, 2, 3, 1)[different], scene.time)
-    shift, zoom, _ = view(scene, count).T
+    shift, zoom = view(scene, count).T
     names = list(COLOURS)
     counts: list[int] = []
     shapes: Counter[str] = Counter()

@@ -185,9 +185,9 @@ def path(scene: Scene, thing: Thing, count: int, aspect: float) -> np.ndarray:
 
 
 def view(scene: Scene, count: int) -> np.ndarray:
-    """Return [F, 3]: the camera's shift in u, its zoom, and the share of its shift that the far hill shares."""
+    """Return [F, 2]: the camera's shift in u, and its zoom."""
     s = np.linspace(0.0, 1.0, max(count, 2))[:count]
-    shift, zoom, far = np.zeros(count), np.ones(count), np.ones(count)
+    shift, zoom = np.zeros(count), np.ones(count)
     match scene.camera:
         case "pan left":
             shift = -PAN * s
@@ -198,8 +198,8 @@ def view(scene: Scene, count: int) -> np.ndarray:
         case "zoom out":
             zoom = ZOOM - (ZOOM - 1) * s
         case "orbit":  # the far side passes by while the things stay in the middle
-            shift, far = PAN * s, np.full(count, 1.0)
-    return np.stack([shift, zoom, far], 1)
+            shift = PAN * s
+    return np.stack([shift, zoom], 1)
 
 
 def render(scene: Scene, count: int, height: int, width: int, device: str | torch.device = "cpu") -> Clip:
@@ -207,7 +207,7 @@ def render(scene: Scene, count: int, height: int, width: int, device: str | torc
     short = min(height, width)
     y = (torch.arange(height, device=device, dtype=torch.float32) + 0.5)[None, :, None]
     x = (torch.arange(width, device=device, dtype=torch.float32) + 0.5)[None, None, :]
-    shift, zoom, _ = (torch.from_numpy(c).float().to(device)[:, None, None] for c in view(scene, count).T)
+    shift, zoom = (torch.from_numpy(c).float().to(device)[:, None, None] for c in view(scene, count).T)
     time = torch.linspace(0.0, 1.0, max(count, 2), device=device)[:count, None, None]
     still = scene.camera == "still"
     u = (x / width - 0.5) / (zoom[:1] if still else zoom) + 0.5 + (shift[:1] if still else shift)
@@ -232,14 +232,22 @@ def render(scene: Scene, count: int, height: int, width: int, device: str | torc
         frames = torch.lerp(frames, tone.clamp(0, 1).expand_as(frames), post[:, None])
         masks = [m * (1 - post) for m in masks]
     frames = _weather(scene, frames, x, y, time, short)
-    falloff = 1.10 - 0.26 * x / width
-    vignette = 1.0 - 0.22 * (((x / width - 0.5) ** 2 + (y / height - 0.5) ** 2) / 0.5)
-    frames = (frames * (falloff * vignette)[:, None]).clamp(0, 1)
+    frames = (frames * light_over_frame(x / width, y / height)[:, None]).clamp(0, 1)
     return Clip(
         frames,
         torch.stack(masks) if masks else frames.new_zeros(0, count, height, width),
         torch.stack(tracks) if tracks else frames.new_zeros(0, count, 3),
     )
+
+
+def light_over_frame(u: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+    """Return how bright each place (shares of width and height) is: light falls from the left, corners are darker."""
+    return (1.10 - 0.26 * u) * (1.0 - 0.22 * (((u - 0.5) ** 2 + (v - 0.5) ** 2) / 0.5))
+
+
+def fog(scene: Scene, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return how much fog covers each height (a share of the frame's), and its tone."""
+    return 0.62 * torch.exp(-(((v - HORIZON) / 0.30) ** 2)) + 0.08, 0.80 * (0.35 + 0.65 * _light(scene).mean())
 
 
 def _edge(distance: torch.Tensor) -> torch.Tensor:
@@ -337,8 +345,7 @@ def _weather(scene: Scene, frames, x, y, time, short):  # type: ignore[no-untype
     height = y.shape[1]
     match scene.weather:
         case "fog":
-            thick = 0.62 * torch.exp(-(((y / height - HORIZON) / 0.30) ** 2)) + 0.08
-            tone = 0.80 * (0.35 + 0.65 * _light(scene).mean())
+            thick, tone = fog(scene, y / height)
             return frames + (tone - frames) * thick[:, None]
         case "rain":
             grey = frames.mean(1, keepdim=True)
