@@ -114,7 +114,7 @@ def test_damaged_packages_are_compiled_again(tiny: Path, monkeypatch: pytest.Mon
     given = arguments(model, (2, 4, 6), (7,))
     with torch.inference_mode():
         expected = inductor.build(model.transformers[0], 0)(*given)
-        (entry,) = (entry for entry in Store().entries() if " 1 1 1 S;" in entry.key.parts["shapes"])  # one prompt
+        entry = Store().entries()[0]  # the one just used
         file = Store().folder / entry.name / inductor.PACKAGE
         whole = file.read_bytes()
         file.write_bytes(whole[: len(whole) // 2])

@@ -12,7 +12,8 @@ from types import FrameType
 
 import uvicorn
 
-from runtime.serve.app import Api, make_app
+from runtime.serve.api import Api
+from runtime.serve.app import make_app
 from runtime.serve.jobs import Store
 from runtime.serve.settings import Settings, read_settings
 from runtime.serve.supervisor import Supervisor

@@ -1,0 +1,174 @@
+"""What all paths share: the store, the settings, whether something new can be taken, and how a job is taken."""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import json
+import os
+import re
+import shutil
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from starlette.requests import ClientDisconnect, Request
+
+from runtime.serve.errors import ApiError, missing
+from runtime.serve.forms import Upload, read_body
+from runtime.serve.jobs import TERMINAL, Job, Store, new_id
+from runtime.serve.schema import Asked, parse_request, read_clip, shown, structured, sync
+from runtime.serve.settings import Settings
+
+SHAPE = re.compile(r"video_[0-9a-f]{32}")
+LOOK_SECONDS = 0.1  # between two looks at a job that somebody waits for
+
+
+class Api:
+    """What all routes share: the store, the settings, and whether the server is ending."""
+
+    def __init__(self, settings: Settings, store: Store, wake: Callable[[], None]) -> None:
+        self.settings, self.store, self.wake = settings, store, wake
+        self.draining = False
+        self.requests: Counter[str] = Counter()
+        self.ready: Callable[[], bool] = lambda: False
+
+    def accepting(self) -> None:
+        """ApiError where nothing new can be taken now."""
+        if self.draining:
+            raise ApiError(503, "the server is ending", code="shutting_down", retry_after=5)
+        if shutil.disk_usage(self.settings.data).free < self.settings.min_free:
+            raise ApiError(507, "the disk of the server is full", code="insufficient_storage")
+        if not self.store.models():
+            raise ApiError(503, "no model is loaded yet", code="not_ready", retry_after=1)
+        self.check_queue()
+
+    def check_queue(self) -> None:
+        """ApiError where the queue is full."""
+        counts = self.store.counts()
+        if counts.get("queued", 0) + counts.get("in_progress", 0) >= self.settings.max_queue:
+            raise self.full()
+
+    def full(self) -> ApiError:
+        """Return the error of a full queue: come again when the job that is running is done."""
+        return ApiError(429, "the queue is full", code="queue_full", retry_after=min(max(self.store.soonest(), 1), 120))
+
+    def job(self, request: Request, job_id: str) -> Job:
+        """Return a video of the asking key; ApiError where there is none."""
+        found = self.store.get(job_id) if SHAPE.fullmatch(job_id) else None
+        if found is None or found.owner != request.state.owner:
+            raise missing(f"video {job_id[:80]!r}")
+        return found
+
+    async def create(self, request: Request, verb: Callable[..., Any], kind: str = "video") -> Job:
+        """Take a job: its files and its row are durable when this returns."""
+        self.accepting()
+        job_id = new_id("video" if kind == "video" else "image")
+        folder = self.store.folder(job_id)
+
+        def own() -> Path:
+            folder.mkdir(exist_ok=True)
+            return folder
+
+        kept = False
+        try:
+            fields = await read_body(request, own, self.settings.max_upload)
+            digest = await asyncio.to_thread(fingerprint, request.url.path, fields)
+            parent, asked = await asyncio.to_thread(verb, fields, own)
+            values = row(job_id, kind, request.state.owner, asked) | {"parent": parent}
+            if key := request.headers.get("idempotency-key"):
+                values |= {"idempotency": key[:256], "digest": digest}
+            job = await asyncio.to_thread(self.keep, folder, values)
+            kept = job.id == job_id
+        finally:
+            if not kept:
+                shutil.rmtree(folder, ignore_errors=True)
+        if not kept and job.digest != digest:
+            raise ApiError(422, "this Idempotency-Key was used for another request", code="idempotency_key_reused")
+        self.wake()
+        return job
+
+    def keep(self, folder: Path, values: dict[str, Any]) -> Job:
+        """Add a job to the store; ApiError where the queue is full."""
+        folder.mkdir(exist_ok=True)
+        sync(folder)
+        job = self.store.create(values, max_queue=self.settings.max_queue, max_owner=self.settings.max_per_key)
+        if job is None:
+            raise self.full()
+        return job
+
+    def parsed(self, fields: dict[str, Any], own: Callable[[], Path], given: list[dict[str, Any]]) -> Asked:
+        """Return the checked request of fields and clips."""
+        return parse_request(fields, self.store.models(), own, given)
+
+    def clip(
+        self, request: Request, value: Any, name: str, own: Callable[[], Path]
+    ) -> tuple[dict[str, Any], str | None]:
+        """Return (clip, id of its video or None) of {"id": ...}, or of an uploaded file."""
+        value = structured(value, name) if isinstance(value, str) and value.startswith("{") else value
+        if not (isinstance(value, dict) and isinstance(value.get("id"), str)):
+            return read_clip(value, name, own), None
+        job = self.job(request, value["id"])
+        source = self.output(job, "video")
+        target = own() / f"{job.id}.mp4"
+        if not target.exists():
+            os.link(source, target)  # stays when the first video is deleted
+        width, _, height = job.shown["size"].partition("x")
+        facts = {
+            "width": int(width),
+            "height": int(height),
+            "num_frames": job.shown["num_frames"],
+            "fps": job.shown["fps"],
+        }
+        return {"file": target.name, "at": 0, "hold": 1.0, **facts}, job.id
+
+    def output(self, job: Job, variant: str) -> Path:
+        """Return the file of a completed job; ApiError where it is not there."""
+        if job.status in ("queued", "in_progress"):
+            raise ApiError(409, f"the video is {job.status}; ask again when it is completed", code="video_not_ready")
+        if job.status != "completed" or job.output is None:
+            raise ApiError(404, f"the video is {job.status}; it has no content", code=f"video_{job.status}")
+        path = self.store.folder(job.id) / job.output["file" if variant == "video" else variant]
+        if not path.is_file():
+            self.store.fail(job, {"code": "output_missing", "message": "the file of this video is gone"})
+            raise ApiError(404, "the file of this video is gone", code="output_missing")
+        return path
+
+    async def wait(self, request: Request, job: Job) -> Job:
+        """Return a job when it has ended; it is cancelled where the client does not wait."""
+        while job.status not in TERMINAL:
+            if await request.is_disconnected():
+                await asyncio.to_thread(self.store.cancel, job.id)
+                raise ClientDisconnect
+            if self.draining:
+                raise ApiError(
+                    503, f"the server is ending; {job.id} goes on later", code="shutting_down", retry_after=5
+                )
+            await asyncio.sleep(LOOK_SECONDS)
+            found = self.store.get(job.id)
+            if found is None:
+                raise missing(f"video {job.id}")
+            job = found
+        return job
+
+
+def row(job_id: str, kind: str, owner: str, asked: Asked) -> dict[str, Any]:
+    """Return the store's columns of a request."""
+    return {
+        "id": job_id, "kind": kind, "owner": owner, "model": asked.model, "prompt": asked.request.prompt,
+        "priority": asked.priority, "request": asked.record, "shown": shown(asked),
+        "total": (asked.request.steps or 1) * asked.windows,
+    }  # fmt: skip
+
+
+def fingerprint(path: str, fields: dict[str, Any]) -> str:
+    """Return a hash of a path and its body, files by content."""
+
+    def plain(value: Any) -> Any:
+        if isinstance(value, Upload):
+            with value.path.open("rb") as handle:
+                return hashlib.file_digest(handle, "sha256").hexdigest()
+        return str(value)
+
+    return hashlib.sha256((path + json.dumps(fields, sort_keys=True, default=plain)).encode()).hexdigest()

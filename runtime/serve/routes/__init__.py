@@ -1,0 +1,1 @@
+"""The HTTP paths, a file for each kind: add(app, api)."""
