@@ -16,6 +16,7 @@ from typing import Any
 from starlette.requests import ClientDisconnect, Request
 
 from runtime.serve.errors import ApiError, missing
+from runtime.serve.fetching import fetch_inputs
 from runtime.serve.forms import Upload, read_body
 from runtime.serve.jobs import TERMINAL, Job, Store, new_id
 from runtime.serve.schema import Asked, parse_request, read_clip, shown, structured, sync
@@ -75,6 +76,7 @@ class Api:
         try:
             fields = await read_body(request, own, self.settings.max_upload)
             digest = await asyncio.to_thread(fingerprint, request.url.path, fields)
+            await fetch_inputs(fields, own, self.settings.fetching)
             parent, asked = await asyncio.to_thread(verb, fields, own)
             values = row(job_id, kind, request.state.owner, asked) | {"parent": parent}
             if key := request.headers.get("idempotency-key"):

@@ -221,8 +221,8 @@ def structured(value: Any, name: str) -> Any:
 
 
 def read_clip(value: Any, name: str, folder: Callable[[], Path]) -> dict[str, Any]:
-    """Return an uploaded or enclosed picture or clip, looked at; nothing is ever fetched from an address."""
-    if isinstance(value, dict) and isinstance(value.get("image_url"), str):
+    """Return an uploaded or enclosed picture or clip, looked at; nothing is fetched from an address here."""
+    if isinstance(value, dict) and isinstance(value.get("image_url"), str | Upload):
         value = value["image_url"]
     if isinstance(value, str):
         head, comma, data = value.partition(",")

@@ -13,6 +13,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from runtime.serve.fetching import Access
+
+MAX_FETCH = 20 * 2**20  # bytes of one input
+
 
 @dataclass(frozen=True)
 class Settings:
@@ -31,8 +35,14 @@ class Settings:
     max_per_key: int = 1000
     max_upload: int = 256 * 2**20
     min_free: int = 256 * 2**20  # of the disk; below it nothing is accepted
+    fetch_host: tuple[str, ...] = ()  # where inputs may be fetched from, as fetching.Access says; none: nothing is
     log: str = "text"  # or "json"
     keys: dict[str, str] = field(default_factory=dict, repr=False)  # digest of a key -> its name
+
+    @property
+    def fetching(self) -> Access:
+        """What inputs may be fetched."""
+        return Access(self.fetch_host, max_bytes=min(MAX_FETCH, self.max_upload))
 
 
 def read_settings(arguments: Sequence[str] | None = None) -> Settings:
@@ -50,6 +60,10 @@ def read_settings(arguments: Sequence[str] | None = None) -> Settings:
     parser.add_argument("--grace", type=float, metavar="S", help="seconds to end in after SIGTERM (default: 20)")
     parser.add_argument("--max-queue", type=int, metavar="N", help="jobs waiting or running at most (default: 1000)")
     parser.add_argument("--max-per-key", type=int, metavar="N", help="the same for each key (default: 1000)")
+    parser.add_argument(
+        "--fetch-host", action="append", metavar="HOST",
+        help="host that inputs may be fetched from, such as *.example.com; may be given again (default: none)",
+    )  # fmt: skip
     parser.add_argument("--log", choices=("text", "json"), help="how lines are written (default: text)")
     options = {name: value for name, value in vars(parser.parse_args(arguments)).items() if value is not None}
     told: dict[str, Any] = {}
@@ -62,8 +76,8 @@ def read_settings(arguments: Sequence[str] | None = None) -> Settings:
     for name in ("data", "api_key"):
         if name in values:
             values[name] = Path(values[name])
-    if "model" in values:
-        values["model"] = tuple([values["model"]] if isinstance(values["model"], str) else values["model"])
+    for name in {"model", "fetch_host"} & values.keys():
+        values[name] = tuple([values[name]] if isinstance(values[name], str) else values[name])
     settings = Settings(**values)
     if settings.api_key is not None:
         settings = dataclasses.replace(settings, keys=read_keys(settings.api_key))
