@@ -149,6 +149,24 @@ def part_of(video: Video, start: int, count: int) -> Iterator[np.ndarray]:
     return islice(iter(video), start, start + count)
 
 
+def cut_clip(path: str | os.PathLike[str], start: int, stop: int) -> Video:
+    """Return the frames of a clip from `start` up to before `stop`, and their sound; ValueError where it lacks them."""
+    whole = read_video(path)
+    if not 0 <= start < stop <= whole.num_frames:
+        raise ValueError(
+            f"frames {start} to {stop} of a clip are asked for; legal: onward, within its {whole.num_frames} frames"
+        )
+    return _cut(whole, start, stop)
+
+
+def _cut(whole: Video, start: int, stop: int) -> Video:
+    return Video(
+        partial(part_of, whole, start, stop - start),
+        fps=whole.fps, num_frames=stop - start, height=whole.height, width=whole.width,
+        sounds=cut(whole.sounds, start / whole.fps, (stop - start) / whole.fps, 0.0),
+    )  # fmt: skip
+
+
 def runs(path: str | os.PathLike[str], missing: set[int]) -> tuple[tuple[Clip, ...], int]:
     """Return the clips of what is there of a clip or a folder of numbered pictures, and how many frames it has in all.
 
@@ -175,11 +193,7 @@ def runs(path: str | os.PathLike[str], missing: set[int]) -> tuple[tuple[Clip, .
         if Path(path).is_dir():
             frames = read_pictures([files[place + first] for place in places])
         else:
-            frames = Video(
-                partial(part_of, whole, places[0], len(places)),
-                fps=whole.fps, num_frames=len(places), height=whole.height, width=whole.width,
-                sounds=cut(whole.sounds, places[0] / whole.fps, len(places) / whole.fps, 0.0),
-            )  # fmt: skip
+            frames = _cut(whole, places[0], places[-1] + 1)
         clips.append(Clip(frames, at=places[0]))
     return tuple(clips), total
 

@@ -23,6 +23,8 @@ from runtime.models.spec import ModelSpec
 from runtime.offload import Offload
 from runtime.prediction import GIB, Prediction
 from runtime.request import Request
+from runtime.schedules import make_schedule
+from runtime.tasks import Plan
 from runtime.text import embeddings_known
 from runtime.weighing import Setting, Tile, predict
 
@@ -80,6 +82,35 @@ def foresee(model: Model, request: Request, *, measure: bool = False) -> Predict
     )  # fmt: skip
     found = predict(model.spec, model.costs, request, machine, setting)
     return found if model.memory else replace(found, memory=machine.memory)
+
+
+def foresee_plan(model: Model, request: Request, plan: Plan) -> Prediction | None:
+    """Predict a resolved request by its plan: seconds summed over the windows, memory of the largest.
+
+    None where the device has not been calibrated. Raises ValueError as `foresee` does.
+    """
+    found: list[Prediction] = []
+    texts = set[str]()
+    assert request.steps is not None and request.shift is not None
+    for window in plan.windows:
+        frames = 1 + (window.shape[1] - 1) * model.spec.stride[0]
+        prompt = window.prompt or request.prompt
+        once = foresee(model, replace(request, storyboard=(), prompt=prompt, num_frames=frames, window=frames))
+        if once is None:
+            return None
+        steps = len(make_schedule(model.spec.schedule, request.steps, request.shift, window.start)) - 1
+        known = sum(given.count for given in window.given) + window.tail
+        encoded = 1.0 if model.checkpoint.channels is not None else min(known / frames, 1.0)
+        seconds = {
+            "text": 0.0 if prompt in texts else once.seconds["text"],
+            "denoise": once.seconds["denoise"] * steps / request.steps,
+            "decode": once.seconds["decode"],
+            "encode": once.seconds["encode"] * encoded,
+        }
+        texts.add(prompt)
+        found.append(replace(once, seconds=seconds | {"total": sum(seconds.values())}))
+    largest = max(found, key=lambda each: each.most)
+    return replace(largest, seconds={name: sum(each.seconds[name] for each in found) for name in found[0].seconds})
 
 
 def load_within(

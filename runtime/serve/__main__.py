@@ -8,6 +8,7 @@ import os
 import signal
 import socket
 import sys
+import threading
 from types import FrameType
 
 import uvicorn
@@ -19,6 +20,8 @@ from runtime.serve.settings import Settings, read_settings
 from runtime.serve.supervisor import Supervisor
 
 log = logging.getLogger("runtime.serve")
+
+TIDY_SECONDS = 2.0
 
 
 class Server(uvicorn.Server):
@@ -60,9 +63,10 @@ def main() -> int:
         return 2
     store.reclaim()
     store.sweep()
+    store.purge()
     supervisor = Supervisor(settings, store)
     api = Api(settings, store, supervisor.wake)
-    api.ready = lambda: bool(supervisor.ready)
+    api.ready, api.answer = lambda: bool(supervisor.ready), supervisor.ask
     host, port = listener.getsockname()[:2]
     config = uvicorn.Config(
         make_app(api), log_config=None, access_log=False, server_header=False, date_header=False,
@@ -70,6 +74,7 @@ def main() -> int:
     )  # fmt: skip
     server = Server(config, api, supervisor)
     supervisor.start()
+    threading.Thread(target=tidy, args=(store, supervisor.stopping), daemon=True).start()
     print(f"serving {', '.join(settings.model)} on http://{host}:{port} (data in {settings.data})", flush=True)
     try:
         server.run(sockets=[listener])
@@ -77,6 +82,12 @@ def main() -> int:
         supervisor.stop()
         supervisor.wait(settings.grace)
     return 0
+
+
+def tidy(store: Store, stopping: threading.Event) -> None:
+    """Remove what is deleted once nobody can bring it back."""
+    while not stopping.wait(TIDY_SECONDS):
+        store.purge()
 
 
 def listen(settings: Settings) -> socket.socket:

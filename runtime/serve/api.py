@@ -9,7 +9,7 @@ import os
 import re
 import shutil
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +19,10 @@ from runtime.serve.errors import ApiError, missing
 from runtime.serve.fetching import fetch_inputs
 from runtime.serve.forms import Upload, read_body
 from runtime.serve.jobs import TERMINAL, Job, Store, new_id
-from runtime.serve.schema import Asked, parse_request, read_clip, shown, structured, sync
+from runtime.serve.schema import Asked, Offer, cut_of, parse_request, read_clip, structured, sync
 from runtime.serve.settings import Settings
+from runtime.serve.shown import shown
+from runtime.serve.supervisor import Unanswered
 
 SHAPE = re.compile(r"video_[0-9a-f]{32}")
 LOOK_SECONDS = 0.1  # between two looks at a job that somebody waits for
@@ -34,6 +36,7 @@ class Api:
         self.draining = False
         self.requests: Counter[str] = Counter()
         self.ready: Callable[[], bool] = lambda: False
+        self.answer: Callable[..., Awaitable[dict[str, Any]]] = nobody
 
     def accepting(self) -> None:
         """ApiError where nothing new can be taken now."""
@@ -41,9 +44,23 @@ class Api:
             raise ApiError(503, "the server is ending", code="shutting_down", retry_after=5)
         if shutil.disk_usage(self.settings.data).free < self.settings.min_free:
             raise ApiError(507, "the disk of the server is full", code="insufficient_storage")
+        self.loaded()
+        self.check_queue()
+
+    def loaded(self) -> None:
+        """ApiError where no worker has told of a model yet."""
         if not self.store.models():
             raise ApiError(503, "no model is loaded yet", code="not_ready", retry_after=1)
-        self.check_queue()
+
+    async def ask(self, kind: str, model: str, **asked: Any) -> dict[str, Any]:
+        """Return what a worker answers; ApiError where none does, or it refuses to."""
+        try:
+            return await self.answer(kind, model, **asked)
+        except Unanswered as error:
+            status = {"not_ready": 503, "busy": 429, "refused": 400}.get(error.code, 500)
+            raise ApiError(
+                status, str(error), code=error.code, retry_after=1 if status in (429, 503) else None
+            ) from error
 
     def check_queue(self) -> None:
         """ApiError where the queue is full."""
@@ -102,7 +119,7 @@ class Api:
 
     def parsed(self, fields: dict[str, Any], own: Callable[[], Path], given: list[dict[str, Any]]) -> Asked:
         """Return the checked request of fields and clips."""
-        return parse_request(fields, self.store.models(), own, given)
+        return parse_request(fields, Offer(self.store.models(), self.settings.expansion), own, given)
 
     def clip(
         self, request: Request, value: Any, name: str, own: Callable[[], Path]
@@ -123,7 +140,10 @@ class Api:
             "num_frames": job.shown["num_frames"],
             "fps": job.shown["fps"],
         }
-        return {"file": target.name, "at": 0, "hold": 1.0, **facts}, job.id
+        clip = {"file": target.name, "at": 0, "hold": 1.0, **facts}
+        if part := {name: bound for name, bound in value.items() if name != "id"}:
+            clip = cut_of(clip, part, name)
+        return clip, job.id
 
     def output(self, job: Job, variant: str) -> Path:
         """Return the file of a completed job; ApiError where it is not there."""
@@ -153,6 +173,11 @@ class Api:
                 raise missing(f"video {job.id}")
             job = found
         return job
+
+
+async def nobody(*_: Any, **asked: Any) -> dict[str, Any]:
+    """Answer nothing: no worker has been started."""
+    raise Unanswered("not_ready", "no worker is ready")
 
 
 def row(job_id: str, kind: str, owner: str, asked: Asked) -> dict[str, Any]:

@@ -13,14 +13,16 @@ from starlette.exceptions import HTTPException
 from runtime.serve.api import Api
 from runtime.serve.errors import ApiError
 from runtime.serve.gate import Gate, answer, answer_http, answer_invalid
-from runtime.serve.routes import images, making, reading, state
+from runtime.serve.routes import events, images, making, planning, reading, state
 
 
 def make_app(api: Api) -> FastAPI:
     """Return the application."""
     app = FastAPI(title="dit-runtime", version="1", docs_url=None, redoc_url=None, openapi_url=None)
     making.add(app, api)
+    planning.add(app, api)
     reading.add(app, api)
+    events.add(app, api)
     images.add(app, api)
     state.add(app, api)
     app.add_middleware(Gate, keys=api.settings.keys, requests=api.requests)

@@ -11,33 +11,18 @@ import json
 import secrets
 import shutil
 import sqlite3
-import threading
 import time
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-VERSION = 1
+from runtime.serve.database import Database
+
 LEASE_SECONDS = 30.0
 MAX_LOSSES = 3  # workers that may die over a job without taking a step further
+ACTIVE = ("queued", "in_progress")
 TERMINAL = ("completed", "failed", "cancelled")
-
-SCHEMA = """
-CREATE TABLE jobs (
-  seq INTEGER PRIMARY KEY AUTOINCREMENT, id TEXT NOT NULL UNIQUE, kind TEXT NOT NULL, owner TEXT NOT NULL,
-  status TEXT NOT NULL DEFAULT 'queued', model TEXT NOT NULL, prompt TEXT NOT NULL, priority INTEGER NOT NULL,
-  request TEXT NOT NULL, shown TEXT NOT NULL, parent TEXT, created_at REAL NOT NULL, started_at REAL,
-  completed_at REAL, estimate REAL, attempt INTEGER NOT NULL DEFAULT 0, losses INTEGER NOT NULL DEFAULT 0,
-  worker TEXT, lease_until REAL, cancel INTEGER NOT NULL DEFAULT 0, deleted INTEGER NOT NULL DEFAULT 0,
-  step INTEGER NOT NULL DEFAULT 0, total INTEGER NOT NULL DEFAULT 0, progress INTEGER NOT NULL DEFAULT 0,
-  error TEXT, output TEXT, receipt TEXT, idempotency TEXT, digest TEXT, UNIQUE (owner, idempotency));
-CREATE INDEX jobs_by_status ON jobs (status, priority, seq);
-CREATE TABLE owners (name TEXT PRIMARY KEY, share REAL NOT NULL DEFAULT 0);
-CREATE TABLE models (name TEXT PRIMARY KEY, card TEXT NOT NULL);
-CREATE TABLE stages (name TEXT PRIMARY KEY, seconds REAL NOT NULL, calls INTEGER NOT NULL);
-"""
 
 # First by priority, then whose owner has had least, then by age.
 ORDER = "priority DESC, (SELECT share FROM owners WHERE name = owner), seq"
@@ -80,6 +65,7 @@ class Job:
     receipt: dict[str, Any] | None
     idempotency: str | None
     digest: str | None
+    purge_at: float | None
 
     @classmethod
     def of(cls, row: sqlite3.Row) -> Job:
@@ -90,51 +76,8 @@ class Job:
         return cls(**values)
 
 
-class Store:
-    """The jobs of a data folder; any number of processes on one machine may open it."""
-
-    def __init__(self, data: Path) -> None:
-        self.data = data
-        for name in ("jobs", "workers"):
-            (data / name).mkdir(parents=True, exist_ok=True)
-        self._lock = threading.Lock()
-        self._writer = self._connect()
-        self._reader = self._connect()
-        with self._write() as db:
-            (version,) = db.execute("PRAGMA user_version").fetchone()
-            if version > VERSION:
-                raise ValueError(
-                    f"{data / 'store.db'} was written by a newer version (format {version}; this one knows {VERSION}); "
-                    "update, or name another data folder"
-                )
-            if version == 0:
-                for statement in SCHEMA.split(";"):
-                    db.execute(statement)
-                db.execute(f"PRAGMA user_version = {VERSION}")
-
-    def _connect(self) -> sqlite3.Connection:
-        file = self.data / "store.db"
-        try:
-            db = sqlite3.connect(file, isolation_level=None, timeout=10, check_same_thread=False)
-            db.row_factory = sqlite3.Row
-            db.execute("PRAGMA journal_mode = WAL")
-            db.execute("PRAGMA synchronous = FULL")
-        except sqlite3.DatabaseError as error:
-            if isinstance(error, sqlite3.OperationalError):
-                raise OSError(f"{file} cannot be opened ({error}); name another data folder") from error
-            raise ValueError(f"{file} is damaged ({error}); move it away, or name another data folder") from error
-        return db
-
-    @contextmanager
-    def _write(self) -> Iterator[sqlite3.Connection]:
-        with self._lock:
-            self._writer.execute("BEGIN IMMEDIATE")
-            try:
-                yield self._writer
-            except BaseException:
-                self._writer.execute("ROLLBACK")
-                raise
-            self._writer.execute("COMMIT")
+class Store(Database):
+    """The jobs of a data folder."""
 
     def folder(self, job_id: str) -> Path:
         """Return the folder of a job's inputs, checkpoints and results."""
@@ -179,21 +122,36 @@ class Store:
         row = self._reader.execute("SELECT * FROM jobs WHERE id = ? AND NOT deleted", (job_id,)).fetchone()
         return None if row is None else Job.of(row)
 
-    def page(self, owner: str, *, after: int | None, limit: int, descending: bool) -> list[Job]:
-        """Return up to `limit` videos of an owner by age, after the one with that `seq`."""
+    def page(
+        self,
+        owner: str,
+        *,
+        after: int | None,
+        limit: int,
+        descending: bool,
+        statuses: Sequence[str] = TERMINAL + ACTIVE,
+        search: str = "",
+    ) -> list[Job]:
+        """Return up to `limit` videos of an owner by age, after the one with that `seq`; `search` is in the prompt."""
         past, direction = ("<", "DESC") if descending else (">", "ASC")
         limits = "" if after is None else f"AND seq {past} {int(after)}"
         rows = self._reader.execute(
             f"SELECT * FROM jobs WHERE owner = ? AND kind = 'video' AND NOT deleted {limits} "
+            f"AND status IN ({', '.join('?' * len(statuses))}) AND instr(lower(prompt), lower(?)) "
             f"ORDER BY seq {direction} LIMIT ?",
-            (owner, limit),
+            (owner, *statuses, search, limit),
         )
         return [Job.of(row) for row in rows.fetchall()]
 
-    def cancel(self, job_id: str, *, delete: bool = False) -> Job | None:
-        """Ask that a job ends, at once where nobody works on it; with `delete` it is gone for everyone from now on."""
+    def cancel(self, job_id: str, *, delete: bool = False, undo: float = 0.0) -> Job | None:
+        """Ask that a job ends, at once where nobody works on it; with `delete` it is gone for everyone from now on.
+
+        What is deleted can be restored for `undo` seconds; then, or at once, its files go.
+        """
         with self._write() as db:
-            db.execute("UPDATE jobs SET cancel = 1, deleted = max(deleted, ?) WHERE id = ?", (delete, job_id))
+            db.execute("UPDATE jobs SET cancel = 1 WHERE id = ?", (job_id,))
+            if delete:
+                db.execute("UPDATE jobs SET deleted = 1, purge_at = ? WHERE id = ?", (time.time() + undo, job_id))
             db.execute(
                 "UPDATE jobs SET status = 'cancelled', completed_at = ? WHERE id = ? AND status = 'queued'",
                 (time.time(), job_id),
@@ -203,10 +161,25 @@ class Store:
             self._remove(job_id)
         return None if row is None else Job.of(row)
 
-    def _remove(self, job_id: str) -> None:
+    def restore(self, job_id: str, owner: str) -> Job | None:
+        """Return a deleted job that is there again; None where it is gone for good."""
         with self._write() as db:
-            db.execute("DELETE FROM jobs WHERE id = ? AND deleted", (job_id,))
-        shutil.rmtree(self.folder(job_id), ignore_errors=True)
+            row = db.execute(
+                "UPDATE jobs SET deleted = 0, purge_at = NULL WHERE id = ? AND owner = ? AND deleted AND purge_at > ? "
+                "RETURNING *",
+                (job_id, owner, time.time()),
+            ).fetchone()
+        return None if row is None else Job.of(row)
+
+    def _remove(self, job_id: str) -> None:
+        """Remove a deleted job that cannot be restored any more, and its files."""
+        with self._write() as db:
+            gone = db.execute(
+                "DELETE FROM jobs WHERE id = ? AND deleted AND coalesce(purge_at, 0) <= ? RETURNING id",
+                (job_id, time.time()),
+            ).fetchone()
+        if gone is not None:
+            shutil.rmtree(self.folder(job_id), ignore_errors=True)
 
     def fail(self, job: Job, error: Mapping[str, Any]) -> None:
         """End a completed job whose result is gone."""
@@ -231,6 +204,15 @@ class Store:
             known = known and row["estimate"] is not None
             seconds += (row["estimate"] or 0.0) * (1 - row["step"] / max(row["total"], 1))
         return count, seconds if known else None
+
+    def waiting(self) -> tuple[int, float | None]:
+        """Return (jobs that are queued, seconds of work before one that would come last); None where not known yet."""
+        rows = self._reader.execute(
+            "SELECT status, estimate, step, total FROM jobs WHERE status IN ('queued', 'in_progress') AND NOT cancel"
+        ).fetchall()
+        seconds = sum((row["estimate"] or 0.0) * (1 - row["step"] / max(row["total"], 1)) for row in rows)
+        known = all(row["estimate"] is not None for row in rows)
+        return sum(row["status"] == "queued" for row in rows), seconds if known else None
 
     def soonest(self) -> float:
         """Return the seconds until the first running job is done, as far as they are predicted."""
@@ -257,14 +239,16 @@ class Store:
         }
 
     def sweep(self) -> None:
-        """Remove the folders that no job owns and that nobody has touched for an hour, and what is deleted for good."""
-        ids = {row["id"]: row["deleted"] for row in self._reader.execute("SELECT id, deleted FROM jobs").fetchall()}
+        """Remove the folders that no job owns and that nobody has touched for an hour."""
+        ids = {row["id"] for row in self._reader.execute("SELECT id FROM jobs").fetchall()}
         for folder in (self.data / "jobs").iterdir():
             if folder.name not in ids and time.time() - folder.stat().st_mtime > 3600:
                 shutil.rmtree(folder, ignore_errors=True)
-        for row in self._reader.execute(
-            "SELECT id FROM jobs WHERE deleted AND status IN (?, ?, ?)", TERMINAL
-        ).fetchall():
+
+    def purge(self) -> None:
+        """Remove what is deleted and can no longer be restored."""
+        due = "SELECT id FROM jobs WHERE deleted AND coalesce(purge_at, 0) <= ? AND status IN (?, ?, ?)"
+        for row in self._reader.execute(due, (time.time(), *TERMINAL)).fetchall():
             self._remove(row["id"])
 
     def reclaim(self) -> int:

@@ -36,8 +36,12 @@ FIELDS: dict[str, Any] = {
     "fit": {"type": "string", "enum": ["crop", "pad", "stretch"]},
     "priority": {"type": "integer", "minimum": -10, "maximum": 10},
     "draft": {"type": "boolean"},
+    "expand_prompt": {"type": "boolean"},
+    "quality": {"type": "string", "enum": ["auto", "draft", "low", "standard", "medium", "high", "hd"]},
 }
-VIDEO = {"type": "object", "properties": {"id": {"type": "string"}}, "required": ["id"]}
+PART = {"from": {"type": "integer", "minimum": 0}, "to": {"type": "integer", "minimum": 1}}
+CUT = {"type": "object", "properties": PART, "description": "frames of the video, up to before `to`"}
+VIDEO = {"type": "object", "properties": {"id": {"type": "string"}, **PART}, "required": ["id"]}
 PICTURE = {"type": "string", "description": "a file of the form, or a data: URL"}
 KEYFRAME = {
     "type": "object",
@@ -48,20 +52,26 @@ KEYFRAME = {
 BODIES: dict[str, tuple[dict[str, Any], list[str]]] = {
     "create": (
         {
-            **FIELDS, "loop": {"type": "boolean"}, "input_reference": PICTURE, "last_frame": PICTURE,
-            "keyframes": {"type": "array", "items": KEYFRAME},
+            **FIELDS, "video": VIDEO, "clip": CUT, "loop": {"type": "boolean"},
+            "input_reference": PICTURE, "last_frame": PICTURE, "keyframes": {"type": "array", "items": KEYFRAME},
         },
         ["prompt"],
     ),
-    "edit": ({**FIELDS, "video": VIDEO, "strength": {"type": "number"}}, ["prompt", "video"]),
-    "remix": ({**FIELDS, "strength": {"type": "number"}}, ["prompt"]),
+    "edit": ({**FIELDS, "video": VIDEO, "clip": CUT, "strength": {"type": "number"}}, ["prompt", "video"]),
+    "remix": ({**FIELDS, "clip": CUT, "strength": {"type": "number"}}, ["prompt"]),
+    "finish": ({**FIELDS, "strength": {"type": "number"}}, []),
+    "expand": ({"prompt": FIELDS["prompt"], "model": FIELDS["model"]}, ["prompt"]),
     "extend": (
-        {**FIELDS, "video": VIDEO, "direction": {"type": "string", "enum": ["forward", "backward"]}},
+        {**FIELDS, "video": VIDEO, "clip": CUT, "direction": {"type": "string", "enum": ["forward", "backward"]}},
         ["prompt", "video"],
     ),
     "connect": ({**FIELDS, "videos": {"type": "array", "items": VIDEO, "minItems": 2, "maxItems": 2}}, ["videos"]),
     "image": ({**FIELDS, "n": {"type": "integer", "minimum": 1, "maximum": 10}}, ["prompt"]),
 }  # fmt: skip
+BODIES["plan"] = (
+    {**BODIES["create"][0], **BODIES["extend"][0], **BODIES["connect"][0], **BODIES["edit"][0]},
+    [],
+)
 # Any answer that is no success has one shape.
 DESCRIPTIONS: dict[str, Any] = {
     "responses": {"default": {"description": "an error", "content": {"application/json": {"schema": ERROR}}}}

@@ -84,8 +84,8 @@ def look(path: Path) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def write_sheets(path: Path) -> dict[str, str]:
-    """Write a thumbnail and a sprite sheet beside a video; return the name of each."""
+def write_sheets(path: Path) -> dict[str, Any]:
+    """Write a thumbnail and a sprite sheet beside a video; return the name of each, and how the sheet is laid out."""
     video = read_video(path)
     count = min(SHEET * SHEET, video.num_frames)
     wanted = {round(i * (video.num_frames - 1) / max(count - 1, 1)) for i in range(count)}
@@ -97,11 +97,16 @@ def write_sheets(path: Path) -> dict[str, str]:
         if index in wanted:
             found.append(Image.fromarray(frame).resize((SHEET_WIDTH, height)))
     columns = math.ceil(math.sqrt(len(found)))
-    sheet = Image.new("RGB", (columns * SHEET_WIDTH, math.ceil(len(found) / columns) * height))
+    rows = math.ceil(len(found) / columns)
+    sheet = Image.new("RGB", (columns * SHEET_WIDTH, rows * height))
     for place, picture in enumerate(found):
         sheet.paste(picture, (place % columns * SHEET_WIDTH, place // columns * height))
     sheet.save(path.with_suffix(".jpg"), quality=85)
-    return {"thumbnail": path.with_suffix(".webp").name, "spritesheet": path.with_suffix(".jpg").name}
+    return {
+        "thumbnail": path.with_suffix(".webp").name,
+        "spritesheet": path.with_suffix(".jpg").name,
+        "sheet": {"columns": columns, "rows": rows, "frames": len(found), "width": SHEET_WIDTH, "height": height},
+    }
 
 
 def stub(found: dict[str, Any]) -> Video:

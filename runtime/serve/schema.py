@@ -13,11 +13,11 @@ from pathlib import Path
 from typing import Any
 
 from runtime.clips import Clip
+from runtime.expansion import Expansion
 from runtime.models.spec import Defaults, ModelSpec
 from runtime.request import Request
 from runtime.serve.errors import ApiError, bad
 from runtime.serve.forms import Upload, parse_json
-from runtime.serve.jobs import Job
 from runtime.serve.pictures import inspect, stub
 from runtime.tasks import plan_task
 
@@ -39,8 +39,10 @@ NUMBERS: dict[str, tuple[str, type]] = {
 }
 TEXTS = {"prompt": "prompt", "negative_prompt": "negative_prompt", "sampler": "sampler", "fit": "fit"}
 ALIASES = {"infer_steps": "num_inference_steps", "target_fps": "fps", "target_video_length": "num_frames"}
-OWN = ("model", "size", "loop", "draft", "priority", "direction", "user")
+OWN = ("model", "size", "loop", "draft", "quality", "expand_prompt", "priority", "direction", "user")
 CLIPS = ("input_reference", "last_frame", "keyframes", "video", "videos")
+MODEL_FIELDS = {"prompt", "model"}  # of a body that makes nothing
+QUALITIES = {"draft": True, "low": True} | dict.fromkeys(("auto", "standard", "medium", "high", "hd"), False)
 KEYFRAME = {"frame", "time", "image", "image_url", "strength"}
 MAX_PROMPT = 20_000  # characters
 MAX_STEPS = 1000
@@ -48,6 +50,14 @@ MAX_FRAMES = 10_000
 FPS = (1.0, 240.0)
 PRIORITIES = range(-10, 11)
 EDIT_STRENGTH = 0.6
+
+
+@dataclasses.dataclass(frozen=True)
+class Offer:
+    """What a server offers: models by name with their workers' facts, and who writes prompts out."""
+
+    models: Mapping[str, Any]
+    expansion: Expansion
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,6 +70,7 @@ class Asked:
     total_frames: int
     windows: int
     priority: int
+    final_size: tuple[int, int] | None = None  # (width, height) in pixels of what this is the draft of
 
 
 def spec_of(card: Mapping[str, Any]) -> ModelSpec:
@@ -70,7 +81,7 @@ def spec_of(card: Mapping[str, Any]) -> ModelSpec:
 
 
 def parse_request(
-    fields: Mapping[str, Any], models: Mapping[str, Any], folder: Callable[[], Path], given: list[dict[str, Any]]
+    fields: Mapping[str, Any], offer: Offer, folder: Callable[[], Path], given: list[dict[str, Any]]
 ) -> Asked:
     """Return the request that fields mean; ApiError for what is illegal.
 
@@ -82,22 +93,19 @@ def parse_request(
         raise bad(
             f"{unknown[0][:80]} is not known; legal: {', '.join(sorted(legal))}", unknown[0][:80], "unknown_field"
         )
-    name = fields.get("model") or next(iter(models))
-    if not isinstance(name, str) or name not in models:
-        raise ApiError(
-            404,
-            f"there is no model {str(name)[:80]!r}; legal: {', '.join(models)}",
-            code="model_not_found",
-            param="model",
-        )
+    name = choose_model(fields, offer.models)
     values = read_values(fields)
-    clips = [*given, *read_clips(fields, folder, values.get("fps"), models[name])]
+    clips = [*given, *read_clips(fields, folder, values.get("fps"), offer.models[name])]
+    if flag(fields, "expand_prompt"):
+        values["expand"] = dataclasses.replace(offer.expansion, optional=True)
     stubs = tuple(Clip(stub(clip), at=clip["at"], hold=clip["hold"]) for clip in clips)
-    spec = spec_of(models[name])
+    spec = spec_of(offer.models[name])
     try:
         request = Request(**values, clips=stubs).resolved(spec)
-        if flag(fields, "draft"):
-            request = request.drafted(spec)
+        final = None
+        if is_draft(fields):
+            assert request.width and request.height
+            final, request = (request.width, request.height), request.drafted(spec)
         assert request.fps
         plan = plan_task(request, spec, [clip.count(request.fps) for clip in stubs])
     except ValueError as error:
@@ -106,13 +114,30 @@ def parse_request(
     if plan.num_frames > MAX_FRAMES:
         raise bad(f"the video would have {plan.num_frames} frames; legal: up to {MAX_FRAMES}", "seconds")
     record = {f.name: getattr(request, f.name) for f in dataclasses.fields(Request)}
-    record["clips"] = [{"input": clip["file"], "at": clip["at"], "hold": clip["hold"]} for clip in clips]
+    record["clips"] = [kept(clip) for clip in clips]
     priority = number(fields, "priority", int) if "priority" in fields else 0
     if priority not in PRIORITIES:
         raise bad(f"priority is {priority}; legal: {PRIORITIES[0]} to {PRIORITIES[-1]}", "priority")
-    return Asked(
-        name, request, {k: v for k, v in record.items() if v != ()}, plan.num_frames, len(plan.windows), priority
-    )
+    record["expand"] = None if request.expand is None else dataclasses.asdict(request.expand)
+    record = {name: value for name, value in record.items() if value != ()}
+    return Asked(name, request, record, plan.num_frames, len(plan.windows), priority, final)
+
+
+def choose_model(fields: Mapping[str, Any], models: Mapping[str, Any]) -> str:
+    """Return the model that fields name, or the first; ApiError for one that is not served."""
+    name = fields.get("model") or next(iter(models))
+    if not isinstance(name, str) or name not in models:
+        legal = f"there is no model {str(name)[:80]!r}; legal: {', '.join(models)}"
+        raise ApiError(404, legal, code="model_not_found", param="model")
+    return name
+
+
+def is_draft(fields: Mapping[str, Any]) -> bool:
+    """Tell whether a draft is asked for, by `draft` or by `quality`."""
+    quality = fields.get("quality", "draft" if flag(fields, "draft") else "auto")
+    if quality not in QUALITIES:
+        raise bad(f"quality is {str(quality)[:40]!r}; legal: {', '.join(QUALITIES)}", "quality")
+    return QUALITIES[quality]
 
 
 def read_values(fields: Mapping[str, Any]) -> dict[str, Any]:
@@ -213,11 +238,31 @@ def read_clips(
     return found
 
 
+def cut_of(clip: dict[str, Any], part: Any, name: str) -> dict[str, Any]:
+    """Return the part of a clip from the frame `from` up to before the frame `to`."""
+    if not isinstance(part, dict) or not part or part.keys() - {"from", "to"}:
+        raise bad(f"{name} is {str(part)[:80]}; legal: an object with from, to, in frames", name)
+    count = clip["num_frames"]
+    start, stop = number({"from": 0} | part, "from", int), number({"to": count} | part, "to", int)
+    if not 0 <= start < stop <= count:
+        raise bad(f"{name} is frames {start} to {stop}; legal: onward, within the {count} of the video", name)
+    return clip | {"cut": (start, stop), "num_frames": stop - start}
+
+
+def kept(clip: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what the store keeps of a clip."""
+    cut = {"cut": clip["cut"]} if "cut" in clip else {}
+    return {"input": clip["file"], "at": clip["at"], "hold": clip["hold"], **cut}
+
+
 def structured(value: Any, name: str) -> Any:
     """Return a field that is a list or an object, as it is or as a JSON text."""
-    if isinstance(value, str):
+    if not isinstance(value, str):
+        return value
+    try:
         return parse_json(value.encode())
-    return value
+    except ApiError as error:
+        raise bad(f"{name}: {error.message}", name) from error
 
 
 def read_clip(value: Any, name: str, folder: Callable[[], Path]) -> dict[str, Any]:
@@ -251,52 +296,3 @@ def sync(folder: Path) -> None:
             os.fsync(handle)
         finally:
             os.close(handle)
-
-
-def shown(asked: Asked) -> dict[str, Any]:
-    """Return what the API says of a request that never changes."""
-    request = asked.request
-    assert request.fps
-    seconds = asked.total_frames / request.fps
-    return {
-        "seconds": f"{seconds:.3f}".rstrip("0").rstrip("."),
-        "size": f"{request.width}x{request.height}",
-        "seed": request.seed,
-        "fps": request.fps,
-        "num_frames": asked.total_frames,
-        "num_inference_steps": request.steps,
-        "guidance_scale": request.guidance,
-        "negative_prompt": request.negative_prompt,
-        "task": request.task,
-    }
-
-
-def video_object(job: Job, ahead: tuple[int, float | None] | None = None) -> dict[str, Any]:
-    """Return a job as the video object of the API, and more beside; `ahead` as from Store.ahead."""
-    found = {
-        "id": job.id,
-        "object": "video",
-        "created_at": int(job.created_at),
-        "completed_at": None if job.completed_at is None else int(job.completed_at),
-        "expires_at": None,
-        "status": job.status,
-        "progress": job.progress,
-        "model": job.model,
-        "prompt": job.prompt,
-        "remixed_from_video_id": job.parent,
-        "error": job.error,
-        "step": job.step,
-        "total_steps": job.total,
-        "priority": job.priority,
-        "attempt": job.attempt,
-        **job.shown,
-    }
-    if job.status in ("queued", "in_progress"):
-        left = None if job.estimate is None else job.estimate * (1 - job.step / max(job.total, 1))
-        if ahead is not None:
-            left = None if left is None or ahead[1] is None else left + ahead[1]
-            found["queue_position"] = ahead[0]
-        found["eta_seconds"] = None if left is None else round(left, 2)
-    if job.receipt is not None:
-        found["stages"], found["receipt"] = job.receipt["stages"], job.receipt
-    return found

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from runtime.expansion import Expansion
 from runtime.serve.fetching import Access
 
 MAX_FETCH = 20 * 2**20  # bytes of one input
@@ -37,7 +38,17 @@ class Settings:
     min_free: int = 256 * 2**20  # of the disk; below it nothing is accepted
     fetch_host: tuple[str, ...] = ()  # where inputs may be fetched from, as fetching.Access says; none: nothing is
     log: str = "text"  # or "json"
+    expand_model: str | None = None  # who writes prompts out; None: the checkpoint's own rules
+    expand_url: str | None = None
     keys: dict[str, str] = field(default_factory=dict, repr=False)  # digest of a key -> its name
+
+    def __post_init__(self) -> None:
+        Expansion(model=self.expand_model, url=self.expand_url)  # raises for what cannot be
+
+    @property
+    def expansion(self) -> Expansion:
+        """Who writes prompts out."""
+        return Expansion(model=self.expand_model, url=self.expand_url)
 
     @property
     def fetching(self) -> Access:
@@ -65,6 +76,10 @@ def read_settings(arguments: Sequence[str] | None = None) -> Settings:
         help="host that inputs may be fetched from, such as *.example.com; may be given again (default: none)",
     )  # fmt: skip
     parser.add_argument("--log", choices=("text", "json"), help="how lines are written (default: text)")
+    parser.add_argument(
+        "--expand-model", metavar="NAME", help="writes prompts out, at the endpoint or in a folder here"
+    )
+    parser.add_argument("--expand-url", metavar="URL", help="a chat endpoint, such as http://localhost:8000/v1")
     options = {name: value for name, value in vars(parser.parse_args(arguments)).items() if value is not None}
     told: dict[str, Any] = {}
     if (config := options.pop("config", None)) is not None:

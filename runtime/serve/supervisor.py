@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
+import json
 import logging
 import subprocess
 import sys
 import threading
 import time
+from concurrent.futures import Future, InvalidStateError
+from typing import Any
 
 from runtime.serve.jobs import Store, new_id
 from runtime.serve.settings import Settings
@@ -14,6 +19,16 @@ from runtime.serve.settings import Settings
 log = logging.getLogger("runtime.serve.supervisor")
 
 MAX_PAUSE = 30.0  # between two starts of a worker that does not live
+ANSWER_SECONDS = 120.0
+MAX_QUESTIONS = 16  # at a time
+
+
+class Unanswered(Exception):
+    """Raised where a worker does not answer a question, or refuses to: `code` and its words."""
+
+    def __init__(self, code: str, message: str) -> None:
+        super().__init__(message)
+        self.code = code
 
 
 class Supervisor:
@@ -24,6 +39,7 @@ class Supervisor:
         self.stopping = threading.Event()
         self.processes: dict[int, subprocess.Popen[str]] = {}
         self.ready: set[int] = set()
+        self.questions: dict[str, tuple[int, Future[dict[str, Any]]]] = {}
         self.threads = [
             threading.Thread(target=self.keep, args=(place,), daemon=True) for place in range(settings.workers)
         ]
@@ -47,7 +63,10 @@ class Supervisor:
                 if line.strip() == "ready":
                     self.ready.add(place)
                     log.info("worker %d is ready after %.1f s", place, time.monotonic() - began)
+                elif line.startswith("{"):
+                    self.told(json.loads(line))
             code = process.wait()
+            self.forget(place)
             was_ready = place in self.ready
             self.ready.discard(place)
             if self.stopping.is_set():
@@ -71,10 +90,41 @@ class Supervisor:
         """Tell the workers that there is work."""
         for process in list(self.processes.values()):
             if process.poll() is None and process.stdin is not None:
-                try:
+                with contextlib.suppress(BrokenPipeError, ValueError):  # it is dying; its watcher starts another
                     process.stdin.write("work\n")
-                except (BrokenPipeError, ValueError):
-                    continue  # it is dying; its watcher starts another
+
+    async def ask(self, kind: str, model: str, **asked: Any) -> dict[str, Any]:
+        """Return what a worker answers to a question; Unanswered where none does, or it refuses to."""
+        place = next(iter(self.ready), None)
+        process = None if place is None else self.processes[place]
+        if place is None or process is None or process.stdin is None:
+            raise Unanswered("not_ready", "no worker is ready")
+        if len(self.questions) >= MAX_QUESTIONS:
+            raise Unanswered("busy", "too many plans and prompts are asked for at once")
+        number, answer = new_id("question"), Future[dict[str, Any]]()
+        self.questions[number] = place, answer
+        try:
+            process.stdin.write(json.dumps({"id": number, "kind": kind, "model": model, **asked}) + "\n")
+            found = await asyncio.wait_for(asyncio.wrap_future(answer), ANSWER_SECONDS)
+        except (BrokenPipeError, ValueError, TimeoutError) as error:
+            raise Unanswered("not_ready", "no worker answers") from error
+        finally:
+            del self.questions[number]
+        if "error" in found:
+            raise Unanswered(found["error"]["code"], found["error"]["message"])
+        return found["found"]
+
+    def told(self, found: dict[str, Any]) -> None:
+        """Hand an answer to whom it is for."""
+        if (waiting := self.questions.get(found["id"])) is not None:
+            with contextlib.suppress(InvalidStateError):  # who asked has gone away
+                waiting[1].set_result(found)
+
+    def forget(self, place: int) -> None:
+        """Tell those who wait for an answer of a worker that it is gone."""
+        for number, (asked, _) in list(self.questions.items()):
+            if asked == place:
+                self.told({"id": number, "error": {"code": "not_ready", "message": "the worker ended"}})
 
     @staticmethod
     def end(process: subprocess.Popen[str]) -> None:

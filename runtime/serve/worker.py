@@ -23,10 +23,12 @@ from runtime.calibration import local
 from runtime.checkpoints import Checkpoints
 from runtime.decoding import out_of_memory
 from runtime.denoising import Cancelled
-from runtime.planner import Setting, predict
+from runtime.planner import foresee_plan
 from runtime.previews import preview
+from runtime.serve.answers import answer, planned
 from runtime.serve.jobs import Job, LostLease, Store
 from runtime.serve.pictures import write_sheets
+from runtime.serve.records import request_of
 from runtime.trace import recording, span
 
 log = logging.getLogger("runtime.serve.worker")
@@ -93,19 +95,17 @@ class Worker:
                     self.estimate(job)
 
     def estimate(self, job: Job) -> None:
-        """Predict a job's seconds by the planner; what cannot be predicted counts nothing."""
+        """Predict a job's seconds by the planner, once the machine is measured; what cannot fit counts nothing."""
         try:
-            model = self.model(job.model)
-            machine = local(model.device, model.dtype)
-            assert machine is not None
-            request = request_of(job, self.store.folder(job.id)).resolved(model.spec)
-            kind = str(model.dtype).removeprefix("torch.")
-            setting = Setting(dtype=kind, itemsize=model.dtype.itemsize, memory=machine.memory)
-            seconds = predict(model.spec, model.checkpoint.costs(), request, machine, setting).seconds["total"]
+            model = self.models[job.model]
+            request, plan = planned(model, request_of(job.request, self.store.folder(job.id)))
+            found = foresee_plan(model, request, plan)
         except (ValueError, OSError) as error:
             log.warning("job %s cannot be predicted: %s", job.id, error)
-            seconds = 0.0
-        self.store.estimate(job, seconds)
+            self.store.estimate(job, 0.0)
+        else:
+            if found is not None:
+                self.store.estimate(job, found.seconds["total"])
 
     def run(self, job: Job) -> None:
         """Make one job, and say what became of it."""
@@ -134,7 +134,7 @@ class Worker:
         """Return (output, receipt) of a job whose files are written."""
         folder = self.store.folder(job.id)
         model = self.model(job.model)
-        request = request_of(job, folder)
+        request = request_of(job.request, folder)
         checkpoints = Checkpoints(folder, f"{job.id} {model.fingerprint} {json.dumps(job.request, sort_keys=True)}")
         report = Report(self, job, folder, checkpoints)
         video = runtime.generate(model, request, on_step=report.step, checkpoints=checkpoints)
@@ -142,9 +142,10 @@ class Worker:
         with recording(video.receipt.stages), span("save"):
             video.save(path, on_frame=report.frame)
         sheets = {} if job.kind == "image" else write_sheets(path)
-        receipt = json.loads(video.receipt.to_json())
-        for clip in receipt["request"]["clips"]:
-            clip["frames"] = Path(clip["frames"]).name
+        own = json.dumps(f"{folder}/", ensure_ascii=False)[1:-1]
+        receipt = json.loads(video.receipt.to_json().replace(own, ""))  # nobody learns where files lie
+        if receipt["request"]["expand"]:
+            del receipt["request"]["expand"]["url"]
         return {"file": path.name, "bytes": path.stat().st_size, **sheets}, receipt
 
 
@@ -187,14 +188,6 @@ class Report:
         return True
 
 
-def request_of(job: Job, folder: Path) -> runtime.Request:
-    """Return the request of a job, its clips being the files in its folder."""
-    clips = tuple(
-        runtime.Clip(str(folder / clip["input"]), at=clip["at"], hold=clip["hold"]) for clip in job.request["clips"]
-    )
-    return runtime.Request(**{**job.request, "clips": clips})
-
-
 def explain(error: Exception) -> dict[str, str]:
     """Return the API's error of an exception; what is a fault of ours is told by its kind alone."""
     if out_of_memory(error):
@@ -219,9 +212,19 @@ def hold_lock(data: Path, name: str) -> IO[str]:
 
 
 def listen(worker: Worker) -> None:
-    """Wake the worker at each line on standard input; let it stop where that ends."""
-    for _ in sys.stdin:
-        worker.wake.set()
+    """Wake the worker at each line on standard input, answer those that ask; let it stop where that ends."""
+    writing = threading.Lock()
+
+    def reply(line: str) -> None:
+        found = answer(worker.models, line)
+        with writing:
+            print(found, flush=True)
+
+    for line in sys.stdin:
+        if line.startswith("{"):
+            threading.Thread(target=reply, args=(line,), daemon=True).start()
+        else:
+            worker.wake.set()
     worker.stop()
 
 

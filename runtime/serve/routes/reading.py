@@ -1,24 +1,23 @@
-"""Paths that tell of videos, give their files out, and end them."""
+"""Paths that tell of videos, give their files out, end them, and bring back what was deleted by mistake."""
 
 from __future__ import annotations
 
 import asyncio
-import base64
-import json
-import time
-from collections.abc import AsyncIterator
+from pathlib import Path
 
 from fastapi import FastAPI, Query
-from fastapi.responses import FileResponse, JSONResponse, Response, StreamingResponse
+from fastapi.responses import FileResponse, JSONResponse, Response
 from starlette.requests import Request
 
-from runtime.serve.api import LOOK_SECONDS, Api
-from runtime.serve.errors import bad
-from runtime.serve.jobs import TERMINAL, Job
+from runtime.serve.api import SHAPE, Api
+from runtime.serve.errors import ApiError, bad, missing
+from runtime.serve.formats import FORMATS, converted
+from runtime.serve.jobs import ACTIVE, TERMINAL, Job
 from runtime.serve.openapi import DESCRIPTIONS
-from runtime.serve.schema import video_object
+from runtime.serve.shown import video_object
 
 VARIANTS = ("video", "thumbnail", "spritesheet")
+UNDO_SECONDS = 600.0  # that a deleted video can be kept for at most
 
 
 def add(app: FastAPI, api: Api) -> None:
@@ -35,9 +34,18 @@ def add(app: FastAPI, api: Api) -> None:
         after: str | None = None,
         limit: int = Query(20, ge=1, le=100),
         order: str = Query("desc", pattern="^(asc|desc)$"),
+        status: str | None = None,
+        search: str = Query("", max_length=200),
     ) -> Response:
         seq = None if after is None else api.job(request, after).seq
-        jobs = api.store.page(request.state.owner, after=seq, limit=limit + 1, descending=order == "desc")
+        statuses = (*ACTIVE, *TERMINAL) if status is None else tuple(status.split(","))
+        if unknown := set(statuses) - {*ACTIVE, *TERMINAL}:
+            legal = ", ".join((*ACTIVE, *TERMINAL))
+            raise bad(f"status is {min(unknown)[:40]!r}; legal: some of {legal}, with commas between", "status")
+        jobs = api.store.page(
+            request.state.owner, after=seq, limit=limit + 1, descending=order == "desc", statuses=statuses,
+            search=search,
+        )  # fmt: skip
         data = [video_object(job) for job in jobs[:limit]]
         ends = {"first_id": data[0]["id"] if data else None, "last_id": data[-1]["id"] if data else None}
         return JSONResponse({"object": "list", "data": data, **ends, "has_more": len(jobs) > limit})
@@ -47,10 +55,21 @@ def add(app: FastAPI, api: Api) -> None:
         return told(api.job(request, video_id))
 
     @app.delete("/v1/videos/{video_id}", openapi_extra=DESCRIPTIONS)
-    async def delete(request: Request, video_id: str) -> Response:
+    async def delete(
+        request: Request, video_id: str, undo: float = Query(0.0, ge=0, le=UNDO_SECONDS, allow_inf_nan=False)
+    ) -> Response:
         api.job(request, video_id)
-        await asyncio.to_thread(api.store.cancel, video_id, delete=True)
+        await asyncio.to_thread(api.store.cancel, video_id, delete=True, undo=undo)
         return JSONResponse({"id": video_id, "object": "video.deleted", "deleted": True})
+
+    @app.post("/v1/videos/{video_id}/restore", openapi_extra=DESCRIPTIONS)
+    async def restore(request: Request, video_id: str) -> Response:
+        found = None
+        if SHAPE.fullmatch(video_id):
+            found = await asyncio.to_thread(api.store.restore, video_id, request.state.owner)
+        if found is None:
+            raise missing(f"deleted video {video_id[:80]!r} that can be restored")
+        return told(found)
 
     @app.post("/v1/videos/{video_id}/cancel", openapi_extra=DESCRIPTIONS)
     async def cancel(request: Request, video_id: str) -> Response:
@@ -60,42 +79,34 @@ def add(app: FastAPI, api: Api) -> None:
         return told(api.job(request, video_id))
 
     @app.api_route("/v1/videos/{video_id}/content", methods=["GET", "HEAD"], openapi_extra=DESCRIPTIONS)
-    async def content(request: Request, video_id: str, variant: str = "video") -> Response:
+    async def content(
+        request: Request,
+        video_id: str,
+        variant: str = "video",
+        kind: str | None = Query(None, alias="format"),
+        download: bool = False,
+    ) -> Response:
         job = api.job(request, video_id)
         if variant not in VARIANTS:
             raise bad(f"variant is {variant[:40]!r}; legal: {', '.join(VARIANTS)}", "variant")
         path = api.output(job, variant)
+        if kind is not None:
+            path = await in_format(path, variant, kind)
         headers = {"x-content-type-options": "nosniff", "cache-control": "private"}
-        return FileResponse(path, headers=headers, filename=f"{job.id}{path.suffix}", content_disposition_type="inline")
+        return FileResponse(
+            path, headers=headers, filename=f"{job.id}{path.suffix}",
+            content_disposition_type="attachment" if download else "inline",
+        )  # fmt: skip
 
-    @app.get("/v1/videos/{video_id}/events", openapi_extra=DESCRIPTIONS)
-    async def events(request: Request, video_id: str) -> Response:
-        api.job(request, video_id)
-        return StreamingResponse(follow(api, request, video_id), media_type="text/event-stream")
+    converting = asyncio.Lock()  # one at a time: each takes as many cores as there are
 
-
-async def follow(api: Api, request: Request, video_id: str) -> AsyncIterator[str]:
-    """Yield a job's events as they come: progress, preview (a GIF as a data: URL), done; a comment keeps it open."""
-    last, shown_at, told = "", 0.0, time.monotonic()
-    while not api.draining:
-        job = api.store.get(video_id)
-        if job is None:
-            yield 'event: done\ndata: {"status": "deleted"}\n\n'
-            return
-        found = video_object(job, api.store.ahead(job) if job.status == "queued" else None)
-        text = json.dumps({name: value for name, value in found.items() if name not in ("receipt", "stages")})
-        if job.status in TERMINAL:
-            yield f"event: done\ndata: {text}\n\n"
-            return
-        if text != last:
-            yield f"event: progress\ndata: {text}\n\n"
-            last, told = text, time.monotonic()
-        preview = api.store.folder(video_id) / "preview.gif"
-        if preview.exists() and preview.stat().st_mtime > shown_at:
-            shown_at = preview.stat().st_mtime
-            data = base64.b64encode(preview.read_bytes()).decode()
-            yield f'event: preview\ndata: {{"image": "data:image/gif;base64,{data}"}}\n\n'
-        if time.monotonic() - told > 15:
-            yield ": still here\n\n"
-            told = time.monotonic()
-        await asyncio.sleep(LOOK_SECONDS)
+    async def in_format(path: Path, variant: str, kind: str) -> Path:
+        if variant != "video" or kind not in FORMATS:
+            raise bad(f"format is {kind[:40]!r}; legal for a video: {', '.join(FORMATS)}", "format")
+        async with converting:
+            try:
+                return await asyncio.to_thread(converted, path, kind)
+            except ValueError as error:
+                raise bad(str(error), "format") from error
+            except OSError as error:
+                raise ApiError(507, error.strerror or str(error), code="insufficient_storage") from error

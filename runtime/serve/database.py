@@ -1,0 +1,76 @@
+"""The sqlite file of a data folder: its tables, its versions, and how it is opened and written."""
+
+from __future__ import annotations
+
+import sqlite3
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+# What leads from each version of the file to the next; one that was let out never changes, the next goes behind it.
+VERSIONS = (
+    """
+CREATE TABLE jobs (
+  seq INTEGER PRIMARY KEY AUTOINCREMENT, id TEXT NOT NULL UNIQUE, kind TEXT NOT NULL, owner TEXT NOT NULL,
+  status TEXT NOT NULL DEFAULT 'queued', model TEXT NOT NULL, prompt TEXT NOT NULL, priority INTEGER NOT NULL,
+  request TEXT NOT NULL, shown TEXT NOT NULL, parent TEXT, created_at REAL NOT NULL, started_at REAL,
+  completed_at REAL, estimate REAL, attempt INTEGER NOT NULL DEFAULT 0, losses INTEGER NOT NULL DEFAULT 0,
+  worker TEXT, lease_until REAL, cancel INTEGER NOT NULL DEFAULT 0, deleted INTEGER NOT NULL DEFAULT 0,
+  step INTEGER NOT NULL DEFAULT 0, total INTEGER NOT NULL DEFAULT 0, progress INTEGER NOT NULL DEFAULT 0,
+  error TEXT, output TEXT, receipt TEXT, idempotency TEXT, digest TEXT, UNIQUE (owner, idempotency));
+CREATE INDEX jobs_by_status ON jobs (status, priority, seq);
+CREATE TABLE owners (name TEXT PRIMARY KEY, share REAL NOT NULL DEFAULT 0);
+CREATE TABLE models (name TEXT PRIMARY KEY, card TEXT NOT NULL);
+CREATE TABLE stages (name TEXT PRIMARY KEY, seconds REAL NOT NULL, calls INTEGER NOT NULL)
+""",
+    # until when a deleted job can be restored
+    "ALTER TABLE jobs ADD COLUMN purge_at REAL; CREATE INDEX jobs_to_purge ON jobs (purge_at) WHERE deleted",
+)
+
+
+class Database:
+    """The file, open twice: one connection reads, one writes; any number of processes on one machine may open it."""
+
+    def __init__(self, data: Path) -> None:
+        self.data = data
+        for name in ("jobs", "workers"):
+            (data / name).mkdir(parents=True, exist_ok=True)
+        self._lock = threading.Lock()
+        self._writer = self._connect()
+        self._reader = self._connect()
+        with self._write() as db:
+            (version,) = db.execute("PRAGMA user_version").fetchone()
+            if version > len(VERSIONS):
+                raise ValueError(
+                    f"{data / 'store.db'} was written by a newer version (format {version}; this one knows "
+                    f"{len(VERSIONS)}); update, or name another data folder"
+                )
+            for change in VERSIONS[version:]:
+                for statement in change.split(";"):
+                    db.execute(statement)
+            db.execute(f"PRAGMA user_version = {len(VERSIONS)}")
+
+    def _connect(self) -> sqlite3.Connection:
+        file = self.data / "store.db"
+        try:
+            db = sqlite3.connect(file, isolation_level=None, timeout=10, check_same_thread=False)
+            db.row_factory = sqlite3.Row
+            db.execute("PRAGMA journal_mode = WAL")
+            db.execute("PRAGMA synchronous = FULL")
+        except sqlite3.DatabaseError as error:
+            if isinstance(error, sqlite3.OperationalError):
+                raise OSError(f"{file} cannot be opened ({error}); name another data folder") from error
+            raise ValueError(f"{file} is damaged ({error}); move it away, or name another data folder") from error
+        return db
+
+    @contextmanager
+    def _write(self) -> Iterator[sqlite3.Connection]:
+        with self._lock:
+            self._writer.execute("BEGIN IMMEDIATE")
+            try:
+                yield self._writer
+            except BaseException:
+                self._writer.execute("ROLLBACK")
+                raise
+            self._writer.execute("COMMIT")

@@ -1,0 +1,76 @@
+"""Paths that tell what would be: what a request takes, and how a prompt is written out."""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+import shutil
+from pathlib import Path
+
+from fastapi import FastAPI
+from fastapi.responses import JSONResponse, Response
+from starlette.requests import Request
+
+from runtime.serve.api import Api
+from runtime.serve.errors import bad
+from runtime.serve.fetching import fetch_inputs
+from runtime.serve.forms import read_body
+from runtime.serve.given import anything
+from runtime.serve.jobs import new_id
+from runtime.serve.openapi import describe
+from runtime.serve.schema import MODEL_FIELDS, Asked, choose_model, text
+from runtime.serve.shown import shown
+
+
+def add(app: FastAPI, api: Api) -> None:
+    """Add what tells what would be."""
+
+    @app.post("/v1/plan", openapi_extra=describe("plan"))
+    async def plan(request: Request) -> Response:
+        api.loaded()
+        folder = api.store.folder(new_id("plan"))
+
+        def own() -> Path:
+            folder.mkdir(exist_ok=True)
+            return folder
+
+        try:
+            fields = await read_body(request, own, api.settings.max_upload)
+            await fetch_inputs(fields, own, api.settings.fetching)
+
+            def parsed() -> Asked:
+                clips, _ = anything(api, request)(fields, own)
+                return api.parsed(fields, own, clips)
+
+            asked = await asyncio.to_thread(parsed)
+            found = await api.ask("plan", asked.model, record=asked.record, folder=str(folder))
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)
+        waiting, seconds = api.store.waiting()
+        known = found["fits"] and seconds is not None
+        return JSONResponse(
+            {
+                "object": "plan", "model": asked.model, **{k: v for k, v in shown(asked).items() if k != "seed"},
+                "predicted": found,
+                "queue_position": waiting,
+                "eta_seconds": round(found["seconds"]["total"] + seconds, 2) if known else None,
+            }
+        )  # fmt: skip
+
+    @app.post("/v1/prompts/expand", openapi_extra=describe("expand"))
+    async def expand(request: Request) -> Response:
+        api.loaded()
+        fields = await read_body(request, no_files, api.settings.max_upload)
+        if unknown := sorted(fields.keys() - MODEL_FIELDS):
+            raise bad(f"{unknown[0][:80]} is not known; legal: {', '.join(sorted(MODEL_FIELDS))}", unknown[0][:80])
+        if not str(fields.get("prompt", "")).strip():
+            raise bad("prompt is missing; say what the video shows", "prompt")
+        prompt, model = text(fields, "prompt"), choose_model(fields, api.store.models())
+        expansion = dataclasses.asdict(api.settings.expansion)
+        found = await api.ask("expand", model, prompt=prompt, expansion=expansion)
+        return JSONResponse({"object": "prompt.expansion", "model": model, "prompt": prompt, **found})
+
+
+def no_files() -> Path:
+    """Refuse a file: there is nothing to be done with one."""
+    raise bad("a file is given; legal: text alone")
