@@ -1,4 +1,4 @@
-"""The command line: python -m runtime generate | ... | decode | plan | build | info; verbs that make: verbs.py.
+"""The command line: python -m runtime generate | ... | decode | plan | build | info | embed; verbs that make: verbs.py.
 
 Exit codes: 0 done, 2 the request or its surroundings cannot work (one sentence says what to do), 1 a fault of ours,
 130 interrupted. No traceback without --debug, and no partial output file in any case.
@@ -89,6 +89,10 @@ def parser() -> argparse.ArgumentParser:
 
     tell = commands.add_parser("info", parents=[shared], help="say what a model is and what of it is missing")
     tell.set_defaults(run=info)
+
+    host = commands.add_parser("embed", help="say where C++ programs find this runtime")
+    host.set_defaults(run=embed, debug=False)
+    host.add_argument("--cmake-dir", action="store_true", help="print the folder for CMake's -Ddit_runtime_DIR")
     return top
 
 
@@ -160,6 +164,14 @@ def info(options: argparse.Namespace) -> None:
     from runtime.models import open_checkpoint
 
     print(describe(open_checkpoint(locate(options.model))))
+
+
+def embed(options: argparse.Namespace) -> None:
+    """Print where the C++ side lies: installed beside this file, or in the sources."""
+    places = [place for place in (PACKAGE / "embed", PACKAGE.parent / "csrc" / "embed") if place.is_dir()]
+    if not places:
+        raise FileNotFoundError(f"{PACKAGE / 'embed'} is not there; install dit-runtime again, whole")
+    print(places[0] / "cmake" if options.cmake_dir else f"{places[0]}: include/dit_runtime.hpp says how; see examples/")
 
 
 def explain(error: Exception) -> tuple[int, str]:

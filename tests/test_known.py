@@ -245,20 +245,35 @@ def test_splicing(places: set[int], start: int) -> None:
     given_frames = {p: np.clip(decoded[p] + rng.integers(-9, 9, (2, 2, 3)), 0, 255).astype(np.uint8) for p in places}
     splicer = Splicer(decoded, given_frames, offset=start)
     out = np.stack(list(splicer.frames()))
+    kept = {seam.frame - start: seam.kept for seam in splicer.seams}
     for p in range(41):
         if p in places:
             assert np.array_equal(out[p], given_frames[p])
             continue
-        near = sorted((abs(p - q), q) for q in places)
-        if near[0][0] >= FADE:
+        if min(abs(p - q) for q in places) > FADE:
             assert np.array_equal(out[p], decoded[p])
-        assert np.abs(out[p].astype(int) - decoded[p]).max() <= 10
-        if near[0][0] == 1 and (len(near) == 1 or near[1][0] >= FADE):
-            q = near[0][1]
-            expected = decoded[p] + (1 - 1 / FADE) * (given_frames[q].astype(float) - decoded[q])
-            assert np.abs(out[p] - expected).max() <= 0.51
-    touched = {p for p in places for q in range(41) if q not in places and abs(p - q) < FADE}
-    assert {seam.frame - start for seam in splicer.seams} <= touched
+        for g, inner in ((p - 1, p + 1), (p + 1, p - 1)):
+            if g in places and inner not in places:  # the decoder's own step, or as much of it as is left
+                moved = kept[max(p, g)] * (decoded[p].astype(float) - decoded[g])
+                assert np.abs(out[p] - np.clip(given_frames[g] + moved, 0, 255)).max() <= 0.6
+    assert sorted(kept) == [p for p in range(1, 41) if (p in places) != (p - 1 in places)]
+    assert len(splicer.seams) == len(kept)
+
+
+def test_a_step_at_a_seam_is_made_as_large_as_those_inside() -> None:
+    """Frames brighten by 2 a frame; what is made jumps by 20 more, and the decoder is off by 5 in what is given."""
+    ramp = np.arange(20)[:, None, None, None] * 2 + np.full((20, 4, 4, 3), 60)
+    given_frames = {p: ramp[p].astype(np.uint8) for p in range(8)}
+    decoded = (ramp + 5 + 20 * (np.arange(20) >= 8)[:, None, None, None]).astype(np.uint8)
+    splicer = Splicer(decoded, given_frames)
+    out = np.stack(list(splicer.frames())).mean((1, 2, 3))
+    (seam,) = splicer.seams
+    assert (seam.frame, seam.colour, seam.detail) == (8, (-5, -5, -5), 5)
+    assert (seam.step, seam.colour_step) == (11, 11)
+    assert seam.kept == pytest.approx(1 / 11, abs=1e-3)
+    assert out[8] - out[7] == pytest.approx(2, abs=0.51)
+    assert np.diff(out[8:]).max() <= 2 + 25 / FADE + 1.01  # the rest comes back over the fade
+    assert out[16] == decoded[16].mean()
 
 
 @pytest.mark.parametrize(

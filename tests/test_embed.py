@@ -1,0 +1,142 @@
+"""The C++ side: found, built and run in clean folders, with the frames of Python; and what hosts may do wrong."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import runtime
+from runtime.__main__ import main
+
+ROOT = Path(__file__).resolve().parent.parent
+EMBED = ROOT / "csrc" / "embed"
+
+pytestmark = pytest.mark.skipif(
+    shutil.which("cmake") is None or shutil.which("g++") is None, reason="cmake or g++ is not installed"
+)
+
+
+def ran(*command: object, status: int = 0) -> str:
+    """Run a command and return what it printed."""
+    done = subprocess.run(list(map(str, command)), capture_output=True, text=True, timeout=600, check=False)
+    assert done.returncode == status, f"{command}:\n{done.stdout}\n{done.stderr}"
+    return done.stdout + done.stderr
+
+
+def built(source: Path, build: Path, *settings: str, flags: str = "-O0") -> Path:
+    """Configure and build a CMake project, and return the folder."""
+    given = ["-DCMAKE_BUILD_TYPE=Debug", f"-DCMAKE_CXX_FLAGS_DEBUG={flags}", *settings]
+    ran("cmake", "-S", source, "-B", build, *given)
+    ran("cmake", "--build", build)
+    return build
+
+
+@pytest.fixture(scope="module")
+def package(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What an installation brings, without the source tree."""
+    folder = tmp_path_factory.mktemp("package")
+    command = [sys.executable, "setup.py", "-q", "egg_info", "--egg-base", folder, "build_py", "--build-lib", folder]
+    subprocess.run([str(part) for part in command], cwd=ROOT, check=True, capture_output=True)
+    return folder / "runtime" / "embed"
+
+
+@pytest.fixture(scope="module")
+def programs(package: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of `checks` and `generate`, with the library as part of the host's own build, statically."""
+    settings = f"-Ddit_runtime_DIR={package / 'cmake'}", f"-DPython3_EXECUTABLE={sys.executable}"
+    return built(ROOT / "tests" / "embed", tmp_path_factory.mktemp("programs"), *settings)
+
+
+@pytest.fixture(scope="module")
+def findings(programs: Path) -> dict[str, str]:
+    """What the host of tests/embed/checks.cpp met."""
+    return dict(line.split(": ", 1) for line in ran(programs / "checks").splitlines())
+
+
+def test_the_command_says_where_it_is(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["embed", "--cmake-dir"]) == 0
+    assert (Path(capsys.readouterr().out.strip()) / "dit_runtimeConfig.cmake").is_file()
+
+
+def test_the_package_brings_every_source(package: Path) -> None:
+    for source in (path for path in EMBED.rglob("*") if path.is_file()):
+        assert (package / source.relative_to(EMBED)).read_bytes() == source.read_bytes()
+
+
+def test_the_example_makes_the_frames_of_python(programs: Path, tmp_path: Path) -> None:
+    prompt = "a red ball rolls left over green grass"
+    told = ran(programs / "generate", prompt, tmp_path / "ball.rgb", 7)
+    assert "ball.rgb: 17 frames, 160x96, 8 fps" in told
+    frames = np.fromfile(tmp_path / "ball.rgb", np.uint8).reshape(17, 96, 160, 3)
+    ours = runtime.generate(runtime.load("demo"), runtime.Request(prompt=prompt, seed=7)).frames
+    assert np.array_equal(frames, ours)
+
+
+@pytest.mark.slow
+def test_a_shared_library_that_was_installed(package: Path, tmp_path: Path) -> None:
+    """Built by itself and found where it was installed, by the example as it is."""
+    library = built(package, tmp_path / "library", f"-DPython3_EXECUTABLE={sys.executable}", "-DBUILD_SHARED_LIBS=ON")
+    ran("cmake", "--install", library, "--prefix", tmp_path / "prefix")
+    build = built(package / "examples", tmp_path / "build", f"-DCMAKE_PREFIX_PATH={tmp_path / 'prefix'}")
+    assert "17 frames" in ran(build / "generate", "a red ball", tmp_path / "ball.mp4")
+    assert (tmp_path / "ball.mp4").is_file()
+    assert "no such folder" in ran(build / "generate", "a red ball", tmp_path / "x.mp4", 7, "no-such-model", status=2)
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("no python", "Refused there is no Python at /no/such/python"),
+        ("python without us", "Refused dit-runtime cannot be imported by /usr/bin/python3"),
+        ("missing model", "Refused there is no model 'no-such-model'"),
+        ("device", "Refused device is 'tpu'; legal"),
+        ("other python", "Refused the interpreter already runs from"),
+        ("size", "Refused the size is 63x64; demo makes widths in multiples of 16"),
+        ("more", "Refused Request::more has colour, which is no field"),
+        ("no object", "Refused Request::more is {; legal: a JSON object"),
+        ("empty", "Refused this model or video is empty"),
+        ("unwritable", "Refused the folder /no/such/folder does not exist"),
+        ("cancel in a step", "Cancelled cancelled after step 1 of 2"),
+        ("cancel from a thread", "Cancelled long before its end"),
+        ("cancel at a frame", "Cancelled cancelled after frame 3 of 5"),
+        ("exception in a step", "HostError 5"),
+        ("exception at a frame", "HostError 6"),
+        ("early shutdown", "Refused 1 models or videos are still there"),
+        ("shutdown again", "nothing was thrown"),
+        ("after shutdown", "Error the interpreter was shut down and cannot start again in this process"),
+    ],
+)
+def test_a_host_is_told_what_is_wrong(findings: dict[str, str], name: str, expected: str) -> None:
+    assert findings[name].startswith(expected)
+
+
+def test_a_host_keeps_what_is_its_own(findings: dict[str, str]) -> None:
+    assert findings["SIGINT"] == findings["SIGPIPE"] == "the host's"
+    assert findings["locale"] == "C"
+
+
+def test_threads_and_models(findings: dict[str, str]) -> None:
+    """Two models' callbacks wait for each other, four threads share a model, a callback makes a request."""
+    assert findings["seeds"] == "differ"
+    assert findings["two models at once"] == findings["one model, four threads"] == "the same frames"
+    assert findings["a request in a step"] == str(5 * 64 * 64 * 3)
+    assert findings["receipt"] == "whole"
+
+
+def test_memory_does_not_grow(programs: Path) -> None:
+    told = dict(line.split(": ", 1) for line in ran(programs / "checks", 100).splitlines())
+    assert int(told["bytes grown over the last half"]) < 1 << 20
+
+
+@pytest.mark.slow
+def test_the_thread_sanitizer_finds_nothing_in_our_code(package: Path, tmp_path: Path) -> None:
+    """Python and PyTorch are not instrumented, so what they do among themselves is not judged."""
+    settings = f"-Ddit_runtime_DIR={package / 'cmake'}", f"-DPython3_EXECUTABLE={sys.executable}"
+    build = built(ROOT / "tests" / "embed", tmp_path, *settings, flags="-O1 -g -fsanitize=thread")
+    told = ran("env", "TSAN_OPTIONS=ignore_noninstrumented_modules=1", build / "checks")
+    assert "after shutdown: Error" in told and "ThreadSanitizer" not in told
