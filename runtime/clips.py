@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from itertools import groupby, islice
 from pathlib import Path
@@ -53,9 +53,17 @@ class Clip:
             raise ValueError(f"a clip's frames are {type(self.frames).__name__}; legal: a Video, a uint8 array, a path")
 
     def masks(self, width: int, height: int, fps: float, fit: str) -> Video:
-        """Return the mask as frames at a size and a rate, as `conformed` does; white is to be made anew."""
+        """Return the mask as frames at a size and a rate, as `conformed` does; white is to be made anew.
+
+        ValueError for a mask of another size or number of frames than the clip's.
+        """
         assert self.mask is not None
         video = self.video
+        if self.mask.shape not in ((video.height, video.width), (video.num_frames, video.height, video.width)):
+            raise ValueError(
+                f"the mask is {list(self.mask.shape)}; legal for this clip: [{video.height}, {video.width}], or "
+                f"[{video.num_frames}, {video.height}, {video.width}]"
+            )
         mask = np.broadcast_to(self.mask.astype(bool), (video.num_frames, video.height, video.width))
         white = np.repeat(mask[..., None].astype(np.uint8) * 255, 3, axis=3)
         frames = Video(white, fps=video.fps, num_frames=len(white), height=video.height, width=video.width)
@@ -114,6 +122,15 @@ def conformed(clip: Clip, width: int, height: int, fps: float, fit: str) -> Vide
                 return
 
     return Video(frames, fps=fps, num_frames=count, height=height, width=width, sounds=video.sounds)
+
+
+def read_mask(path: str | os.PathLike[str], clip: Clip) -> Clip:
+    """Return a clip with the mask in a picture or a clip, white where it is to be made anew, scaled to its size."""
+    video = read_video(path)
+    frames = np.stack([fit_frame(frame, clip.video.width, clip.video.height, "stretch")[..., 1] for frame in video])
+    if len(frames) not in (1, clip.video.num_frames):
+        raise ValueError(f"{path} has {len(frames)} frames, the clip {clip.video.num_frames}; legal: as many, or one")
+    return replace(clip, mask=(frames if len(frames) > 1 else frames[0]) > 127)
 
 
 def fit_frame(frame: np.ndarray, width: int, height: int, fit: str) -> np.ndarray:

@@ -46,13 +46,14 @@ def latent_holds(window: Window, step: int) -> list[float]:
     Where only some are given, it is held while the noise is strong and made to fit afterwards.
     """
     held = firmness(window)
-    pictures = {given.at for given in window.given if given.count == 1}
+    pictures = {given.at: given.hold for given in window.given if given.count == 1}
     holds = []
     for t in range(window.shape[1]):
         frames = range(max(0, step * (t - 1) + 1), step * t + 1)
         own = [held[f] for f in frames if f in held]
-        firm = len(own) == len(frames) or any(f in pictures for f in frames)
-        holds.append(min(own, default=0.0) * (1.0 if firm else PARTLY))
+        shown = [pictures[f] for f in frames if f in pictures]
+        firm = len(own) == len(frames)
+        holds.append(max(shown) if shown else min(own, default=0.0) * (1.0 if firm else PARTLY))
     return holds
 
 

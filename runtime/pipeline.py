@@ -81,13 +81,15 @@ def final_request(
 ) -> Request:
     """Return the request for the final video of a draft: all of it is known, scaled up, down to sigma `strength`.
 
-    The draft is made again from its request, byte for byte. ValueError for a draft of clips.
+    The draft is made again from its request, byte for byte; pictures that it was given stand in the final video too.
+    ValueError for a draft of another task.
     """
-    if draft.clips:
-        raise ValueError("the draft shows clips; a final video is made of drafts of a prompt alone")
+    if draft.task not in ("text", "place"):
+        raise ValueError(f"the draft is of the task {draft.task!r}; legal: a draft of a prompt, or of pictures in it")
     footage = Clip(generate(model, draft))
     return replace(
-        draft, width=width, height=height, steps=steps, num_frames=None, seconds=None, window=None, clips=(footage,),
+        draft, width=width, height=height, steps=steps, num_frames=None, seconds=None, window=None,
+        clips=(footage, *draft.clips),
         strength=FINISH if strength is None else strength, periodic=False,
     ).resolved(model.spec)  # fmt: skip
 
@@ -175,17 +177,19 @@ def tell(job: Job, window: Window, given: Mapping[int, np.ndarray]) -> Told:
     """Encode the frames that a window is given; SDEdit takes them as latents whatever the weights take."""
     model, request = job.model, job.request
     assert request.width and request.height and request.fps
-    channels, pictures, known = None, None, None
+    channels, pictures, known, shown = None, None, None, given
     if model.checkpoint.channels is None or window.start < 1:
         known = encode_known(model, window, given)
     if model.checkpoint.channels is not None:
         size = request.width, request.height, request.fps, request.fit
         masks = {i: clip.masks(*size) for i, clip in enumerate(request.clips) if clip.mask is not None}
         references = [next(iter(conformed(clip, *size[:3], "pad"))) for clip in request.references]
-        shown = given if window.start == 1 else {}
+        firm = firmness(window)
+        if window.start < 1:
+            shown = {place: frame for place, frame in given.items() if firm[place] == 1}
         channels = encode_channels(model, window, shown, given_masks(window, masks), references)
     if (images := model.checkpoint.image_size) is not None:
-        pictures = encode_pictures(model, [given[min(given)], given[max(given)]][: images.pictures])
+        pictures = encode_pictures(model, [shown[min(shown)], shown[max(shown)]][: images.pictures])
     return Told(known, channels, pictures)
 
 

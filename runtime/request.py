@@ -17,7 +17,7 @@ from runtime.samplers import LEGAL_OPTIONS
 from runtime.storyboard import Card, card_of, check_cards
 
 DIRECTIONS = {"forward": "extend", "backward": "prepend", "between": "connect"}
-SMALL_AREA = 416 * 240  # pixels of a draft that shows something; smaller models are drafted at their own size
+SMALL_AREA = 416 * 240  # pixels of a draft that shows something, where a quarter of the model's own size is more
 POSITIONS = ("ntk", "riflex")
 WHOLE = 3  # up to so many times the model's own length a video is made at once, beyond that window by window
 
@@ -32,10 +32,10 @@ class Request:
     With `clips` and nothing more, each stands in the result where its `at` says. `direction` "forward" goes on after
     the one clip, "backward" comes before it, "between" connects two: `num_frames` (or `seconds`) then counts the new
     frames alone. `periodic` makes a loop, of the text or of a clip. `strength` in (0, 1] makes a clip anew from that
-    sigma on. `references` are pictures to look like. A `storyboard` has cards instead of a prompt. `fit` ("crop",
-    "pad", "stretch") brings clips to the size asked for. A video much longer than the model's own length is made in
-    windows of `window` frames that share `overlap`. `expand` says who writes the prompt out.
-    `positions` ("ntk", "riflex") spreads them where a video is larger or longer than the model's own.
+    sigma on; further clips stand in the result as they are. `references` are pictures to look like. A `storyboard` has
+    cards instead of a prompt. `fit` ("crop", "pad", "stretch") brings clips to the size asked for. A video much longer
+    than the model's own length is made in windows of `window` frames that share `overlap`. `expand` says who writes the
+    prompt out. `positions` ("ntk", "riflex") spreads them where a video is larger or longer than the model's own.
     """
 
     prompt: str
@@ -119,8 +119,9 @@ class Request:
             raise ValueError(
                 f"strength is {self.strength!r}; legal: more than 0, up to 1 (nothing of the clip is left)"
             )
-        wanted = {"extend": (1, 1), "prepend": (1, 1), "connect": (2, 2), "loop": (0, 1), "edit": (1, 1)}
-        least, most = wanted.get(self.task, (0, len(clips)))
+        any_number = max(1, len(clips))
+        wanted = {"extend": (1, 1), "prepend": (1, 1), "connect": (2, 2), "loop": (0, 1), "edit": (1, any_number)}
+        least, most = wanted.get(self.task, (0, any_number))
         if not least <= len(clips) <= most:
             legal = f"{least}" if least == most else f"{least} or {most}"
             raise ValueError(f"{len(clips)} clips are given; the task {self.task!r} takes {legal}")
@@ -194,13 +195,13 @@ class Request:
         return request
 
     def drafted(self, spec: ModelSpec) -> Request:
-        """Return a resolved request as a draft, of at most a fifth of its cost in steps times tokens.
+        """Return a resolved request as a draft, of at most a fifth of its cost.
 
-        Half as wide and high with half the steps; where the model's own size is no larger, a fifth of the steps.
+        Half as wide and high with half the steps; where that is too small to show anything, a fifth of the steps.
         """
         assert self.width and self.height and self.steps
         down, across = spec.size_multiple
-        if self.width * self.height >= 4 * min(spec.defaults.width * spec.defaults.height, SMALL_AREA):
+        if self.width * self.height >= min(spec.defaults.width * spec.defaults.height, 4 * SMALL_AREA):
             width = max(across, self.width // 2 // across * across)
             height = max(down, self.height // 2 // down * down)
             return replace(self, width=width, height=height, steps=max(1, self.steps // 2))
@@ -242,7 +243,8 @@ class Request:
             raise ValueError(f"reference pictures are given, and {spec.name} takes none; leave them out, or take VACE")
         if any(clip.mask is not None for clip in self.clips) and spec.conditioning != "control":
             raise ValueError(f"a clip has a mask, and {spec.name} takes whole frames; leave it out, or take VACE")
-        if spec.conditioning == "channels" and (not self.clips or self.task == "edit"):
+        shown = [clip for clip in self.clips[1:] if clip.hold == 1] if self.task == "edit" else self.clips
+        if spec.conditioning == "channels" and not shown:
             raise ValueError(f"{spec.name} goes on from known frames; give a picture, or take a text-to-video model")
 
     def _check_size(self, spec: ModelSpec) -> None:

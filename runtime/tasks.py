@@ -93,8 +93,13 @@ def place(request: Request, spec: ModelSpec, lengths: tuple[int, ...]) -> Plan:
     """Animate a picture, keyframes, fill missing frames: each clip stands where its `at` says."""
     total = request.num_frames
     assert total
+    return Plan((window(request, spec, total, placed(request, lengths, total)),), (Part("window", 0, 0, total),))
+
+
+def placed(request: Request, lengths: Sequence[int], total: int, first: int = 0) -> list[Given]:
+    """Return the clips from the `first` on, each where its `at` says, in order; ValueError outside and for overlaps."""
     given = []
-    for index, (clip, count) in enumerate(zip(request.clips, lengths, strict=True)):
+    for index, (clip, count) in list(enumerate(zip(request.clips, lengths, strict=True)))[first:]:
         at = total - count if clip.at == "end" else clip.at
         assert isinstance(at, int)
         if at < 0 or at + count > total:
@@ -110,7 +115,7 @@ def place(request: Request, spec: ModelSpec, lengths: tuple[int, ...]) -> Plan:
                 f"clips {before.clip} and {after.clip} both give frame {after.at}; legal: one clip for a frame, so "
                 "move one or leave it out"
             )
-    return Plan((window(request, spec, total, given),), (Part("window", 0, 0, total),))
+    return given
 
 
 def extend(request: Request, spec: ModelSpec, lengths: tuple[int, ...]) -> Plan:
@@ -164,10 +169,14 @@ def loop(request: Request, spec: ModelSpec, lengths: tuple[int, ...]) -> Plan:
 
 
 def edit(request: Request, spec: ModelSpec, lengths: tuple[int, ...]) -> Plan:
-    """Make a clip anew (SDEdit, https://arxiv.org/abs/2108.01073): all is known, but only down to `strength`."""
+    """Make a clip anew (SDEdit, https://arxiv.org/abs/2108.01073): all is known, but only down to `strength`.
+
+    Further clips are known to the end, in their places: the pictures of a draft, say.
+    """
     assert request.strength is not None and request.num_frames
     total = min(request.num_frames, lengths[0])
     given = [Given(0, 0, spec.sampled_frames(total), 0, hold=1.0 - request.strength)]
+    given += placed(request, lengths, total, first=1)
     return Plan((window(request, spec, total, given, start=request.strength),), (Part("window", 0, 0, total),))
 
 

@@ -20,6 +20,8 @@ if TYPE_CHECKING:
     from runtime.request import Request
     from runtime.video import Video
 
+STRENGTH = 0.6  # of an edit where nothing else is said
+
 Parser = argparse.ArgumentParser
 Options = argparse.Namespace
 
@@ -95,12 +97,23 @@ def edit_arguments(parser: Parser) -> None:
     parser.add_argument("clip", help="the clip to make anew")
     parser.add_argument("prompt", help="what it shall show")
     parser.add_argument(
-        "--strength", type=float, default=0.6, metavar="S", help="more than 0 (as it was) to 1 (new); default 0.6"
+        "--strength", type=float, metavar="S", help="more than 0 (as it was) to 1 (new); default 0.6"
+    )  # fmt: skip
+    parser.add_argument(
+        "--mask", metavar="PATH", help="a picture or clip, white where the clip is made anew; for models that take one"
     )
 
 
 def edit(options: Options) -> Request:
-    return request_of(options, clips=[clip(options.clip)], strength=options.strength)
+    if options.mask is None:
+        return request_of(
+            options, clips=[clip(options.clip)], strength=STRENGTH if options.strength is None else options.strength
+        )
+    if options.strength is not None:
+        raise ValueError("--mask and --strength are two ways to edit: part of the frame, or all of it; give one")
+    from runtime.clips import read_mask
+
+    return request_of(options, clips=[read_mask(options.mask, clip(options.clip))])
 
 
 def fill_arguments(parser: Parser) -> None:
@@ -169,6 +182,10 @@ def add_sampling(parser: Parser) -> None:
     parser.add_argument("--sampler", metavar="NAME", help="unipc or euler")
     parser.add_argument("--seed", type=int, metavar="N", help="the same seed makes the same video")
     parser.add_argument("--fit", default="crop", help="how clips get to the size: crop (default), pad, stretch")
+    parser.add_argument(
+        "--reference", action="append", default=[], metavar="PATH",
+        help="a picture of what shall look like it, for models that take them (VACE); may be given again",
+    )  # fmt: skip
     parser.add_argument("--window", type=int, metavar="N", help="frames made at once in a long video")
     parser.add_argument("--overlap", type=int, metavar="N", help="frames shown again to what is made next")
     parser.add_argument("--positions", metavar="KIND", help="spread them beyond the model's own size: ntk, riflex")
@@ -217,7 +234,7 @@ def request_of(options: Options, **task: Any) -> Request:
         num_frames=options.frames, seconds=options.seconds, fps=options.fps, steps=options.steps,
         guidance=options.guidance, guidance_2=options.guidance_2, shift=options.shift, sampler=options.sampler,
         seed=options.seed, fit=options.fit, window=options.window, overlap=options.overlap,
-        positions=options.positions, **task,
+        positions=options.positions, references=tuple(clip(path) for path in options.reference), **task,
     )  # fmt: skip
 
 

@@ -13,8 +13,12 @@ from PIL import Image
 
 import runtime
 from runtime import Clip, Request
+from runtime.__main__ import main
+from runtime.clips import fit_frame
 from runtime.models.spec import ImageSize
 from runtime.pictures import shown
+from runtime.pipeline import final_request
+from runtime.video import Video, read_video
 from tests.published import Tiny, channels_pipeline, control_pipeline, relative, tokenizer, write
 
 PROMPT = "a red ball rolls left over green grass"
@@ -132,6 +136,49 @@ def test_pictures_are_shown_as_the_published_processor_does() -> None:
         picture = pictures(1, height, width)[0]
         published = processor(images=Image.fromarray(picture), return_tensors="pt").pixel_values[0]
         assert float((shown(picture, size) - published).abs().max()) <= 1.01 / 255 / min(size.std)
+
+
+@pytest.mark.parametrize("images", [1, 2])
+def test_a_draft_of_pictures_is_finished(tmp_path: Path, images: int) -> None:
+    """The draft is known softly, the pictures firmly: in the channels, to the image encoder, and in the result."""
+    write(TINY, tmp_path / "model", partial(channels_pipeline, images=images))
+    model = runtime.load(tmp_path / "model")
+    first, last = pictures(2)
+    clips = (Clip(first), Clip(last, at="end"))[:images]
+    final = final_request(model, asked(clips=clips).resolved(model.spec), 96, 64, steps=3)
+    frames = runtime.generate(model, final).frames
+    assert frames.shape == (9, 64, 96, 3)
+    for place, picture in ((0, first), (-1, last))[:images]:
+        assert np.array_equal(frames[place], fit_frame(picture, 96, 64, "crop"))
+    with pytest.raises(ValueError, match="goes on from known frames"):
+        runtime.generate(model, asked(clips=(Clip(pictures(9)),), strength=0.5))
+
+
+def test_masks_and_references_on_the_command_line(tmp_path: Path) -> None:
+    write(Tiny(seed=72), tmp_path / "model", control_pipeline)
+    clip, mask = pictures(5), np.zeros((64, 96, 3), np.uint8)
+    mask[:, 48:] = 255
+    Video(clip, fps=8, num_frames=5, height=32, width=48).save(tmp_path / "clip/")
+    Image.fromarray(mask).save(tmp_path / "mask.png")
+    Image.fromarray(clip[0]).save(tmp_path / "look.png")
+    command = ["edit", str(tmp_path / "clip"), "winter", "--model", str(tmp_path / "model"), "--steps", "1"]
+    more = ["--mask", str(tmp_path / "mask.png"), "--reference", str(tmp_path / "look.png"), "--seed", "3", "--quiet"]
+    assert main([*command, *more, "-o", str(tmp_path / "out")]) == 0
+    half = np.zeros((32, 48), bool)
+    half[:, 24:] = True
+    request = Request(
+        prompt="winter", steps=1, seed=3, clips=(Clip(clip, mask=half),), references=(Clip(clip[0]),), fps=24
+    )
+    expected = runtime.generate(runtime.load(tmp_path / "model"), request)
+    assert np.array_equal(read_video(tmp_path / "out").frames, expected.frames)
+
+
+@pytest.mark.parametrize(("shape", "given"), [((32, 32), "32, 32"), ((4, 32, 48), "4, 32, 48"), ((48, 32), "48, 32")])
+def test_a_mask_of_another_size_is_refused(tmp_path: Path, shape: tuple[int, ...], given: str) -> None:
+    write(Tiny(seed=72), tmp_path / "model", control_pipeline)
+    clip = Clip(pictures(5), mask=np.ones(shape, bool))
+    with pytest.raises(ValueError, match=rf"mask is \[{given}\]; legal for this clip: \[32, 48\]"):
+        runtime.generate(runtime.load(tmp_path / "model"), asked(clips=(clip,)))
 
 
 def test_masks_and_references_are_for_vace() -> None:

@@ -47,6 +47,11 @@ def test_requests(folder: Path) -> None:
     assert asked("loop", "a ball").clips == ()
     assert len(asked("loop", clip).clips) == 1
     assert asked("edit", clip, "winter", "--strength", 0.3).strength == 0.3
+    masked = asked("edit", clip, "winter", "--mask", picture, "--reference", picture, "--reference", picture)
+    assert (masked.task, masked.clips[0].mask.shape, len(masked.references)) == ("place", (64, 64), 2)
+    assert asked("edit", clip, "winter").strength == 0.6
+    with pytest.raises(ValueError, match="two ways to edit"):
+        asked("edit", clip, "winter", "--mask", picture, "--strength", 0.5)
     assert asked("image", "a ball", "--size", "96x64").num_frames == 1
     filled = asked("fill", clip, "a ball", "--missing", "2-4,6")
     assert ([c.at for c in filled.clips], filled.num_frames) == ([0, 5, 7], 9)
@@ -117,7 +122,7 @@ def test_draft_and_finish(tmp_path: Path) -> None:
     assert (
         main(["generate", "a red ball", "--draft", "--frames", "5", "-o", draft, "--receipt", receipt, "--quiet"]) == 0
     )
-    assert json.loads(Path(receipt).read_text())["request"]["steps"] == 5
+    assert json.loads(Path(receipt).read_text())["request"]["steps"] == 12
     final = str(tmp_path / "final.mp4")
     assert main(["finish", receipt, "--size", "96x64", "--steps", "3", "-o", final, "--quiet"]) == 0
     assert read_video(final).frames.shape == (5, 64, 96, 3)
