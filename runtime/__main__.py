@@ -1,7 +1,8 @@
-"""The command line: python -m runtime generate | ... | decode | plan | build | info | embed; verbs that make: verbs.py.
+"""The command line: python -m runtime generate | ... | decode | verify | plan | build | info | embed; to make: verbs.py.
 
 Exit codes: 0 done, 2 the request or its surroundings cannot work (one sentence says what to do), 1 a fault of ours,
-130 interrupted. No traceback without --debug, and no partial output file in any case.
+130 interrupted; of verify also 3 no credentials, 4 tampered with, 5 not signed by whom --trust names. No traceback
+without --debug, and no partial output file in any case.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser().parse_args(arguments)
     warnings.showwarning = show_warning
     try:
-        options.run(options)
+        return options.run(options) or 0
     except KeyboardInterrupt:
         print("\ninterrupted; no partial file is left", file=sys.stderr)
         return 130
@@ -34,7 +35,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
         code, sentence = explain(error)
         print(f"error: {sentence}", file=sys.stderr)
         return code
-    return 0
 
 
 def parser() -> argparse.ArgumentParser:
@@ -86,6 +86,12 @@ def parser() -> argparse.ArgumentParser:
     look.add_argument("--check", action="store_true", help="read all of the store and say what is damaged")
     look.add_argument("--prune", action="store_true", help="remove what is damaged and what is over --keep")
     make.add_argument("--keep", type=float, metavar="GIB", help="with --prune: GiB of the most recently used to keep")
+
+    check = commands.add_parser("verify", parents=[shared], help="say where a file comes from, by its credentials")
+    check.set_defaults(run=verify)
+    check.add_argument("file", type=Path, help="mp4, png, gif, jpeg or webp")
+    check.add_argument("--trust", type=Path, metavar="FILE", help="certificates (PEM) of whom you trust")
+    check.add_argument("--json", action="store_true", help="print a JSON object")
 
     tell = commands.add_parser("info", parents=[shared], help="say what a model is and what of it is missing")
     tell.set_defaults(run=info)
@@ -155,6 +161,17 @@ def build(options: argparse.Namespace) -> None:
             options=Options(refit=options.refit, stream=options.stream),
         )  # fmt: skip
     print("\n".join(lines))
+
+
+def verify(options: argparse.Namespace) -> int:
+    """Print what a file's credentials say; return the exit code."""
+    from runtime.provenance import read, told
+
+    found = read(options.file, None if options.trust is None else options.trust.read_bytes())
+    print(json.dumps(found.to_dict(), indent=2) if options.json else told(options.file.name, found))
+    if found.state == "valid":
+        return 5 if options.trust is not None and not found.trusted else 0
+    return 4 if found.state == "tampered" else 3
 
 
 def info(options: argparse.Namespace) -> None:

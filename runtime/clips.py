@@ -177,11 +177,13 @@ def cut_clip(path: str | os.PathLike[str], start: int, stop: int) -> Video:
 
 
 def _cut(whole: Video, start: int, stop: int) -> Video:
-    return Video(
+    part = Video(
         partial(part_of, whole, start, stop - start),
         fps=whole.fps, num_frames=stop - start, height=whole.height, width=whole.width,
         sounds=cut(whole.sounds, start / whole.fps, (stop - start) / whole.fps, 0.0),
     )  # fmt: skip
+    part.origin = whole.origin
+    return part
 
 
 def runs(path: str | os.PathLike[str], missing: set[int]) -> tuple[tuple[Clip, ...], int]:

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from runtime.certificates import Signer
     from runtime.clips import Clip
     from runtime.model import Model
     from runtime.request import Request
@@ -213,6 +214,14 @@ def add_output(parser: Parser, output: str) -> None:
     parser.add_argument("--warm", metavar="SIZES", help="sizes to warm at first, such as 832x480x81,480x832x49")
     parser.add_argument("--receipt", metavar="FILE", help="write what was done as JSON")
     parser.add_argument(
+        "--credentials", action="store_true",
+        help="sign into the file where it comes from (C2PA): model, seed, inputs; no two files are equal then",
+    )  # fmt: skip
+    parser.add_argument(
+        "--certificate", type=Path, metavar="FILE", help="sign with this (PEM; default: one of our own)"
+    )
+    parser.add_argument("--private-key", type=Path, metavar="FILE", help="the certificate's key (PEM)")
+    parser.add_argument(
         "--preview", metavar="PATH", help="a small .gif (or other video) of each step while it denoises"
     )
     parser.add_argument("--quiet", action="store_true", help="print nothing but errors")
@@ -281,6 +290,7 @@ def make(options: Options) -> None:
 
     request = options.verb.request(options)
     check_writable(options.output)
+    signer_of(options)
     if options.preview:
         check_writable(options.preview)
     for what in ("receipt", "latents"):
@@ -302,6 +312,7 @@ def finish(options: Options) -> None:
 
     draft = Request.from_receipt(options.draft)
     check_writable(options.output)
+    signer_of(options)
     if options.receipt:
         check_file(options.receipt, "receipt")
 
@@ -335,6 +346,18 @@ def open_model(options: Options, request: Request) -> Model:
     return model
 
 
+def signer_of(options: Options) -> Signer | None:
+    """Return who signs the result, None where nobody is to; ValueError where that cannot be."""
+    if not (options.credentials or options.certificate or options.private_key):
+        return None
+    from runtime.certificates import find_signer
+    from runtime.engines.store import cache_root
+    from runtime.provenance import check_sealable
+
+    check_sealable(options.output)
+    return find_signer(options.certificate, options.private_key, cache_root() / "credentials")
+
+
 def foretell(model: Model, request: Request, *, quiet: bool) -> None:
     """Print what the planner foresees; a machine that it does not know is measured first, for the receipt too."""
     from runtime.planner import foresee
@@ -354,9 +377,11 @@ def write(options: Options, model: Model, request: Request) -> None:
     from runtime.latents import save_latents
     from runtime.previews import Previewer
     from runtime.progress import Progress
+    from runtime.provenance import generation, inputs_of, sealing
     from runtime.trace import recording, span
     from runtime.video import check_writable
 
+    signer = signer_of(options)
     frames = request.num_frames if request.task == "text" else None
     check_writable(options.output, num_frames=frames, height=request.height, width=request.width)
     if options.preview:
@@ -372,7 +397,11 @@ def write(options: Options, model: Model, request: Request) -> None:
     if getattr(options, "latents", None) and video.latents is not None:  # not lost to a decode that fails
         save_latents(options.latents, video.latents, {"model": model.spec.name, "fps": str(video.fps)})
     with Progress("decoding", "frame", quiet=options.quiet) as progress, recording(video.receipt.stages), span("save"):
-        path = video.save(options.output, on_frame=progress)
+        seal = None
+        if signer is not None:
+            made = generation(video.receipt, request)
+            seal = sealing(Path(options.output).name, made, inputs_of(request), signer)
+        path = video.save(options.output, on_frame=progress, seal=seal)
     if options.receipt:
         video.receipt.save(options.receipt)
     if not options.quiet:

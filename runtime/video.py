@@ -97,6 +97,7 @@ class Video:
             raise ValueError(f"source is {source.dtype} {list(source.shape)}; it must be uint8 {list(shape)}")
         self.fps, (self.num_frames, self.height, self.width, _) = float(fps), shape
         self.latents, self.receipt, self.sounds = latents, receipt, tuple(sounds)
+        self.origin: Path | None = None  # the file that the frames are read from
         self._shape = shape
         self._frames = source if isinstance(source, np.ndarray) else None
         self._source = None if isinstance(source, np.ndarray) else source
@@ -126,13 +127,14 @@ class Video:
         *,
         quality: int | None = None,
         on_frame: Callable[[int, int], None] | None = None,
+        seal: Callable[[Path], None] | None = None,
     ) -> Path:
         """Write the video in the format that the suffix names, and return the path.
 
         `.mp4` is H.264, `.webm` is VP9, `.gif` loops forever, `.png` holds a single frame; a folder (an existing empty
         one, or a name that ends in "/" or has no suffix) gets numbered PNG files. `quality` is the encoder's CRF, lower
         is better: 1 to 51 for mp4 (default 18), 1 to 63 for webm (default 24). `on_frame(done, total)` is called after
-        each frame written.
+        each frame written. `seal(file)` is called with the finished file before it gets its name.
 
         The file appears under its name only when complete; after any failure an older file of that name is still there.
         Raises what `check_writable` raises, ValueError for an illegal quality, OSError (ENOSPC) when the disk is full.
@@ -149,6 +151,8 @@ class Video:
                 _write_gif(unfinished, frames, self)
             else:
                 _write_png(unfinished, frames, numbered=kind == "folder")
+            if seal is not None:
+                seal(unfinished)
         return Path(path)
 
     def _decode(self, keep: bool) -> Frames:
@@ -486,7 +490,9 @@ def read_video(path: str | os.PathLike[str], *, fps: float = 24.0, max_pixels: i
         frames = partial(_picked, frames, shown)
         num_frames = len(shown)
     sounds = [Sound(path.absolute(), 0.0, num_frames / fps)] if heard else []
-    return Video(frames, fps=fps, num_frames=num_frames, height=height, width=width, sounds=sounds)
+    video = Video(frames, fps=fps, num_frames=num_frames, height=height, width=width, sounds=sounds)
+    video.origin = path
+    return video
 
 
 def _look(path: Path) -> tuple[list[float], int]:

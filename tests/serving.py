@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import re
 import signal
@@ -11,10 +12,18 @@ import time
 from pathlib import Path
 from typing import Any
 
+import av
 import httpx2
+import numpy as np
 
 TINY = {"prompt": "a red ball", "size": "64x64", "num_frames": 5, "num_inference_steps": 2, "seed": 3}
 LONG = {"prompt": "a red ball", "num_frames": 17, "num_inference_steps": 60, "seed": 4, "guidance_scale": 4}
+
+
+def frames_of(content: bytes) -> np.ndarray:
+    """Return the frames of a video, uint8 [F, H, W, 3]: the same job's are equal, its signed files are not."""
+    with av.open(io.BytesIO(content)) as container:
+        return np.stack([frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)])
 
 
 class Server:

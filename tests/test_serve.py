@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import io
 import json
 import subprocess
@@ -11,8 +12,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import av
-import numpy as np
 import pytest
 from PIL import Image
 
@@ -20,7 +19,7 @@ pytest.importorskip("fastapi")
 
 import runtime
 from runtime.client import ServerError
-from tests.serving import LONG, TINY, Server
+from tests.serving import LONG, TINY, Server, frames_of
 
 
 @pytest.fixture(scope="module")
@@ -33,11 +32,6 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
 @pytest.fixture(scope="module")
 def video(server: Server) -> dict[str, Any]:
     return server.done(server.create()["id"])
-
-
-def frames_of(content: bytes) -> np.ndarray:
-    with av.open(io.BytesIO(content)) as container:
-        return np.stack([frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)])
 
 
 def test_the_http_process_has_no_torch(server: Server) -> None:
@@ -270,3 +264,44 @@ def test_the_openai_client(server: Server) -> None:
     script = Path(__file__).with_name("openai_client.py")
     done = subprocess.run([sys.executable, str(script), server.url], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
+
+
+def test_where_a_result_comes_from(server: Server, tmp_path: Path) -> None:
+    """An extension of a remix tells its whole chain, by id and by upload; a changed file and a copy are told apart."""
+    first = server.create()["id"]
+    server.done(first)
+    remix = server.create({"prompt": "blue", "num_inference_steps": 2}, f"/v1/videos/{first}/remix")["id"]
+    server.done(remix)
+    few = {"prompt": "on", "num_inference_steps": 2, "num_frames": 4}
+    longer = server.create({**few, "video": {"id": remix}}, "/v1/videos/extensions")["id"]
+    server.done(longer)
+    found = server.create({"video": {"id": longer}}, "/v1/provenance")
+    assert found["state"] == "valid" and found["trusted"] and found["made"]["model"] == "demo", found
+    parents = found["ingredients"][0], found["ingredients"][0]["ingredients"][0]
+    assert [each["title"] for each in parents] == [f"{remix}.mp4", f"{first}.mp4"]
+    assert all(each["relation"] == "parentOf" and each["state"] == "valid" for each in parents)
+    content = server.content(longer)
+
+    def asked(content: bytes) -> Any:
+        return server.http.post("/v1/provenance", files={"video": ("../../x", content)}).json()
+
+    assert asked(content) == found
+    assert asked(content[:-9] + bytes([content[-9] ^ 1]) + content[-8:])["state"] == "tampered"
+    plain = runtime.Video(frames_of(content), fps=8, num_frames=9, height=64, width=64).save(tmp_path / "plain.mp4")
+    assert asked(plain.read_bytes())["state"] == "missing" and asked(b"text")["state"] == "unsupported"
+    for body in ({}, {"video": "x"}, {"video": {"id": "video_0"}}, {"video": {"id": longer}, "path": "/etc/passwd"}):
+        answer = server.http.post("/v1/provenance", json=body)
+        assert answer.status_code in (400, 404) and answer.json()["error"]["message"], answer.text
+    picture = base64.b64decode(
+        server.create({"prompt": "a ball", "num_inference_steps": 1, "size": "64x64"}, "/v1/images/generations")[
+            "data"
+        ][0]["b64_json"]
+    )
+    assert asked(picture)["state"] == "valid"
+    shown = server.http.post("/v1/videos", files={"input_reference": picture}, data=TINY | {"num_frames": "5"}).json()[
+        "id"
+    ]
+    server.done(shown)
+    (start,) = server.create({"video": {"id": shown}}, "/v1/provenance")["ingredients"]
+    assert (start["relation"], start["state"]) == ("inputTo", "valid"), "a picture keeps what it says of itself"
+    assert not list((server.data / "jobs").glob("upload_*"))

@@ -1,7 +1,7 @@
 """Kill a server at random moments, and count what is lost: python tools/drill.py --kills 20
 
 Jobs of the built-in model are accepted all the while; worker, server or both are killed (SIGKILL) at random. In the end
-every accepted job must be completed once, and its file equal that of the same job on a server that nobody disturbed.
+every accepted job must be completed once, and its frames equal those of the same job on a server that nobody disturbed.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import httpx2
 
-from tests.serving import Server
+from tests.serving import Server, frames_of
 
 JOB = {"prompt": "a red ball", "num_frames": 9, "num_inference_steps": 12}
 SEEDS = 3
@@ -36,7 +36,8 @@ def main() -> int:
         try:
             found = [server.done(job) for job in jobs]
             different = sum(
-                server.content(job) != wanted[video["seed"]] for job, video in zip(jobs, found, strict=True)
+                frames_of(server.content(job)).tobytes() != wanted[video["seed"]]
+                for job, video in zip(jobs, found, strict=True)
             )
             listed = Counter(
                 video["id"] for video in server.http.get("/v1/videos", params={"limit": 100}).json()["data"]
@@ -50,7 +51,7 @@ def main() -> int:
     for name, count in sorted(states.items()):
         print(f"| killed while the youngest job was {name} | {count} |")
     for name, count in (
-        ("jobs accepted", len(jobs)), ("lost", lost), ("with two results", doubled), ("with other bytes", different),
+        ("jobs accepted", len(jobs)), ("lost", lost), ("with two results", doubled), ("with other frames", different),
         ("most attempts of one job", max(video["attempt"] for video in found)), ("exit code at the end", code),
     ):  # fmt: skip
         print(f"| {name} | {count} |")
@@ -58,15 +59,15 @@ def main() -> int:
 
 
 def undisturbed(data: Path) -> dict[int, bytes]:
-    """Return the file of each seed's job on a server that is left alone."""
+    """Return the frames of each seed's job on a server that is left alone."""
     server = Server(data)
     made = {seed: server.create(JOB | {"seed": seed})["id"] for seed in range(SEEDS)}
-    files = {}
+    frames = {}
     for seed, job in made.items():
         server.done(job)
-        files[seed] = server.content(job)
+        frames[seed] = frames_of(server.content(job)).tobytes()
     server.stop()
-    return files
+    return frames
 
 
 def disturbed(data: Path, kills: int, moments: random.Random) -> tuple[list[str], Counter[str], Counter[str], Server]:

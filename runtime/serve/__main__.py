@@ -57,6 +57,7 @@ def main() -> int:
         settings = read_settings()
         start_logging(settings)
         store = Store(settings.data)
+        signer = settings.signer
         listener = listen(settings)
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
@@ -67,6 +68,7 @@ def main() -> int:
     supervisor = Supervisor(settings, store)
     api = Api(settings, store, supervisor.wake)
     api.ready, api.answer = lambda: bool(supervisor.ready), supervisor.ask
+    api.anchors = None if signer is None else signer.anchor
     host, port = listener.getsockname()[:2]
     config = uvicorn.Config(
         make_app(api), log_config=None, access_log=False, server_header=False, date_header=False,

@@ -37,6 +37,7 @@ class Api:
         self.requests: Counter[str] = Counter()
         self.ready: Callable[[], bool] = lambda: False
         self.answer: Callable[..., Awaitable[dict[str, Any]]] = nobody
+        self.anchors: bytes | None = None  # certificates that vouch for what this server makes
 
     def accepting(self) -> None:
         """ApiError where nothing new can be taken now."""

@@ -13,7 +13,7 @@ from starlette.exceptions import HTTPException
 from runtime.serve.api import Api
 from runtime.serve.errors import ApiError
 from runtime.serve.gate import Gate, answer, answer_http, answer_invalid
-from runtime.serve.routes import events, images, making, planning, reading, state
+from runtime.serve.routes import events, images, making, planning, provenance, reading, state
 
 
 def make_app(api: Api) -> FastAPI:
@@ -24,6 +24,7 @@ def make_app(api: Api) -> FastAPI:
     reading.add(app, api)
     events.add(app, api)
     images.add(app, api)
+    provenance.add(app, api)
     state.add(app, api)
     app.add_middleware(Gate, keys=api.settings.keys, requests=api.requests)
     app.exception_handler(ApiError)(answer)

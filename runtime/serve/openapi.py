@@ -66,6 +66,7 @@ BODIES: dict[str, tuple[dict[str, Any], list[str]]] = {
         ["prompt", "video"],
     ),
     "connect": ({**FIELDS, "videos": {"type": "array", "items": VIDEO, "minItems": 2, "maxItems": 2}}, ["videos"]),
+    "provenance": ({"video": VIDEO}, ["video"]),
     "image": ({**FIELDS, "n": {"type": "integer", "minimum": 1, "maximum": 10}}, ["prompt"]),
 }  # fmt: skip
 BODIES["plan"] = (

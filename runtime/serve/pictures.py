@@ -2,40 +2,23 @@
 
 from __future__ import annotations
 
-import json
 import math
-import resource
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
 from PIL import Image, ImageOps
 
+from runtime.kinds import KINDS, kind_of
+from runtime.serve.boxed import answer, boxed
 from runtime.video import Video, read_video
 
 MAX_PIXELS = 50_000_000  # of one picture
 MAX_FRAMES = 3600
-SECONDS = 60  # of CPU time for one upload
-MEMORY = 4 * 2**30
 SHEET = 5  # pictures a row and a column of a sprite sheet at most
 SHEET_WIDTH = 160
 
-# The first bytes of what is taken, and the file suffix that each is kept under.
-KINDS = {
-    "png": lambda head: head.startswith(b"\x89PNG\r\n\x1a\n"),
-    "jpeg": lambda head: head.startswith(b"\xff\xd8\xff"),
-    "webp": lambda head: head[:4] == b"RIFF" and head[8:12] == b"WEBP",
-    "mp4": lambda head: head[4:8] == b"ftyp",
-    "webm": lambda head: head.startswith(b"\x1aE\xdf\xa3"),
-    "gif": lambda head: head[:6] in (b"GIF87a", b"GIF89a"),
-}
 PICTURES = ("png", "jpeg", "webp")
-
-
-def sniff(head: bytes) -> str | None:
-    """Return what a file is by its first 16 bytes, whatever it is called; None for what is not taken."""
-    return next((kind for kind, fits in KINDS.items() if fits(head)), None)
 
 
 def inspect(path: Path) -> dict[str, Any]:
@@ -43,24 +26,12 @@ def inspect(path: Path) -> dict[str, Any]:
 
     A picture becomes a PNG, upright and without transparency. ValueError for what cannot be decoded within the limits.
     """
-    command = [sys.executable, "-m", "runtime.serve.pictures", str(path)]
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=2 * SECONDS, stdin=subprocess.DEVNULL)
-    except subprocess.TimeoutExpired:
-        raise ValueError("the upload takes too long to decode; give a shorter or smaller one") from None
-    try:
-        found = json.loads(done.stdout.splitlines()[-1])
-    except (ValueError, IndexError):
-        raise ValueError("the upload cannot be decoded within the limits of memory and time") from None
-    if "error" in found:
-        raise ValueError(found["error"])
-    return found
+    return boxed("runtime.serve.pictures", str(path))
 
 
 def look(path: Path) -> dict[str, Any]:
     """What the child does for `inspect`."""
-    with path.open("rb") as handle:
-        kind = sniff(handle.read(16))
+    kind = kind_of(path)
     if kind is None:
         raise ValueError(f"the upload is none of {', '.join(KINDS)} by its content")
     if kind in PICTURES:
@@ -116,19 +87,5 @@ def stub(found: dict[str, Any]) -> Video:
     )
 
 
-def main() -> int:
-    """Look at one file with limits on this process, and print what it is as JSON."""
-    resource.setrlimit(resource.RLIMIT_CPU, (SECONDS, SECONDS))
-    resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
-    path = Path(sys.argv[1])
-    try:
-        print(json.dumps(look(path)))
-    except ValueError as error:
-        print(json.dumps({"error": str(error).replace(str(path.parent) + "/", "")}))
-    except (OSError, SyntaxError, MemoryError, Image.DecompressionBombError) as error:
-        print(json.dumps({"error": f"the upload cannot be decoded ({type(error).__name__})"}))
-    return 0
-
-
 if __name__ == "__main__":
-    sys.exit(main())
+    answer(look, Path(sys.argv[1]), Image.DecompressionBombError)

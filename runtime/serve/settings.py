@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from runtime.certificates import Signer, find_signer
 from runtime.expansion import Expansion
 from runtime.serve.fetching import Access
 
@@ -37,6 +38,9 @@ class Settings:
     max_upload: int = 256 * 2**20
     min_free: int = 256 * 2**20  # of the disk; below it nothing is accepted
     fetch_host: tuple[str, ...] = ()  # where inputs may be fetched from, as fetching.Access says; none: nothing is
+    credentials: bool = True  # content credentials in every result
+    certificate: Path | None = None  # whose they are; none: one for development, kept in the data folder
+    private_key: Path | None = None
     log: str = "text"  # or "json"
     expand_model: str | None = None  # who writes prompts out; None: the checkpoint's own rules
     expand_url: str | None = None
@@ -49,6 +53,13 @@ class Settings:
     def expansion(self) -> Expansion:
         """Who writes prompts out."""
         return Expansion(model=self.expand_model, url=self.expand_url)
+
+    @property
+    def signer(self) -> Signer | None:
+        """Who signs the results, made at first use; None where nobody is to. ValueError where that cannot be."""
+        if not self.credentials:
+            return None
+        return find_signer(self.certificate, self.private_key, self.data / "credentials")
 
     @property
     def fetching(self) -> Access:
@@ -75,6 +86,12 @@ def read_settings(arguments: Sequence[str] | None = None) -> Settings:
         "--fetch-host", action="append", metavar="HOST",
         help="host that inputs may be fetched from, such as *.example.com; may be given again (default: none)",
     )  # fmt: skip
+    parser.add_argument(
+        "--no-credentials", dest="credentials", action="store_false", default=None,
+        help="no content credentials (C2PA) in the results",
+    )  # fmt: skip
+    parser.add_argument("--certificate", type=Path, metavar="FILE", help="whose name they bear (PEM; default: our own)")
+    parser.add_argument("--private-key", type=Path, metavar="FILE", help="the certificate's key (PEM)")
     parser.add_argument("--log", choices=("text", "json"), help="how lines are written (default: text)")
     parser.add_argument(
         "--expand-model", metavar="NAME", help="writes prompts out, at the endpoint or in a folder here"
@@ -88,7 +105,7 @@ def read_settings(arguments: Sequence[str] | None = None) -> Settings:
         if unknown := sorted(told.keys() - known):
             raise ValueError(f"{config} has keys that are not known: {', '.join(unknown)}; legal: {', '.join(known)}")
     values = told | options
-    for name in ("data", "api_key"):
+    for name in ("data", "api_key", "certificate", "private_key"):
         if name in values:
             values[name] = Path(values[name])
     for name in {"model", "fetch_host"} & values.keys():

@@ -82,6 +82,15 @@ class Supervisor:
         command += ["--name", new_id("worker"), "--device", self.settings.device]
         for name in self.settings.model:
             command += ["--model", name]
+        if not self.settings.credentials:
+            command.append("--no-credentials")
+        elif self.settings.certificate is not None:
+            command += [
+                "--certificate",
+                str(self.settings.certificate),
+                "--private-key",
+                str(self.settings.private_key),
+            ]
         return subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, bufsize=1, start_new_session=True
         )

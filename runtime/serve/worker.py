@@ -14,17 +14,20 @@ import signal
 import sys
 import threading
 import time
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from typing import IO, Any
 
 import runtime
 from runtime.calibration import local
+from runtime.certificates import Signer, find_signer
 from runtime.checkpoints import Checkpoints
 from runtime.decoding import out_of_memory
 from runtime.denoising import Cancelled
 from runtime.planner import foresee_plan
 from runtime.previews import preview
+from runtime.provenance import Input, generation, inputs_of, sealing
 from runtime.serve.answers import answer, planned
 from runtime.serve.jobs import Job, LostLease, Store
 from runtime.serve.pictures import write_sheets
@@ -47,8 +50,8 @@ class Stopping(Exception):
 class Worker:
     """One process's loaded models and the job in its hands."""
 
-    def __init__(self, store: Store, name: str, device: str) -> None:
-        self.store, self.name, self.device = store, name, device
+    def __init__(self, store: Store, name: str, device: str, signer: Signer | None) -> None:
+        self.store, self.name, self.device, self.signer = store, name, device, signer
         self.models: dict[str, runtime.Model] = {}
         self.stopping, self.wake = threading.Event(), threading.Event()
         self.job: Job | None = None
@@ -140,13 +143,20 @@ class Worker:
         video = runtime.generate(model, request, on_step=report.step, checkpoints=checkpoints)
         path = folder / f"output-{job.attempt}.{'png' if job.kind == 'image' else 'mp4'}"
         with recording(video.receipt.stages), span("save"):
-            video.save(path, on_frame=report.frame)
+            video.save(path, on_frame=report.frame, seal=self.seal(path.name, video, request))
         sheets = {} if job.kind == "image" else write_sheets(path)
         own = json.dumps(f"{folder}/", ensure_ascii=False)[1:-1]
         receipt = json.loads(video.receipt.to_json().replace(own, ""))  # nobody learns where files lie
         if receipt["request"]["expand"]:
             del receipt["request"]["expand"]["url"]
         return {"file": path.name, "bytes": path.stat().st_size, **sheets}, receipt
+
+    def seal(self, title: str, video: runtime.Video, request: runtime.Request) -> Callable[[Path], None] | None:
+        """Return what signs a result, its inputs named; None where nobody is to."""
+        if self.signer is None:
+            return None
+        inputs = [as_sent(each) for each in inputs_of(request)]
+        return sealing(title, generation(video.receipt, request), inputs, self.signer)
 
 
 class Report:
@@ -186,6 +196,12 @@ class Report:
             raise Cancelled
         self.told = time.monotonic()
         return True
+
+
+def as_sent(given: Input) -> Input:
+    """Return an input as it was uploaded, where it was converted: what it says of its own origin is in there."""
+    sent = given.path.with_suffix("")
+    return Input(sent, given.relation) if sent.is_file() else given
 
 
 def explain(error: Exception) -> dict[str, str]:
@@ -235,9 +251,15 @@ def main() -> int:
     parser.add_argument("--name", required=True)
     parser.add_argument("--model", action="append", required=True)
     parser.add_argument("--device", default="auto")
+    parser.add_argument("--no-credentials", action="store_true")
+    parser.add_argument("--certificate", type=Path)
+    parser.add_argument("--private-key", type=Path)
     options = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s %(message)s")
-    worker = Worker(Store(options.data), options.name, options.device)
+    signer = None
+    if not options.no_credentials:
+        signer = find_signer(options.certificate, options.private_key, options.data / "credentials")
+    worker = Worker(Store(options.data), options.name, options.device, signer)
     signal.signal(signal.SIGTERM, lambda *_: worker.stop())
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the server decides
     lock = hold_lock(options.data, options.name)

@@ -1,0 +1,28 @@
+"""What a file is by its first bytes, whatever it is called."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+# The first bytes of what is read, under the suffix of each.
+KINDS: dict[str, Callable[[bytes], bool]] = {
+    "png": lambda head: head.startswith(b"\x89PNG\r\n\x1a\n"),
+    "jpeg": lambda head: head.startswith(b"\xff\xd8\xff"),
+    "webp": lambda head: head[:4] == b"RIFF" and head[8:12] == b"WEBP",
+    "mp4": lambda head: head[4:8] == b"ftyp",
+    "webm": lambda head: head.startswith(b"\x1aE\xdf\xa3"),
+    "gif": lambda head: head[:6] in (b"GIF87a", b"GIF89a"),
+}
+MEDIA_TYPES = {kind: f"{'video' if kind in ('mp4', 'webm') else 'image'}/{kind}" for kind in KINDS}
+
+
+def sniff(head: bytes) -> str | None:
+    """Return what a file is by its first 16 bytes; None for what is not read."""
+    return next((kind for kind, fits in KINDS.items() if fits(head)), None)
+
+
+def kind_of(path: Path) -> str | None:
+    """Return what a file is by its content; None for what is not read."""
+    with path.open("rb") as handle:
+        return sniff(handle.read(16))
