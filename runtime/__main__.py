@@ -1,4 +1,4 @@
-"""The command line: python -m runtime generate | ... | decode | verify | plan | build | info | embed; to make: verbs.py.
+"""The command line: python -m runtime generate | ... | verify | plan | build | info | embed; making: verbs.py.
 
 Exit codes: 0 done, 2 the request or its surroundings cannot work (one sentence says what to do), 1 a fault of ours,
 130 interrupted; of verify also 3 no credentials, 4 tampered with, 5 not signed by whom --trust names. No traceback
