@@ -6,8 +6,6 @@ from collections.abc import Sequence
 
 import numpy as np
 
-APART = 40.0  # levels by which an object's colour differs from the ground's
-
 
 def steps(frames: np.ndarray) -> np.ndarray:
     """Return the mean absolute difference of each frame to the one before [F - 1], in levels."""
@@ -19,11 +17,10 @@ def colour_steps(frames: np.ndarray) -> np.ndarray:
     return np.abs(np.diff(frames.mean(axis=(1, 2), dtype=float), axis=0)).max(axis=1)
 
 
-def seam_ratio(frames: np.ndarray, seams: Sequence[int]) -> float:
-    """Return the largest step into a frame of `seams`, in medians of the steps elsewhere."""
-    found = steps(frames)
+def seam_ratio(found: np.ndarray, seams: Sequence[int], *, least: float = 1e-9) -> float:
+    """Return the largest of steps [F - 1] into a frame of `seams`, in medians of those elsewhere, `least` at least."""
     inside = np.delete(found, [place - 1 for place in seams])
-    return float(max(found[place - 1] for place in seams) / max(np.median(inside), 1e-9))
+    return float(max(found[place - 1] for place in seams) / max(np.median(inside), least))
 
 
 def loop_ratio(frames: np.ndarray) -> float:
@@ -52,24 +49,12 @@ def ground(frames: np.ndarray) -> np.ndarray:
     return np.median(frames[:, border], axis=1)
 
 
-def track(frames: np.ndarray) -> np.ndarray:
-    """Return where the object is in each frame [F, 2], (x, y) in pixels: the centre of what is not ground; else NaN."""
-    apart = np.abs(frames.astype(float) - ground(frames)[:, None, None]).max(axis=3) > APART
-    places = np.full((len(frames), 2), np.nan)
-    for index, there in enumerate(apart):
-        rows, columns = np.nonzero(there)
-        if len(rows) >= 12:
-            places[index] = columns.mean(), rows.mean()
-    return places
-
-
-def velocity(frames: np.ndarray) -> np.ndarray:
-    """Return the object's velocity [2] in pixels per frame, by a line through its track; NaN where it is not seen."""
-    places = track(frames)
+def velocity(places: np.ndarray) -> np.ndarray:
+    """Return the velocity [2] of a track [F, 2] per frame, by a line through it; NaN where less than 3 are seen."""
     seen = ~np.isnan(places[:, 0])
     if seen.sum() < 3:
         return np.full(2, np.nan)
-    return np.polyfit(np.arange(len(frames))[seen], places[seen], 1)[0]
+    return np.polyfit(np.arange(len(places))[seen], places[seen], 1)[0]
 
 
 def sheet(clips: Sequence[np.ndarray], columns: int = 8) -> np.ndarray:

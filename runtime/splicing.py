@@ -15,12 +15,15 @@ from dataclasses import dataclass
 import numpy as np
 
 FADE = 8  # frames over which a correction fades
-LEAST = 0.5, 0.1  # levels of 255 below which a step of the mean colour, of all pixels, is none
+LEAST = 0.1, 0.5  # levels of 255 below which a step of the pixels, of their mean colour, is none
 
 
 @dataclass(frozen=True)
 class Seam:
-    """What was measured and corrected where made frames meet given ones; levels of 255, steps in medians inside."""
+    """What was measured and corrected where made frames meet given ones.
+
+    In levels of 255; steps in medians of those inside the calmer of the two sides.
+    """
 
     frame: int  # place in the result of the frame that the step leads to
     colour: tuple[float, float, float]  # mean of given less decoded: red, green, blue
@@ -46,7 +49,8 @@ class Splicer:
         self.decoded, self.given, self.offset = decoded, given, offset
         self.seams: list[Seam] = []
         pairs = [(given[place - 1], given[place]) for place in given if place - 1 in given]
-        self._inside = [step(frame - before.astype(np.float32)) for before, frame in pairs]  # made ones follow
+        self._given_steps = [step(frame - before.astype(np.float32)) for before, frame in pairs]
+        self._made_steps: list[tuple[float, float]] = []
         self._waiting: deque[tuple[int, np.ndarray]] = deque()
         self._last: tuple[int, np.ndarray] | None = None  # the last given frame, and what the decoder made of it
         self._before: _Edge | None = None  # that of the made frames that wait
@@ -60,7 +64,7 @@ class Splicer:
                 yield self.given[place]
                 continue
             if self._waiting:
-                self._inside.append(step(frame - self._waiting[-1][1].astype(np.float32)))
+                self._made_steps.append(step(frame - self._waiting[-1][1].astype(np.float32)))
             self._waiting.append((place, frame))
             if len(self._waiting) > FADE:
                 yield self._next()
@@ -103,8 +107,9 @@ class Splicer:
         """Measure the seam between a given frame and the made one `beside` it, and say what evens it out."""
         given = self.given[place].astype(np.float32)
         lost, jump = given - decoded, beside[1].astype(np.float32) - decoded
-        typical = np.median(self._inside, axis=0) if self._inside else np.array([np.inf, np.inf])
-        found, typical = np.maximum(step(jump), LEAST[::-1]), np.maximum(typical, LEAST[::-1])
+        sides = [np.median(side, axis=0) for side in (self._given_steps, self._made_steps) if side]
+        typical = np.maximum(np.min(sides, axis=0) if sides else np.inf, LEAST)  # of the calmer side
+        found = np.maximum(step(jump), LEAST)
         kept = float(min(1.0, *(typical / found)))
         red, green, blue = (round(float(v), 3) for v in lost.mean(axis=(0, 1)))
         detail = float(np.sqrt(np.square(lost).mean()))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +9,8 @@ import pytest
 
 from benchmarks import pixels
 from benchmarks.__main__ import main
-from benchmarks.verbs import prompts
+from benchmarks.verbs import VERBS, line, motion, things, trials
+from tools.demo_model.captions import held_out
 
 
 def moving(speed: float, frames: int = 12, jump: int | None = None) -> np.ndarray:
@@ -24,18 +24,22 @@ def moving(speed: float, frames: int = 12, jump: int | None = None) -> np.ndarra
     return clip
 
 
-def test_tracks_and_velocities() -> None:
-    assert pixels.velocity(moving(2)) == pytest.approx([2, 0], abs=0.01)
-    assert np.isnan(pixels.velocity(moving(0)[:, :20])).all()
+def test_velocities() -> None:
+    places = np.stack([3 + 2 * np.arange(12.0), np.full(12, 7.0)], axis=1)
+    places[4] = np.nan
+    assert pixels.velocity(places) == pytest.approx([2, 0], abs=1e-9)
+    assert np.isnan(pixels.velocity(np.full((12, 2), np.nan))).all()
     assert pixels.ground(moving(2))[3].tolist() == [20, 160, 40]
 
 
 def test_seams() -> None:
-    assert pixels.seam_ratio(moving(2), [6]) == pytest.approx(1)
-    assert pixels.seam_ratio(moving(2, jump=6), [6]) > 5
-    assert pixels.colour_steps(moving(2, jump=6))[5] == pytest.approx(30)
-    assert pixels.loop_ratio(np.concatenate([moving(2), moving(2)[::-1]])) == 0
-    assert pixels.loop_ratio(moving(2)) > 5
+    even, jump = moving(2), moving(2, jump=6)
+    assert pixels.seam_ratio(pixels.steps(even), [6]) == pytest.approx(1)
+    assert pixels.seam_ratio(pixels.steps(jump), [6]) > 5
+    assert pixels.colour_steps(jump)[5] == pytest.approx(30)
+    assert pixels.seam_ratio(pixels.colour_steps(jump), [6], least=0.5) == pytest.approx(60)
+    assert pixels.loop_ratio(np.concatenate([even, even[::-1]])) == 0
+    assert pixels.loop_ratio(even) > 5
 
 
 def test_low_pass_and_psnr() -> None:
@@ -46,16 +50,37 @@ def test_low_pass_and_psnr() -> None:
     assert np.allclose(pixels.low_pass(checks, 4), 100)
 
 
-def test_prompts_differ() -> None:
-    found = list(islice(prompts(), 24))
-    assert len(set(found)) == 24
-    assert len({text.split()[1] for text in found}) >= 6
+def test_scenes_are_held_out_and_move_along_lines() -> None:
+    found = trials(None, 24, 96, 64, 1)
+    assert len({trial.prompt for trial in found}) == 24
+    assert all(held_out(trial.scene) for trial in found)
+    for trial in found[:6]:
+        way = pixels.velocity(trial.way)
+        across, sign = {"left": (0, -1), "right": (0, 1), "rise": (1, -1), "fall": (1, 1)}[trial.scene.motion]
+        assert sign * way[across] > 2 * abs(way[1 - across])
+
+
+def test_what_is_drawn_passes_and_its_reverse_does_not() -> None:
+    (trial,) = trials(None, 1, 160, 96, 1)
+    kept = motion(trial, trial.truth, slice(9, 17))
+    assert kept == {"direction off, degrees": 0, "speed, of the drawn one": 1, "place off, % of the width": 0}
+    assert motion(trial, trial.truth[::-1], slice(9, 17))["direction off, degrees"] > 135
+    assert things(trial.scene, trial.truth, moving=True)["direction right"]
+    assert not things(trial.scene, trial.truth[::-1], moving=True)["direction right"]
+
+
+def test_rows() -> None:
+    assert line("a", "direction right", [True, False]) == "| a | direction right | | | 1 of 2 |"
+    assert line("a", "step at the seam", [1.0, 1.6, float("nan")]) == "| a | step at the seam | 1.30 | 1.60 | 1 of 3 |"
+    assert line("a", "as it was drawn, dB", [20.0, 30.0]) == "| a | as it was drawn, dB | 25.00 | 20.00 |  |"
+    assert line("a", "speed", [float("nan")]) == "| a | speed | not seen | | |"
 
 
 def test_a_small_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    command = ["verbs", "--prompts", "2", "--steps", "1", "--verbs", "extend", "loop", "--sheets", str(tmp_path)]
-    assert main(command) == 0
+    """Every verb on one prompt: its rows and its sheet are there, and what is given comes back."""
+    assert main(["verbs", "--prompts", "1", "--steps", "2", "--sheets", str(tmp_path)]) == 0
     told = capsys.readouterr().out
-    assert "| extend | given unchanged | 1.00 | 1.00 | 2 of 2 |" in told
+    assert told.count("| given unchanged | | | 1 of 1 |") == 6
     assert "| loop | last to first |" in told
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["extend.png", "loop.png"]
+    assert {path.stem for path in tmp_path.iterdir()} == {name.replace(" ", "-") for name in VERBS}
+    assert all(f"| {name} | " in told for name in VERBS)

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 import runtime
+from benchmarks import pixels
 from runtime import Clip, Request
 from runtime.clips import fit_frame
 from runtime.denoising import Known, held, renoised
@@ -32,7 +33,7 @@ PROMPT = "a red ball rolls left over green grass"
 TI2V = Tiny(residual=True, channels=8, seed=60)
 PLAIN = Tiny(seed=61)
 RANDOM = np.random.default_rng(0)
-DRIFT = 40  # levels of 255 by which the ground may change over a minute
+DRIFT = 8  # levels of 255 within which the ground stays over a minute; 3 were measured
 
 
 def noisy_clip(frames: int, height: int, width: int) -> np.ndarray:
@@ -400,13 +401,17 @@ def test_pipelines_of_pictures_are_read(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_a_minute(demo: runtime.Model) -> None:
-    """960 frames at 16 per second in constant memory; the ground's colour stays within a bound."""
-    request = Request(prompt=PROMPT, seconds=60, fps=16, seed=7)
+    """960 frames at 16 per second in constant memory; the ground keeps its colour, and no window begins with a jump."""
+    request = Request(prompt=PROMPT, seconds=60, fps=16, seed=7, width=96, height=64, steps=12)
     video = runtime.generate(demo, request)
-    assert video.num_frames == 960
-    grounds = [np.median(frame[[0, 1, -2, -1]].reshape(-1, 3), axis=0) for frame in video]
-    first, last = np.mean(grounds[:16], axis=0), np.mean(grounds[-16:], axis=0)
-    assert np.abs(first - last).max() <= DRIFT
+    frames = np.stack(list(video))
+    assert len(frames) == 960
+    grounds = np.array([np.median(part[:, [0, 1, -2, -1]].reshape(-1, 3), axis=0) for part in np.split(frames, 60)])
+    assert np.ptp(grounds, axis=0).max() <= DRIFT
+    seams = range(17, 960, 12)
+    assert pixels.seam_ratio(pixels.steps(frames), seams) <= 1.5
+    colours = [pixels.seam_ratio(pixels.colour_steps(frames), [place], least=0.5) for place in seams]
+    assert np.mean(np.array(colours) <= 1.5) >= 0.95
     peaks = video.receipt.stages["denoise"].peak_bytes, video.receipt.stages["decode"].peak_bytes
     short = runtime.generate(demo, replace(request, seconds=3)).receipt.stages["denoise"].peak_bytes
     assert max(peaks) <= short + (64 << 20)
