@@ -253,8 +253,11 @@ def whole(count: int, spec: ModelSpec) -> int:
 
 
 def context(request: Request, spec: ModelSpec, new: int, before: int, length: int) -> tuple[int, int]:
-    """Return (frames of a following clip that are known, frames in all) where `before` + `new` frames come first."""
-    total = spec.sampled_frames(before + new + min(length, max(overlap(request) - 1, 1)))
+    """Return (frames of a following clip that are known, frames in all) where `before` + `new` frames come first.
+
+    As many latent frames are known as of a clip before: the first of those stands for one frame, these for more.
+    """
+    total = spec.sampled_frames(before + new + min(length, overlap(request) + spec.stride[0] - 1))
     return min(length, total - before - new), total
 
 
