@@ -21,6 +21,7 @@ import torch
 from runtime.latents import check_latents
 from runtime.model import Model, choose_dtype
 from runtime.models.spec import nearest_counts, nearest_multiples
+from runtime.models.tiles import finer
 from runtime.receipt import Receipt
 from runtime.trace import Stages, recording, span
 from runtime.video import Video
@@ -52,10 +53,11 @@ def decode(
     model.vae.decode_stream(latents, tile)  # refuses a bad tile now, not at the first frame
     stages: Stages = {} if receipt is None else receipt.stages
     notes: list[str] = [] if receipt is None else receipt.notes
+    tried: list[str] = [] if receipt is None else receipt.decoding
 
     def frames() -> Iterator[np.ndarray]:
         def chunks() -> Iterator[np.ndarray]:
-            return timed(decode_chunks(model, latents, tile, kind, notes), stages)
+            return timed(decode_chunks(model, latents, tile, kind, notes, tried), stages)
 
         # On a CPU decoder and encoder share the cores, and a second thread's OpenMP workers only get in the way.
         for chunk in chunks() if model.device.type == "cpu" else ahead(chunks):
@@ -94,33 +96,29 @@ class Rung:
 def ladder(model: Model, height: int, width: int, tile: Tile | None) -> list[Rung]:
     """Return the rungs for frames of height x width pixels, from the asked one down."""
     rungs = [Rung("whole frames" if tile is None else f"tiles of {tile[0]}x{tile[1]}", tile)]
-    last = (height, width) if tile is None else tile
-    for parts in (2, 4, 8):
-        smaller = model.vae.tile_of(height, width, parts)
-        if smaller[0] * smaller[1] < 0.8 * last[0] * last[1]:  # else halo eats what cutting saves
-            rungs.append(Rung(f"tiles of {smaller[0]}x{smaller[1]}", smaller))
-            last = smaller
+    for smaller in finer(height, width, model.vae.tile_of, None if tile is None else tile[0] * tile[1]):
+        rungs.append(Rung(f"tiles of {smaller[0]}x{smaller[1]}", smaller))
     if model.device.type != "cpu":
         rungs.append(Rung("the CPU", tile, on_cpu=True))
     return rungs
 
 
 def decode_chunks(
-    model: Model, latents: torch.Tensor, tile: Tile | None, dtype: torch.dtype, notes: list[str]
+    model: Model, latents: torch.Tensor, tile: Tile | None, dtype: torch.dtype, notes: list[str], tried: list[str]
 ) -> Iterator[np.ndarray]:
     """Yield uint8 frames [F, H, W, 3]: one for the first latent frame, then as many as the time stride.
 
-    What happened on the way down the ladder is added to `notes`. Raises the last rung's out-of-memory error.
+    The rungs' names are added to `tried`, and why one was left to `notes`. Raises the last rung's out-of-memory error.
     """
     _, down, across = model.spec.stride
     rungs = ladder(model, latents.shape[3] * down, latents.shape[4] * across, tile)
     done = 0
     for rung, below in zip(rungs, [*rungs[1:], None], strict=True):
+        tried.append(rung.name)
         try:
-            for index, chunk in enumerate(_decode_on(model, latents, rung, dtype)):
-                if index == done:  # earlier ones are out already; the rungs' numbers are the same
-                    yield chunk
-                    done += 1
+            for chunk in _decode_on(model, latents, rung, dtype, done):
+                yield chunk
+                done += 1
             return
         except (RuntimeError, MemoryError) as error:
             if below is None or not out_of_memory(error):
@@ -135,10 +133,10 @@ def decode_chunks(
 
 
 @torch.inference_mode()
-def _decode_on(model: Model, latents: torch.Tensor, rung: Rung, dtype: torch.dtype) -> Iterator[np.ndarray]:
+def _decode_on(model: Model, latents: torch.Tensor, rung: Rung, dtype: torch.dtype, start: int) -> Iterator[np.ndarray]:
     device = torch.device("cpu") if rung.on_cpu else model.device
     network = model.autoencoder(device, dtype)
-    for pixels in network.decode_stream(latents.to(device), rung.tile):
+    for pixels in network.decode_stream(latents.to(device), rung.tile, start):
         yield to_bytes(pixels[0])
 
 

@@ -31,6 +31,7 @@ class Receipt:
     approximations: list[str] = field(default_factory=list)  # empty: exact, reordered at most
     notes: list[str] = field(default_factory=list)  # what the user should know, such as text that was cut
     expanded: dict[str, str] = field(default_factory=dict)  # prompt -> what was made of it
+    decoding: list[str] = field(default_factory=list)  # ways tried in turn, as memory allowed; the last went through
     seams: list[Any] = field(default_factory=list)  # where made frames meet given ones: what was corrected there
     stages: Stages = field(default_factory=dict)
     predicted: dict[str, Any] | None = None  # of the planner, beside `stages`; None: this machine is not calibrated

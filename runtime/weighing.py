@@ -11,12 +11,12 @@ from runtime.denoising import BATCHED_TOKENS
 from runtime.machine import Machine
 from runtime.models.costs import Costs, Shape, Work
 from runtime.models.spec import ModelSpec
+from runtime.models.tiles import finer
 from runtime.offload import Offload, choices
 from runtime.prediction import GIB, STAGES, Prediction
 from runtime.request import Request
 
 SLACK = 0.08  # of a measured machine's memory that is left free for what is not foreseen
-PARTS = (1, 2, 4, 8)  # how finely a frame is cut for the autoencoder
 VAE_ITEMSIZE = 4  # the autoencoder computes in float32, as published
 Tile = tuple[int, int] | None  # (height, width) in pixels; None: the whole frame
 
@@ -144,15 +144,15 @@ class Job:
     def live(self, tile: Tile) -> dict[str, int]:
         """Bytes that each stage holds at once beside weights."""
         if tile not in self._live:
-            clip = (self.latents, tile, VAE_ITEMSIZE)
+            clip, parked = (self.latents, tile, VAE_ITEMSIZE), self.machine.capability != (0, 0)
             denoise = self.costs.forward(self.shape(self.batched)).live
             denoise += self.experts * self.costs.project(self.shape(self.rows)).live
             self._live[tile] = {
                 "text": max(self.costs.text(tokens, self.setting.itemsize).live for tokens in self.texts),
                 "step": denoise,
                 "denoise": denoise,
-                "decode": self.costs.decode(*clip).live,
-                "encode": self.costs.encode(*clip).live,
+                "decode": self.costs.decode(*clip, parked=parked).live,
+                "encode": self.costs.encode(*clip, parked=parked).live,
             }
         return self._live[tile]
 
@@ -218,14 +218,7 @@ def tile_choices(job: Job) -> list[Tile]:
     """Return the tiles (height, width) in pixels to try: the user's alone, or whole frames and then ever finer ones."""
     if job.setting.tile is not None:
         return [job.setting.tile]
-    tiles: list[Tile] = [None]
-    last = job.height * job.width
-    for parts in PARTS[1:]:
-        tile = job.costs.tile_of(job.height, job.width, parts)
-        if tile[0] * tile[1] < 0.8 * last:  # else halo eats what cutting saves
-            tiles.append(tile)
-            last = tile[0] * tile[1]
-    return tiles
+    return [None, *finer(job.height, job.width, job.costs.tile_of)]
 
 
 def count_flops(job: Job, *, published: bool) -> dict[str, float]:

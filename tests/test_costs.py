@@ -157,6 +157,12 @@ def test_tiles_cost_what_their_halos_repeat() -> None:
     repeated = sum(h * w for h, w in cells) / (60 * 104)
     assert 1.0 < repeated < 2.0
     assert tiled.flops == pytest.approx(repeated * whole.flops, rel=0.05)
+    # The trunk is not repeated: at most a quarter more for a 720p frame in two by two.
+    whole, tiled = (costs.decode((21, 90, 160), tile, 2) for tile in (None, costs.tile_of(720, 1280, (2, 2))))
+    assert 1.0 < tiled.flops / whole.flops < 1.25
+    parked = costs.decode((21, 90, 160), costs.tile_of(720, 1280, (2, 2)), 2, parked=True)
+    assert parked.flops == tiled.flops
+    assert parked.live < 0.5 * whole.live < tiled.live
 
 
 @pytest.mark.parametrize("residual", [False, True])

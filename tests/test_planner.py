@@ -97,10 +97,10 @@ def test_json_of_the_command_line(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_a_refusal_names_the_nearest_that_fits_and_that_one_fits(capsys: pytest.CaptureFixture[str]) -> None:
-    asked = ["plan", "--model", "wan2.1-t2v-14b", "--gpu", "4090", "--memory", "12GiB", "--size", "1280x720"]
+    asked = ["plan", "--model", "wan2.1-t2v-14b", "--gpu", "4090", "--memory", "8GiB", "--size", "1280x720"]
     assert main([*asked, "--frames", "81"]) == 2
     told = capsys.readouterr().err
-    assert "1280x720 with 81 frames" in told and "12.00 GiB may be used" in told
+    assert "1280x720 with 81 frames" in told and "8.00 GiB may be used" in told
     frames, size, memory = (
         re.search(pattern, told)[1] for pattern in (r"--frames (\d+)", r"--size (\d+x\d+)", r"--memory ([\d.]+GiB)")
     )  # type: ignore[index]

@@ -84,9 +84,53 @@ def test_the_halo_is_as_small_as_the_layers_allow(name: str, part: str, monkeypa
 
 
 def test_published_halo() -> None:
-    """13 latent pixels for Wan 2.1: half the receptive field of the published decoder behind its middle block."""
+    """Wan 2.1: 12 cells of the published decoder's first level up, 43 pixels of its encoder before the last one."""
     with torch.device("meta"):
-        assert WanVAE(VAEConfig()).decoder.reach() == 13
+        network = WanVAE(VAEConfig())
+    assert network.decoder.reach() == 6
+    assert network.encoder.reach() == 6
+
+
+@pytest.mark.parametrize("name", BOTH)
+def test_decoding_begins_where_asked(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The frames are those of the whole clip, since all that they depend on is decoded, and no more."""
+    network = NETWORKS[name]
+    memory = network.decoder.memory()
+    latents = torch.randn(1, network.config.z_dim, memory + 5, 2, 3, generator=torch.Generator().manual_seed(2))
+    whole = list(network.decode_stream(latents))
+    for start in (0, 1, memory, memory + 1, memory + 4):
+        assert (
+            relative(*(torch.cat(x, dim=2) for x in (list(network.decode_stream(latents, None, start)), whole[start:])))
+            <= ROUNDING
+        )
+    monkeypatch.setattr(network.decoder, "memory", lambda: memory - 1)
+    assert not torch.equal(next(network.decode_stream(latents, None, memory + 4)), whole[-1])
+
+
+@pytest.mark.parametrize("name", BOTH)
+def test_a_tile_takes_several_frames_in_its_turn(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    network = NETWORKS[name]
+    halo, scale = network.decoder.reach(), network.stride[1]
+    latents = torch.randn(1, network.config.z_dim, 5, 3 * halo, 3, generator=torch.Generator().manual_seed(3))
+    tile = ((2 * halo + 2) * scale,) * 2
+    alone = list(network.decode_stream(latents, tile))
+    frames = torch.cat(alone, dim=2)
+    again = network.encode(frames, tile)
+    monkeypatch.setattr(network, "_at_once", lambda cuts: 3)
+    assert all(torch.equal(a, b) for a, b in zip(alone, network.decode_stream(latents, tile), strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(alone[1:], network.decode_stream(latents, tile, 1), strict=True))
+    assert torch.equal(again, network.encode(frames, tile))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", BOTH)
+def test_histories_wait_in_the_hosts_memory(name: str) -> None:
+    network = build(BOTH[name]).cuda()
+    halo, scale = network.decoder.reach(), network.stride[1]
+    latents = torch.randn(1, network.config.z_dim, 11, 3 * halo, 3, generator=torch.Generator().manual_seed(3))
+    whole = torch.cat(list(network.decode_stream(latents)), dim=2).cpu()
+    cut = torch.cat(list(network.decode_stream(latents, ((2 * halo + 2) * scale,) * 2)), dim=2)
+    assert relative(cut, whole) <= 1e-3  # TF32 or not, whole and cut pick their own convolutions
 
 
 @given(length=st.integers(1, 300), halo=st.integers(0, 20), extra=st.integers(1, 100))

@@ -29,8 +29,8 @@ class Watched:
         self.seen[self.name, tuple(x.shape[2:]), projected.keys[0].shape[0]] += 1
         return self.network(x, sigma, projected, *more)
 
-    def decode_stream(self, latents: torch.Tensor, tile: Any = None) -> Any:
-        for chunk in self.network.decode_stream(latents, tile):
+    def decode_stream(self, latents: torch.Tensor, tile: Any = None, start: int = 0) -> Any:
+        for chunk in self.network.decode_stream(latents, tile, start):
             self.seen["chunk", tuple(chunk.shape[2:])] += 1
             yield chunk
 

@@ -118,19 +118,24 @@ class Costs(Protocol):
         ...
 
     def decode(
-        self, latents: tuple[int, int, int], tile: tuple[int, int] | None, itemsize: int, *, published: bool = False
-    ) -> Work:
-        """Decoding latents [T, H, W], in tiles (height, width) in pixels with their halo."""
+        self, latents: tuple[int, int, int], tile: tuple[int, int] | None, itemsize: int, *, published: bool = False,
+        parked: bool = False,
+    ) -> Work:  # fmt: skip
+        """Decoding latents [T, H, W], in tiles (height, width) in pixels with their halo.
+
+        With `parked`, the histories of all tiles but one are in the host's memory.
+        """
         ...
 
     def encode(
-        self, latents: tuple[int, int, int], tile: tuple[int, int] | None, itemsize: int, *, published: bool = False
-    ) -> Work:
+        self, latents: tuple[int, int, int], tile: tuple[int, int] | None, itemsize: int, *, published: bool = False,
+        parked: bool = False,
+    ) -> Work:  # fmt: skip
         """Encoding the clip of such latents."""
         ...
 
-    def tile_of(self, height: int, width: int, parts: int) -> tuple[int, int]:
-        """Return the tile (height, width) in pixels, halo included, that cuts a frame into `parts` each way."""
+    def tile_of(self, height: int, width: int, parts: tuple[int, int]) -> tuple[int, int]:
+        """Return the tile (height, width) in pixels, halo included, that cuts a frame into parts (rows, columns)."""
         ...
 
 

@@ -255,8 +255,12 @@ class Transformer(Protocol):
 class Autoencoder(Protocol):
     """What the stations ask of a family's video autoencoder; latents are normalised as the sampler sees them."""
 
-    def decode_stream(self, latents: torch.Tensor, tile: tuple[int, int] | None = None) -> Iterator[torch.Tensor]:
+    def decode_stream(
+        self, latents: torch.Tensor, tile: tuple[int, int] | None = None, start: int = 0
+    ) -> Iterator[torch.Tensor]:
         """Yield pixels [B, 3, F, H, W] in [-1, 1] of latents [B, C, T, H, W], one latent frame after the other.
+
+        They begin at latent frame `start`.
 
         `tile` (height, width) in pixels bounds what is decoded at once, halo included; the numbers are the same.
         """
@@ -271,8 +275,8 @@ class Autoencoder(Protocol):
         """
         ...
 
-    def tile_of(self, height: int, width: int, parts: int) -> tuple[int, int]:
-        """Return the tile (height, width) in pixels, halo included, that cuts a frame into `parts` each way."""
+    def tile_of(self, height: int, width: int, parts: tuple[int, int]) -> tuple[int, int]:
+        """Return the tile (height, width) in pixels, halo included, that cuts a frame into parts (rows, columns)."""
         ...
 
 

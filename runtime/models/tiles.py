@@ -3,9 +3,28 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
+
+PARTS = ((1, 2), (2, 2), (4, 4), (8, 8))  # that a frame is cut into, along its shorter and its longer side
+SMALLER = 0.8  # of the tile before: else the halo eats what cutting saves
+
+
+def finer(
+    height: int, width: int, tile_of: Callable[[int, int, tuple[int, int]], tuple[int, int]], below: int | None = None
+) -> Iterator[tuple[int, int]]:
+    """Yield ever smaller tiles (height, width) in pixels of a frame, the first well below `below` pixels (None: all).
+
+    `tile_of` is the autoencoder's.
+    """
+    last = height * width if below is None else below
+    for short, long in PARTS:
+        tile = tile_of(height, width, (short, long) if height <= width else (long, short))
+        if tile[0] * tile[1] < SMALLER * last:
+            yield tile
+            last = tile[0] * tile[1]
 
 
 @dataclass(frozen=True)

@@ -87,8 +87,8 @@ class WanCosts:
         with torch.device("meta"):
             return WanVAE(self.vae_config)
 
-    def tile_of(self, height: int, width: int, parts: int) -> tuple[int, int]:
-        """Return the tile (height, width) in pixels, halo included, that cuts a frame into `parts` each way."""
+    def tile_of(self, height: int, width: int, parts: tuple[int, int]) -> tuple[int, int]:
+        """Return the tile (height, width) in pixels, halo included, that cuts a frame into parts (rows, columns)."""
         return self._vae_module.tile_of(height, width, parts)
 
     def text(self, tokens: int, itemsize: int) -> Work:
@@ -212,16 +212,18 @@ class WanCosts:
         return int(widths * shape.rows * tokens * d * shape.itemsize) + latents
 
     def decode(
-        self, latents: tuple[int, int, int], tile: tuple[int, int] | None, itemsize: int, *, published: bool = False
-    ) -> Work:
+        self, latents: tuple[int, int, int], tile: tuple[int, int] | None, itemsize: int, *, published: bool = False,
+        parked: bool = False,
+    ) -> Work:  # fmt: skip
         """The decoder over all chunks and tiles."""
-        return decoder(self.vae_config, latents, self._cuts(latents, tile, True), itemsize, published)
+        return decoder(self.vae_config, latents, self._cuts(latents, tile, True), itemsize, published, parked)
 
     def encode(
-        self, latents: tuple[int, int, int], tile: tuple[int, int] | None, itemsize: int, *, published: bool = False
-    ) -> Work:
+        self, latents: tuple[int, int, int], tile: tuple[int, int] | None, itemsize: int, *, published: bool = False,
+        parked: bool = False,
+    ) -> Work:  # fmt: skip
         """The encoder over all chunks and tiles."""
-        return encoder(self.vae_config, latents, self._cuts(latents, tile, False), itemsize, published)
+        return encoder(self.vae_config, latents, self._cuts(latents, tile, False), itemsize, published, parked)
 
     def _cuts(self, latents: tuple[int, int, int], tile: tuple[int, int] | None, up: bool) -> list[tuple[int, int]]:
         """Latent cells (height, width) of each tile with its halo; the whole frame where there is none."""

@@ -13,27 +13,19 @@ from __future__ import annotations
 
 import itertools
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import nn
 
-from runtime.kernels.norm_silu import norm_silu
 from runtime.models.spec import config_from
 from runtime.models.tiles import Tile, tiles
-from runtime.models.wan.vae_blocks import (
-    CausalConv3d,
-    DownBlock,
-    History,
-    MidBlock,
-    Norm,
-    Ring,
-    UpBlock,
-    UpsamplingConv2d,
-    pointwise,
-)
+from runtime.models.wan.vae_blocks import CausalConv3d, History, UpsamplingConv2d, fetch, park, pointwise
+from runtime.models.wan.vae_networks import Decoder, Encoder
+
+FRAMES_PER_TILE = 8  # latent frames that a tile decodes in its turn on a GPU: its history is moved once for all
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -119,45 +111,54 @@ class WanVAE(nn.Module):
             elif isinstance(module, nn.Conv2d):
                 module.weight.data = module.weight.data.contiguous(memory_format=torch.channels_last)
 
-    def decode_stream(self, latents: torch.Tensor, tile: tuple[int, int] | None = None) -> Iterator[torch.Tensor]:
+    def decode_stream(
+        self, latents: torch.Tensor, tile: tuple[int, int] | None = None, start: int = 0
+    ) -> Iterator[torch.Tensor]:
         """Yield the clip of latents [B, C, T, H, W], normalised as the sampler has them, while it is decoded.
 
         Chunks are [B, 3, F, height, width] float32 in [-1, 1]: F is 1 for the first latent frame, `stride[0]` for
-        each next one. `tile` (height, width) in pixels bounds what is decoded at once, halo included; the numbers are
-        the same. ValueError for latents of another shape, or a tile that holds nothing but halo.
+        each next one; they begin at latent frame `start`, for which no more is decoded than it depends on. `tile`
+        (height, width) in pixels bounds what is decoded at once, halo included; the numbers are the same. ValueError
+        for latents of another shape, or a tile that holds nothing but halo.
         """
         if latents.dim() != 5 or latents.shape[1] != self.config.z_dim or 0 in latents.shape:
             raise ValueError(f"latents have shape {list(latents.shape)}; expected [B, {self.config.z_dim}, T, H, W]")
         height, width = latents.shape[3:]
         halo = self.decoder.reach()
-        return self._decode_chunks(latents, tiles((height, width), self._cells(tile, halo), halo))
+        return self._decode_chunks(latents, tiles((height, width), self._cells(tile, halo), halo), start)
 
     @torch.no_grad()
-    def _decode_chunks(self, latents: torch.Tensor, cuts: list[Tile]) -> Iterator[torch.Tensor]:
+    def _decode_chunks(self, latents: torch.Tensor, cuts: list[Tile], start: int) -> Iterator[torch.Tensor]:
         weight = self.post_quant_conv.weight
         mean, std = self._statistics(weight.device)
         whole = self.decoder.empty_history()
         histories = [self.decoder.empty_history() for _ in cuts]
-        for t in range(latents.shape[2]):
-            z = latents[:, :, t : t + 1].to(weight.device, torch.float32) * std + mean
-            z = pointwise(self.post_quant_conv, z.to(weight.dtype, memory_format=torch.channels_last_3d))
-            x = self.decoder.trunk(z, whole)
-            parts = self._decode_tiles(x, cuts, histories, t == 0)
-            yield assembled(parts, cuts, (latents.shape[3], latents.shape[4]), self.stride[1])
+        at_once = self._at_once(cuts)
+        for begin in range(max(start - self.decoder.memory(), 0), latents.shape[2], at_once):
+            trunks = []
+            for t in range(begin, min(begin + at_once, latents.shape[2])):
+                z = latents[:, :, t : t + 1].to(weight.device, torch.float32) * std + mean
+                z = pointwise(self.post_quant_conv, z.to(weight.dtype, memory_format=torch.channels_last_3d))
+                trunks.append(self.decoder.trunk(z, whole, t == 0))
+            scales = (self.decoder.scale, self.stride[1])
+            made = over_tiles(self._pixels, trunks, cuts, histories, scales, torch.device("cpu"), begin == 0)
+            yield from made[max(start - begin, 0) :]
 
-    def _decode_tiles(
-        self, x: torch.Tensor, cuts: list[Tile], histories: list[History], first: bool
-    ) -> Iterator[torch.Tensor]:
-        for tile, history in zip(cuts, histories, strict=True):
-            part = tile.cut(x) if len(cuts) == 1 else tile.cut(x).clone(memory_format=torch.channels_last_3d)
-            pixels = self.decoder.branch(part, history, first)
-            yield unpatchify(pixels, self.config.patch_size or 1).float().clamp_(-1.0, 1.0)
+    def _pixels(self, x: torch.Tensor, history: History, first: bool) -> torch.Tensor:
+        made = self.decoder.branch(x, history, first)
+        return unpatchify(made, self.config.patch_size or 1).float().clamp_(-1.0, 1.0)
 
-    def tile_of(self, height: int, width: int, parts: int) -> tuple[int, int]:
-        """Return the tile (height, width) in pixels, halo included, that cuts a frame into `parts` each way."""
+    def _at_once(self, cuts: list[Tile]) -> int:
+        """Return how many latent frames a tile takes in its turn; on a CPU its history is not moved."""
+        return 1 if len(cuts) == 1 or self.quant_conv.weight.device.type == "cpu" else FRAMES_PER_TILE
+
+    def tile_of(self, height: int, width: int, parts: tuple[int, int]) -> tuple[int, int]:
+        """Return the tile (height, width) in pixels, halo included, that cuts a frame into parts (rows, columns)."""
         halo = self.decoder.reach()
-        sides = (-(-(side // self.stride[1]) // parts) + halo * min(parts - 1, 2) for side in (height, width))
-        down, across = (max(cells, 2 * halo + 1) * self.stride[1] for cells in sides)
+        down, across = (
+            max(-(-(side // self.stride[1]) // count) + halo * min(count - 1, 2), 2 * halo + 1) * self.stride[1]
+            for side, count in zip((height, width), parts, strict=True)
+        )
         return down, across
 
     def _cells(self, tile: tuple[int, int] | None, halo: int) -> tuple[int, int] | None:
@@ -202,29 +203,26 @@ class WanVAE(nn.Module):
         mean, std = self._statistics(weight.device)
         whole = self.encoder.empty_history()
         halo = self.encoder.reach()
-        size = self._cells(tile, halo)
+        size, cells = self._cells(tile, halo), self.stride[1] // (self.config.patch_size or 1)
+        cuts: list[Tile] = []
         histories: list[History] = []
-        for index, frames in enumerate(chunks):
-            self._check_frames(frames)
-            expected = self.stride[0] if index else 1
-            if frames.shape[2] != expected:
-                raise ValueError(f"chunk {index} holds {frames.shape[2]} frames; expected {expected}")
-            height, width = (side // self.stride[1] for side in frames.shape[3:])
-            cuts = tiles((height, width), size, halo)
-            histories = histories or [self.encoder.empty_history() for _ in cuts]
-            x = patchify(frames.to(weight.device, weight.dtype), self.config.patch_size or 1)
-            parts = self._encode_tiles(x, cuts, histories, index == 0)
-            x = self.encoder.trunk(assembled(parts, cuts, (height, width), 1), whole)
-            mu = pointwise(self.quant_conv, x)[:, : self.config.z_dim]
-            yield (mu.float() - mean) / std
-
-    def _encode_tiles(
-        self, x: torch.Tensor, cuts: list[Tile], histories: list[History], first: bool
-    ) -> Iterator[torch.Tensor]:
-        scale = self.stride[1] // (self.config.patch_size or 1)
-        for tile, history in zip(cuts, histories, strict=True):
-            part = tile.cut(x, scale).clone(memory_format=torch.channels_last_3d)
-            yield self.encoder.branch(part, history, first)
+        done, coming = 0, iter(chunks)
+        while group := list(itertools.islice(coming, self._at_once(cuts) if cuts else 1)):
+            for index, frames in enumerate(group, done):
+                self._check_frames(frames)
+                expected = self.stride[0] if index else 1
+                if frames.shape[2] != expected:
+                    raise ValueError(f"chunk {index} holds {frames.shape[2]} frames; expected {expected}")
+            if not cuts:
+                cuts = tiles((group[0].shape[3] // self.stride[1], group[0].shape[4] // self.stride[2]), size, halo)
+                histories = [self.encoder.empty_history() for _ in cuts]
+            folded = [patchify(x.to(weight.device, weight.dtype), self.config.patch_size or 1) for x in group]
+            laid = [x.clone(memory_format=torch.channels_last_3d) for x in folded]
+            scales = (cells, self.encoder.scale)
+            for x in over_tiles(self.encoder.branch, laid, cuts, histories, scales, weight.device, not done):
+                mu = pointwise(self.quant_conv, self.encoder.trunk(x, whole, not done))[:, : self.config.z_dim]
+                yield (mu.float() - mean) / std
+                done += 1
 
     def _check_frames(self, frames: torch.Tensor) -> None:
         channels = self.config.in_channels // (self.config.patch_size or 1) ** 2
@@ -270,110 +268,28 @@ def diffusers_keys(config: VAEConfig, vae: WanVAE | None = None) -> dict[str, st
     return {published(name): name for name, _ in vae.named_parameters()}
 
 
-class Streaming(nn.Module):
-    """A network over a stream of chunks: it knows how many frames its causal convolutions must remember."""
+def over_tiles(
+    run: Callable[[torch.Tensor, History, bool], torch.Tensor], chunks: list[torch.Tensor], cuts: list[Tile],
+    histories: list[History], scales: tuple[int, int], device: torch.device, first: bool,
+) -> list[torch.Tensor]:  # fmt: skip
+    """Return run(chunk, history, is the clip's first) of consecutive chunks, put together of their tiles on `device`.
 
-    kept: tuple[int, ...]  # per causal convolution
-
-    def number_slots(self) -> None:
-        """Give each causal convolution its place in the history; the last step of construction."""
-        convolutions = [module for module in self.modules() if isinstance(module, CausalConv3d)]
-        for slot, convolution in enumerate(convolutions):
-            convolution.slot = slot
-        self.kept = tuple(convolution.weight.shape[2] - convolution.time_stride for convolution in convolutions)
-
-    def empty_history(self) -> History:
-        """Return the history in front of a clip's first chunk."""
-        return [Ring(size) for size in self.kept]
-
-
-class Decoder(Streaming):
-    """One latent frame [B, z_dim, 1, H, W] to its pixel frames [B, out_channels, F, 8 H, 8 W]."""
-
-    def __init__(self, config: VAEConfig) -> None:
-        super().__init__()
-        base = config.decoder_base_dim or config.base_dim
-        widths = [base * multiple for multiple in config.dim_mult[::-1]]
-        levels = len(widths) - 1
-        self.conv_in = CausalConv3d(config.z_dim, widths[0], (3, 3, 3))
-        self.mid_block = MidBlock(widths[0])
-        blocks, width = [], widths[0]
-        for i, out in enumerate(widths):
-            time = config.temperal_downsample[levels - 1 - i] if i < levels else False
-            blocks.append(UpBlock(width, out, config, upsample=i < levels, time=time))
-            width = out if config.is_residual else out // 2
-        self.up_blocks = nn.ModuleList(blocks)
-        self.norm_out = Norm(widths[-1])
-        self.conv_out = CausalConv3d(widths[-1], config.out_channels, (3, 3, 3))
-        self.number_slots()
-
-    def trunk(self, z: torch.Tensor, history: History) -> torch.Tensor:
-        """The part that sees the whole frame: attention is there."""
-        return self.mid_block(self.conv_in(z, history), history)
-
-    def reach(self) -> int:
-        """Return how many cells of the trunk's result, to each side, a pixel of the branch's depends on."""
-        reach = self.conv_out.weight.shape[3] // 2
-        for block in reversed(self.up_blocks):
-            reach = cast(UpBlock, block).reach(reach)
-        return reach
-
-    def branch(self, x: torch.Tensor, history: History, first: bool) -> torch.Tensor:
-        """The part that sees a neighbourhood only, so that it may run on tiles."""
-        for block in self.up_blocks:
-            x = block(x, history, first)
-        return self.conv_out(norm_silu(x, self.norm_out.gamma, inplace=True), history)
-
-
-class Encoder(Streaming):
-    """A chunk of frames [B, in_channels, F, 8 H, 8 W] to the moments [B, 2 * z_dim, 1, H, W] of one latent frame."""
-
-    def __init__(self, config: VAEConfig) -> None:
-        super().__init__()
-        widths = [config.base_dim * multiple for multiple in config.dim_mult]
-        levels = len(widths) - 1
-        self.conv_in = CausalConv3d(config.in_channels, config.base_dim, (3, 3, 3))
-        blocks, width = [], config.base_dim
-        for i, out in enumerate(widths):
-            time = config.temperal_downsample[i] if i < levels else False
-            blocks.append(DownBlock(width, out, config, downsample=i < levels, time=time))
-            width = out
-        self.down_blocks = nn.ModuleList(blocks)
-        self.mid_block = MidBlock(width)
-        self.norm_out = Norm(width)
-        self.conv_out = CausalConv3d(width, 2 * config.z_dim, (3, 3, 3))
-        self.number_slots()
-
-    def branch(self, x: torch.Tensor, history: History, first: bool) -> torch.Tensor:
-        """The part that sees a neighbourhood only, so that it may run on tiles."""
-        x = self.conv_in(x, history)
-        for block in self.down_blocks:
-            x = block(x, history, first)
-        return x
-
-    def reach(self) -> int:
-        """Return how many cells of the branch's result, to each side, share pixels with one; pixels are 2^levels."""
-        reach, levels = 0, 0
-        for block in reversed(self.down_blocks):
-            reach = cast(DownBlock, block).reach(reach)
-            levels += cast(DownBlock, block).downsampler is not None
-        return -(-(reach + self.conv_in.weight.shape[3] // 2) // 2**levels)
-
-    def trunk(self, x: torch.Tensor, history: History) -> torch.Tensor:
-        """The part that sees the whole frame: attention is there."""
-        x = self.mid_block(x, history)
-        return self.conv_out(norm_silu(x, self.norm_out.gamma, inplace=True), history)
-
-
-def assembled(parts: Iterator[torch.Tensor], cuts: list[Tile], cells: tuple[int, int], scale: int) -> torch.Tensor:
-    """Put the results of the tiles of one chunk together, `scale` pixels per cell; a single one is the whole."""
-    part = next(parts)
+    `scales` are the pixels per latent cell of what is given and made. A tile takes all chunks in its turn, and its
+    history waits in the host's memory while others have theirs.
+    """
     if len(cuts) == 1:
-        return part
-    whole = part.new_empty(*part.shape[:3], cells[0] * scale, cells[1] * scale)
-    for tile, result in zip(cuts, itertools.chain([part], parts), strict=True):
-        tile.paste(result, whole, scale)
-    return whole
+        return [run(x, histories[0], first and not i) for i, x in enumerate(chunks)]
+    wholes: list[torch.Tensor] = []
+    for tile, history in zip(cuts, histories, strict=True):
+        fetch(history, chunks[0].device)
+        for i, x in enumerate(chunks):
+            part = run(tile.cut(x, scales[0]).clone(memory_format=torch.channels_last_3d), history, first and not i)
+            if len(wholes) == i:
+                sides = (side // scales[0] * scales[1] for side in x.shape[3:])
+                wholes.append(torch.empty(*part.shape[:3], *sides, dtype=part.dtype, device=device))
+            tile.paste(part, wholes[i], scales[1])
+        park(history)
+    return wholes
 
 
 def patchify(x: torch.Tensor, patch: int) -> torch.Tensor:

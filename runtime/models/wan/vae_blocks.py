@@ -28,6 +28,7 @@ class Ring:
     def __init__(self, size: int) -> None:
         self.size, self.filled = size, 0
         self.frames: torch.Tensor | None = None  # [B, C, size, H, W], the newest last
+        self.parked: torch.Tensor | None = None  # where they lie in the host's memory meanwhile
 
     def newest(self) -> torch.Tensor | None:
         """Return the frames that are there, [B, C, filled, H, W]; None for none."""
@@ -43,6 +44,23 @@ class Ring:
             self.frames[:, :, place].copy_(self.frames[:, :, place + x.shape[2]])
         self.frames[:, :, staying:].copy_(x[:, :, -self.size :])
         self.filled = min(self.filled + x.shape[2], self.size)
+
+
+def park(history: History) -> None:
+    """Move a history into the host's memory, page-locked, until it is fetched; on a CPU it is there already."""
+    for ring in history:
+        if ring.frames is not None and ring.frames.device.type != "cpu":
+            if ring.parked is None:
+                ring.parked = torch.empty_like(ring.frames, device="cpu", pin_memory=True)
+            ring.parked.copy_(ring.frames, non_blocking=True)  # in the stream's order, as all that follows
+            ring.frames = None
+
+
+def fetch(history: History, device: torch.device) -> None:
+    """Bring a parked history back."""
+    for ring in history:
+        if ring.frames is None and ring.parked is not None:
+            ring.frames = ring.parked.to(device, non_blocking=True)
 
 
 class UpBlock(nn.Module):
@@ -71,6 +89,12 @@ class UpBlock(nn.Module):
         if self.upsampler is not None:
             after = -(-(after + 1) // 2)  # a 3 x 3 convolution of repeated pixels
         return after + sum(cast(ResidualBlock, resnet).reach() for resnet in self.resnets)
+
+    def memory(self, after: int) -> int:
+        """Return how many frames back the block sees at its input, if `after` are seen at its output."""
+        if self.upsampler is not None and self.upsampler.time_conv is not None:
+            after = -(-after // 2) + self.upsampler.time_conv.weight.shape[2] - 1
+        return after + sum(cast(ResidualBlock, resnet).memory() for resnet in self.resnets)
 
 
 class DownBlock(nn.Module):
@@ -112,6 +136,10 @@ class MidBlock(nn.Module):
         x = self.attentions[0](self.resnets[0](x, history))
         return self.resnets[1](x, history)
 
+    def memory(self) -> int:
+        """Return how many frames back a result depends on."""
+        return sum(cast(ResidualBlock, resnet).memory() for resnet in self.resnets)
+
 
 class ResidualBlock(nn.Module):
     """x + conv(norm_silu(conv(norm_silu(x)))), x projected where the width changes."""
@@ -134,6 +162,10 @@ class ResidualBlock(nn.Module):
     def reach(self) -> int:
         """Return how many cells to each side a result depends on."""
         return sum(conv.weight.shape[3] // 2 for conv in (self.conv1, self.conv2))
+
+    def memory(self) -> int:
+        """Return how many frames back a result depends on."""
+        return sum(conv.weight.shape[2] - 1 for conv in (self.conv1, self.conv2))
 
 
 class FrameAttention(nn.Module):

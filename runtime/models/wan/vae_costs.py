@@ -6,7 +6,8 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 
 from runtime.models.costs import Operation, Work, attention, convolution, linear, sweep
-from runtime.models.wan.vae import VAEConfig
+from runtime.models.wan.vae import FRAMES_PER_TILE, VAEConfig
+from runtime.models.wan.vae_networks import WHOLE_LEVELS
 
 KEPT_FRAMES = 2  # that a convolution with three taps in time remembers of its input
 DISTINCT = 4  # chunks that differ in how many of their taps see only zeros: the first few
@@ -87,94 +88,128 @@ class Walk:
         self.hold(pixels * width * 8)
         self.residual(cells, 1, (width, width))
 
+    def over(self, cuts: Sequence[Cells], parked: bool) -> Iterator[Cells]:
+        """Yield each size of tiles, with `copies` as many as there are; of parked histories one alone takes memory."""
+        others, largest = self.kept, 0
+        for cut, self.copies in Counter(cuts).items():
+            yield cut
+            largest = max(largest, (self.kept - others) // self.copies)
+            if parked and len(cuts) > 1:
+                self.kept = others
+            else:
+                others, largest = self.kept, 0
+        self.copies = 1
+        self.kept += largest
+
     def work(self, *lasting: int) -> Work:
         """Return what was collected; `lasting` bytes are live throughout."""
         return Work(tuple(self.operations), self.kept + self.most + sum(lasting))
 
 
 def decoder(
-    config: VAEConfig, latents: tuple[int, int, int], cuts: Sequence[Cells], itemsize: int, published: bool
-) -> Work:
+    config: VAEConfig, latents: tuple[int, int, int], cuts: Sequence[Cells], itemsize: int, published: bool,
+    parked: bool,
+) -> Work:  # fmt: skip
     """Decoding latents [T, H, W], the part behind the trunk in tiles of so many cells (height, width)."""
     walk = Walk(latents[0], itemsize, published)
     cells = (latents[1], latents[2])
     base = config.decoder_base_dim or config.base_dim
     widths = [base * multiple for multiple in config.dim_mult[::-1]]
+    levels = range(len(widths))
     walk.each(1, linear(cells[0] * cells[1], config.z_dim, config.z_dim, itemsize))
     walk.causal(cells, 1, (config.z_dim, widths[0]), (3, 9))
     walk.middle(cells, widths[0])
-    for cut, walk.copies in Counter(cuts).items():
-        _up(walk, config, cut, widths)
+    grown, frames, width = _up(walk, config, levels[:WHOLE_LEVELS], (cells, 1, widths[0]))
+    scale = grown[0] // cells[0]
+    for cut in walk.over(cuts, parked):
+        _up(walk, config, levels[WHOLE_LEVELS:], ((cut[0] * scale, cut[1] * scale), frames, width))
     time, down, across = config.stride
     pixels = time * cells[0] * down * cells[1] * across * 3
-    return walk.work(pixels * (8 if len(cuts) > 1 else 4), cells[0] * cells[1] * widths[0] * itemsize)
+    waiting = FRAMES_PER_TILE if parked and len(cuts) > 1 else 1
+    trunk = waiting * frames * grown[0] * grown[1] * width * itemsize
+    return walk.work(pixels * (8 if len(cuts) > 1 and not parked else 4), trunk)
 
 
-def _up(walk: Walk, config: VAEConfig, cells: Cells, widths: Sequence[int]) -> None:
-    levels, frames, width = len(widths) - 1, 1, widths[0]
-    for i, out in enumerate(widths):
+def _up(walk: Walk, config: VAEConfig, levels: Sequence[int], given: tuple[Cells, int, int]) -> tuple[Cells, int, int]:
+    """Walk some levels of the decoder from (cells, frames, width) on; return what the next level is given."""
+    cells, frames, width = given
+    base = config.decoder_base_dim or config.base_dim
+    last = len(config.dim_mult) - 1
+    for i in levels:
+        out = base * config.dim_mult[last - i]
         pixels = cells[0] * cells[1]
         inputs = [width, *[out] * config.num_res_blocks]
-        given = frames * pixels * width
-        apart = width != out or (config.is_residual and i < levels)  # else results take the input's memory
+        taken = frames * pixels * width
+        apart = width != out or (config.is_residual and i < last)  # else results take the input's memory
         for number, each in enumerate(inputs):
-            walk.residual(cells, frames, (each, out), given if number and apart else 0)
-        if i < levels:
-            doubled = config.temperal_downsample[levels - 1 - i]
-            out_width = out if config.is_residual else out // 2
-            before = given * apart + frames * pixels * out
+            walk.residual(cells, frames, (each, out), taken if number and apart else 0)
+        width = out
+        if i < last:
+            doubled = config.temperal_downsample[last - 1 - i]
+            width = out if config.is_residual else out // 2
+            before = taken * apart + frames * pixels * out
             if doubled and walk.several:
                 walk.causal(cells, frames, (out, 2 * out), (3, 1), skip_first=True)
                 frames *= 2
                 before += 2 * frames * pixels * out
             taps, grid = (9, 4 * pixels) if walk.published else (16, pixels)
-            walk.each(frames, convolution("upsample", frames * grid, taps, out, out_width, walk.itemsize))
-            cells, width = (2 * cells[0], 2 * cells[1]), out_width
-            walk.hold(before, 4 * frames * pixels * out_width)
+            walk.each(frames, convolution("upsample", frames * grid, taps, out, width, walk.itemsize))
+            cells = (2 * cells[0], 2 * cells[1])
+            walk.hold(before, 4 * frames * pixels * width)
         else:
-            width = out
-    walk.norm(cells, frames, width)
-    walk.causal(cells, frames, (width, config.out_channels), (3, 9))
+            walk.norm(cells, frames, width)
+            walk.causal(cells, frames, (width, config.out_channels), (3, 9))
+    return cells, frames, width
 
 
 def encoder(
-    config: VAEConfig, latents: tuple[int, int, int], cuts: Sequence[Cells], itemsize: int, published: bool
-) -> Work:
+    config: VAEConfig, latents: tuple[int, int, int], cuts: Sequence[Cells], itemsize: int, published: bool,
+    parked: bool,
+) -> Work:  # fmt: skip
     """Encoding the clip of latents [T, H, W], the part before the trunk in tiles of so many cells (height, width)."""
     walk = Walk(latents[0], itemsize, published)
     cells = (latents[1], latents[2])
     widths = [config.base_dim * multiple for multiple in config.dim_mult]
-    for cut, walk.copies in Counter(cuts).items():
-        _down(walk, config, cut, widths)
-    walk.copies = 1
+    levels = range(len(widths))
+    scale, frames = 2 ** levels[-1], config.stride[0] if walk.several else 1
+    grown, left, width = cells, frames, config.base_dim
+    for cut in walk.over(cuts, parked):
+        pixels = (cut[0] * scale, cut[1] * scale)
+        walk.causal(pixels, frames, (config.in_channels, config.base_dim), (3, 9))
+        made, left, width = _down(walk, config, levels[:-WHOLE_LEVELS], (pixels, frames, config.base_dim))
+        grown = (cells[0] * made[0] // cut[0], cells[1] * made[1] // cut[1])
+    _down(walk, config, levels[-WHOLE_LEVELS:], (grown, left, width))
     walk.middle(cells, widths[-1])
     walk.norm(cells, 1, widths[-1])
     walk.causal(cells, 1, (widths[-1], 2 * config.z_dim), (3, 9))
     walk.each(1, linear(cells[0] * cells[1], 2 * config.z_dim, 2 * config.z_dim, itemsize))
     time, down, across = config.stride
-    return walk.work(3 * time * cells[0] * down * cells[1] * across * 3 * 4)
+    waiting = FRAMES_PER_TILE if parked and len(cuts) > 1 else 1
+    return walk.work((2 + waiting) * time * cells[0] * down * cells[1] * across * 3 * 4)
 
 
-def _down(walk: Walk, config: VAEConfig, cells: Cells, widths: Sequence[int]) -> None:
-    levels, width = len(widths) - 1, config.base_dim
-    frames = config.stride[0] if walk.several else 1
-    cells = (cells[0] * 2**levels, cells[1] * 2**levels)
-    walk.causal(cells, frames, (config.in_channels, width), (3, 9))
-    for i, out in enumerate(widths):
-        given = frames * cells[0] * cells[1] * width
+def _down(
+    walk: Walk, config: VAEConfig, levels: Sequence[int], given: tuple[Cells, int, int]
+) -> tuple[Cells, int, int]:
+    """Walk some levels of the encoder from (pixels, frames, width) on; return what the next level is given."""
+    cells, frames, width = given
+    for i in levels:
+        out = config.base_dim * config.dim_mult[i]
+        taken = frames * cells[0] * cells[1] * width
         apart = width != out or config.is_residual
         for number, each in enumerate([width, *[out] * (config.num_res_blocks - 1)]):
-            walk.residual(cells, frames, (each, out), given if number and apart else 0)
+            walk.residual(cells, frames, (each, out), taken if number and apart else 0)
         width = out
-        if i < levels:
+        if i < len(config.dim_mult) - 1:
             full = frames * cells[0] * cells[1] * out
             cells = (cells[0] // 2, cells[1] // 2)
             halved = convolution("convolution", frames * cells[0] * cells[1], 9, out, out, walk.itemsize)
             walk.each(frames, halved)
-            walk.hold(given * apart, 2 * full, full // 4)
+            walk.hold(taken * apart, 2 * full, full // 4)
             if config.temperal_downsample[i]:
                 frames = max(frames // 2, 1)
                 _halve_frames(walk, cells, frames, out)
+    return cells, frames, width
 
 
 def _halve_frames(walk: Walk, cells: Cells, frames: int, width: int) -> None:
