@@ -15,10 +15,11 @@ from typing import Any
 
 from starlette.requests import ClientDisconnect, Request
 
-from runtime.serve.errors import ApiError, missing
+from runtime.serve.errors import ApiError, bad, missing
 from runtime.serve.fetching import fetch_inputs
 from runtime.serve.forms import Upload, read_body
 from runtime.serve.jobs import TERMINAL, Job, Store, new_id
+from runtime.serve.moderation import Moderator, Refused, keep
 from runtime.serve.schema import Asked, Offer, cut_of, parse_request, read_clip, structured, sync
 from runtime.serve.settings import Settings
 from runtime.serve.shown import shown
@@ -33,6 +34,7 @@ class Api:
 
     def __init__(self, settings: Settings, store: Store, wake: Callable[[], None]) -> None:
         self.settings, self.store, self.wake = settings, store, wake
+        self.moderator = Moderator(settings.moderation)
         self.draining = False
         self.requests: Counter[str] = Counter()
         self.ready: Callable[[], bool] = lambda: False
@@ -96,6 +98,9 @@ class Api:
             digest = await asyncio.to_thread(fingerprint, request.url.path, fields)
             await fetch_inputs(fields, own, self.settings.fetching)
             parent, asked = await asyncio.to_thread(verb, fields, own)
+            await self.moderate(
+                request.state.owner, [asked.request.prompt, *(c.prompt for c in asked.request.storyboard)]
+            )
             values = row(job_id, kind, request.state.owner, asked) | {"parent": parent}
             if key := request.headers.get("idempotency-key"):
                 values |= {"idempotency": key[:256], "digest": digest}
@@ -108,6 +113,18 @@ class Api:
             raise ApiError(422, "this Idempotency-Key was used for another request", code="idempotency_key_reused")
         self.wake()
         return job
+
+    async def moderate(self, owner: str, texts: list[str]) -> None:
+        """ApiError where the operator's rules refuse what is to be shown; the refusal is kept."""
+        if not self.moderator.checks("prompt"):
+            return
+        try:
+            await asyncio.to_thread(self.moderator.check_prompt, texts)
+        except Refused as error:
+            await asyncio.to_thread(keep, self.store, error, owner=owner, prompt="\n".join(texts))
+            if error.code == "moderation_unavailable":
+                raise ApiError(503, str(error), code=error.code, retry_after=5) from error
+            raise bad(str(error), "prompt", error.code) from error
 
     def keep(self, folder: Path, values: dict[str, Any]) -> Job:
         """Add a job to the store; ApiError where the queue is full."""

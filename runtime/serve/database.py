@@ -26,6 +26,12 @@ CREATE TABLE stages (name TEXT PRIMARY KEY, seconds REAL NOT NULL, calls INTEGER
 """,
     # until when a deleted job can be restored
     "ALTER TABLE jobs ADD COLUMN purge_at REAL; CREATE INDEX jobs_to_purge ON jobs (purge_at) WHERE deleted",
+    # what the operator's rules refused; a prompt has no job
+    """
+CREATE TABLE refusals (
+  seq INTEGER PRIMARY KEY AUTOINCREMENT, at REAL NOT NULL, owner TEXT NOT NULL, job TEXT, stage TEXT NOT NULL,
+  rule TEXT NOT NULL, code TEXT NOT NULL, reason TEXT NOT NULL, prompt TEXT NOT NULL)
+""",
 )
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import ipaddress
+import logging
 import re
 import secrets
 import socket
@@ -19,6 +20,8 @@ from typing import Any
 
 from runtime.serve.errors import bad
 from runtime.serve.forms import Upload, parse_json
+
+logging.getLogger("httpx2").setLevel(logging.WARNING)  # it would log addresses whole, with what is secret in them
 
 Address = ipaddress.IPv4Address | ipaddress.IPv6Address
 NAT64 = ipaddress.ip_network("64:ff9b::/96")

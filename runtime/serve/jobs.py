@@ -221,6 +221,19 @@ class Store(Database):
         ).fetchone()
         return float(row[0] or 0.0)
 
+    def refuse(self, values: Mapping[str, Any]) -> None:
+        """Keep what the operator's rules refused: columns of the table `refusals`."""
+        with self._write() as db:
+            db.execute(
+                f"INSERT INTO refusals (at, {', '.join(values)}) VALUES (?{', ?' * len(values)})",
+                (time.time(), *values.values()),
+            )
+
+    def refusals(self) -> dict[tuple[str, str], int]:
+        """Return how often each stage was refused, by code."""
+        rows = self._reader.execute("SELECT stage, code, count(*) FROM refusals GROUP BY stage, code").fetchall()
+        return {(stage, code): count for stage, code, count in rows}
+
     def counts(self) -> dict[str, int]:
         """Return how many jobs are in each status."""
         return dict(self._reader.execute("SELECT status, count(*) FROM jobs GROUP BY status").fetchall())

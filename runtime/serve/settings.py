@@ -16,6 +16,7 @@ from typing import Any
 from runtime.certificates import Signer, find_signer
 from runtime.expansion import Expansion
 from runtime.serve.fetching import Access
+from runtime.serve.moderation import Rule
 
 MAX_FETCH = 20 * 2**20  # bytes of one input
 
@@ -41,6 +42,7 @@ class Settings:
     credentials: bool = True  # content credentials in every result
     certificate: Path | None = None  # whose they are; none: one for development, kept in the data folder
     private_key: Path | None = None
+    moderation: tuple[Rule, ...] = ()  # [[moderation]] tables of the file, as moderation.Rule says
     log: str = "text"  # or "json"
     expand_model: str | None = None  # who writes prompts out; None: the checkpoint's own rules
     expand_url: str | None = None
@@ -108,6 +110,7 @@ def read_settings(arguments: Sequence[str] | None = None) -> Settings:
     for name in ("data", "api_key", "certificate", "private_key"):
         if name in values:
             values[name] = Path(values[name])
+    values["moderation"] = tuple(Rule.of(table) for table in values.get("moderation", ()))
     for name in {"model", "fetch_host"} & values.keys():
         values[name] = tuple([values[name]] if isinstance(values[name], str) else values[name])
     settings = Settings(**values)

@@ -82,6 +82,8 @@ class Supervisor:
         command += ["--name", new_id("worker"), "--device", self.settings.device]
         for name in self.settings.model:
             command += ["--model", name]
+        if self.settings.moderation:
+            command += ["--moderation", json.dumps([rule.record() for rule in self.settings.moderation])]
         if not self.settings.credentials:
             command.append("--no-credentials")
         elif self.settings.certificate is not None:

@@ -14,7 +14,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import IO, Any
@@ -30,6 +30,7 @@ from runtime.previews import preview
 from runtime.provenance import Input, generation, inputs_of, sealing
 from runtime.serve.answers import answer, planned
 from runtime.serve.jobs import Job, LostLease, Store
+from runtime.serve.moderation import Moderator, Refused, Rule, keep
 from runtime.serve.pictures import write_sheets
 from runtime.serve.records import request_of
 from runtime.trace import recording, span
@@ -50,8 +51,9 @@ class Stopping(Exception):
 class Worker:
     """One process's loaded models and the job in its hands."""
 
-    def __init__(self, store: Store, name: str, device: str, signer: Signer | None) -> None:
+    def __init__(self, store: Store, name: str, device: str, signer: Signer | None, rules: Sequence[Rule]) -> None:
         self.store, self.name, self.device, self.signer = store, name, device, signer
+        self.moderator = Moderator(rules)
         self.models: dict[str, runtime.Model] = {}
         self.stopping, self.wake = threading.Event(), threading.Event()
         self.job: Job | None = None
@@ -122,6 +124,8 @@ class Worker:
             self.store.release(job)
         except LostLease:
             raise
+        except Refused as error:
+            self.store.finish(job, "failed", error=explain(error))
         except Exception as error:
             log.exception("job %s failed", job.id)
             self.store.finish(job, "failed", error=explain(error))
@@ -144,12 +148,23 @@ class Worker:
         path = folder / f"output-{job.attempt}.{'png' if job.kind == 'image' else 'mp4'}"
         with recording(video.receipt.stages), span("save"):
             video.save(path, on_frame=report.frame, seal=self.seal(path.name, video, request))
+        self.moderate(job, path, [job.prompt, *video.receipt.expanded.values()])
         sheets = {} if job.kind == "image" else write_sheets(path)
         own = json.dumps(f"{folder}/", ensure_ascii=False)[1:-1]
         receipt = json.loads(video.receipt.to_json().replace(own, ""))  # nobody learns where files lie
         if receipt["request"]["expand"]:
             del receipt["request"]["expand"]["url"]
         return {"file": path.name, "bytes": path.stat().st_size, **sheets}, receipt
+
+    def moderate(self, job: Job, path: Path, texts: list[str]) -> None:
+        """Refused where the operator's rules refuse what a prompt was written out to, or a result; then it is gone."""
+        try:
+            self.moderator.check_prompt(texts[1:])
+            self.moderator.check_frames(path, texts)
+        except Refused as error:
+            path.unlink()
+            keep(self.store, error, owner=job.owner, prompt=job.prompt, job=job.id)
+            raise
 
     def seal(self, title: str, video: runtime.Video, request: runtime.Request) -> Callable[[Path], None] | None:
         """Return what signs a result, its inputs named; None where nobody is to."""
@@ -179,7 +194,8 @@ class Report:
             raise Stopping
         if self.tell(round(90 * step / total), last=step == total):
             shown = self.worker.models[self.job.model]
-            preview(shown, estimate).save(self.folder / "preview.gif")
+            if not self.worker.moderator.checks("frames"):  # nobody has looked at these
+                preview(shown, estimate).save(self.folder / "preview.gif")
 
     def frame(self, done: int, total: int) -> None:
         """Report a frame that is written."""
@@ -206,6 +222,8 @@ def as_sent(given: Input) -> Input:
 
 def explain(error: Exception) -> dict[str, str]:
     """Return the API's error of an exception; what is a fault of ours is told by its kind alone."""
+    if isinstance(error, Refused):
+        return {"code": error.code, "message": str(error)}
     if out_of_memory(error):
         return {"code": "out_of_memory", "message": "out of memory; ask for a smaller size or fewer frames"}
     if isinstance(error, OSError) and error.errno in (28, 122):
@@ -254,12 +272,16 @@ def main() -> int:
     parser.add_argument("--no-credentials", action="store_true")
     parser.add_argument("--certificate", type=Path)
     parser.add_argument("--private-key", type=Path)
+    parser.add_argument(
+        "--moderation", type=json.loads, default=[], metavar="JSON", help="rules, as Rule.record has them"
+    )
     options = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s %(message)s")
     signer = None
     if not options.no_credentials:
         signer = find_signer(options.certificate, options.private_key, options.data / "credentials")
-    worker = Worker(Store(options.data), options.name, options.device, signer)
+    rules = [Rule.of(table) for table in options.moderation]
+    worker = Worker(Store(options.data), options.name, options.device, signer, rules)
     signal.signal(signal.SIGTERM, lambda *_: worker.stop())
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the server decides
     lock = hold_lock(options.data, options.name)

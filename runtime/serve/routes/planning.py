@@ -66,6 +66,7 @@ def add(app: FastAPI, api: Api) -> None:
         if not str(fields.get("prompt", "")).strip():
             raise bad("prompt is missing; say what the video shows", "prompt")
         prompt, model = text(fields, "prompt"), choose_model(fields, api.store.models())
+        await api.moderate(request.state.owner, [prompt])
         expansion = dataclasses.asdict(api.settings.expansion)
         found = await api.ask("expand", model, prompt=prompt, expansion=expansion)
         return JSONResponse({"object": "prompt.expansion", "model": model, "prompt": prompt, **found})

@@ -35,6 +35,9 @@ def add(app: FastAPI, api: Api) -> None:
         lines += [f'dit_requests_total{{status="{name}"}} {count}' for name, count in sorted(api.requests.items())]
         lines.append("# TYPE dit_jobs gauge")
         lines += [f'dit_jobs{{status="{name}"}} {count}' for name, count in sorted(api.store.counts().items())]
+        lines.append("# TYPE dit_refusals_total counter")
+        for (stage, code), count in sorted(api.store.refusals().items()):
+            lines.append(f'dit_refusals_total{{stage="{stage}",code="{code}"}} {count}')
         lines.append("# TYPE dit_stage_seconds summary")
         for name, seconds, calls in api.store.stages():
             lines.append(f'dit_stage_seconds_sum{{stage="{name}"}} {seconds:.6f}')
