@@ -1,9 +1,9 @@
-"""Moderation: what the operator's rules say of a prompt before its job is taken, and of frames before anybody sees them.
+"""Moderation: what the operator's rules say of a prompt before its job is taken, and of frames before they are seen.
 
-A rule is a list of words, a command, or an HTTP endpoint. The last two are asked as OpenAI's moderation endpoint is, the
-command on its standard input: {"input": [{"type": "text", "text"}, {"type": "image_url", "image_url": {"url"}}]}, where
-pictures are data: URLs; they answer {"results": [{"flagged", "categories": {"violence": true}, "reason"}]}, of which only
-`reason` is ours.
+A rule is a list of words, a command, or an HTTP endpoint. The last two are asked as OpenAI's moderation endpoint is,
+the command on its standard input: {"input": [{"type": "text", "text"}, {"type": "image_url", "image_url": {"url"}}]},
+where pictures are data: URLs; they answer {"results": [{"flagged", "categories": {"violence": true}, "reason"}]}, of
+which only `reason` is ours.
 """
 
 from __future__ import annotations
