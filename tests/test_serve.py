@@ -106,6 +106,7 @@ def test_listing(server: Server) -> None:
     server.until(lambda: not any((server.data / "jobs" / each).exists() for each in made))
 
 
+PIXEL = "data:image/gif;base64,R0lGODdhAQABAIAAAAAAAP///ywAAAAAAQABAAACAkQBADs="
 BAD = [
     ({}, "prompt", 400),
     ({"prompt": " "}, "prompt", 400),
@@ -125,7 +126,11 @@ BAD = [
     (TINY | {"input_reference": "/etc/passwd"}, "input_reference", 400),
     (TINY | {"input_reference": {"image_url": "http://169.254.169.254/"}}, "input_reference", 400),
     (TINY | {"input_reference": {"image_url": "data:image/png;base64,AAAA"}}, "input_reference", 400),
-    (TINY | {"keyframes": "[["}, None, 400),
+    (TINY | {"keyframes": "[["}, "keyframes", 400),
+    (TINY | {"keyframes": [{"image": PIXEL, "strength": 2}]}, "keyframes", 400),
+    (TINY | {"keyframes": [{"image": PIXEL, "frame": -1}]}, "keyframes", 400),
+    (TINY | {"infer_steps": 3}, "num_inference_steps", 400),
+    (TINY | {"quality": "best"}, "quality", 400),
     (TINY | {"extra_body": {"seed": 1}}, "seed", 400),
     (TINY | {"priority": 99}, "priority", 400),
     (TINY | {"fps": 1e308}, "fps", 400),

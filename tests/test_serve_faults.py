@@ -62,9 +62,9 @@ def test_settings(tmp_path: Path) -> None:
         read_settings(["--host", "0.0.0.0"])
     assert read_settings(["--host", "0.0.0.0", "--insecure"]).insecure
     config = tmp_path / "serve.toml"
-    config.write_text('port = 9\nmodel = ["demo", "demo"]\nmax-queue = 3\n')
+    config.write_text('port = 9\nmodel = ["demo", "other=demo"]\nmax-queue = 3\n')
     settings = read_settings(["--config", str(config), "--port", "10"])
-    assert (settings.port, settings.model, settings.max_queue) == (10, ("demo", "demo"), 3)
+    assert (settings.port, settings.model, settings.max_queue) == (10, ("demo", "other=demo"), 3)
     config.write_text("prot = 9\n")
     with pytest.raises(ValueError, match="prot"):
         read_settings(["--config", str(config)])

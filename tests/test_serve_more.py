@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import base64
 import io
 import json
 from collections.abc import Iterator
 from typing import Any
 
 import av
+import numpy as np
 import pytest
 from PIL import Image
 
@@ -16,12 +18,15 @@ pytest.importorskip("fastapi")
 from runtime.expansion import by_rules
 from runtime.model import DEMO
 from runtime.models import open_checkpoint
+from tests import published
 from tests.serving import LONG, TINY, Server
 
 
 @pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    started = Server(tmp_path_factory.mktemp("data") / "served")
+    control = tmp_path_factory.mktemp("control")
+    published.write(published.Tiny(), control, published.control_pipeline)
+    started = Server(tmp_path_factory.mktemp("data") / "served", "--model", "demo", "--model", f"control={control}")
     yield started
     assert started.stop() == 0
 
@@ -162,3 +167,89 @@ def test_events_go_on(server: Server) -> None:
     assert last["event"] == "done" and json.loads(last["data"])["status"] == "cancelled"
     stop = server.http.get(f"/v1/videos/{waiting}/events", headers={"last-event-id": last["id"]})
     assert stop.status_code == 204
+
+
+def png(colour: str, size: tuple[int, int] = (64, 64), clear: bool = False) -> bytes:
+    found = io.BytesIO()
+    picture = Image.new("RGBA" if clear else "RGB", size, colour)
+    if clear:
+        picture.paste((0, 0, 0, 0), (0, 0, size[0] // 2, size[1]))
+    picture.save(found, "PNG")
+    return found.getvalue()
+
+
+def test_a_storyboard(server: Server, video: dict[str, Any]) -> None:
+    cards = [
+        {"start": 0, "end": 1, "prompt": "a red ball"},
+        {"from": 1, "to": 2, "prompt": "a blue ball", "clip": {"id": video["id"], "to": 1}},
+    ]
+    job = server.done(server.create({"storyboard": cards, "size": "64x64", "num_inference_steps": 2})["id"])
+    assert job["num_frames"] == 2 * job["fps"] == frames_in(server.content(job["id"]))
+    assert job["task"] == "storyboard" and job["prompt"] == "a red ball\na blue ball"
+    form = {"storyboard": json.dumps(cards[:1]), "size": "64x64", "num_inference_steps": "1"}
+    made = server.http.post("/v1/videos", data=form, files={"unused": b""}).json()
+    assert made["error"]["param"] == "unused"
+    for wrong in (cards[:1] * 2, [{"from": 0, "to": 1}], [{"from": 1, "to": 0, "prompt": "x"}], {}, [3]):
+        answer = server.http.post("/v1/videos", json={"storyboard": wrong})
+        assert answer.status_code == 400, (wrong, answer.text)
+
+
+def test_characters(server: Server, video: dict[str, Any]) -> None:
+    path = "/v1/videos/characters"
+    made = server.http.post(path, data={"name": "Ada"}, files={"video": ("x.mp4", server.content(video["id"]))}).json()
+    assert made["object"] == "character" and made["name"] == "Ada"
+    other = server.create({"name": "Bob", "video": {"id": video["id"]}}, path)
+    assert server.http.get(f"{path}/{made['id']}").json() == made
+    assert [each["id"] for each in server.http.get(path).json()["data"]] == [other["id"], made["id"]]
+    assert server.http.delete(f"{path}/{other['id']}").json()["deleted"]
+    assert server.http.get(f"{path}/{other['id']}").status_code == 404
+    fields = {"prompt": "Ada", "characters": [{"id": made["id"]}], "num_inference_steps": 1, "num_frames": 5}
+    refused = server.http.post("/v1/videos", json=fields)
+    assert refused.status_code == 400 and "takes none" in refused.json()["error"]["message"]
+    job = server.done(server.create(fields | {"model": "control", "size": "64x64"})["id"])
+    assert len(job["receipt"]["request"]["references"]) == 1 and str(server.data) not in json.dumps(job)
+    for wrong in ({}, {"name": "x"}, {"name": "x" * 300, "video": {"id": video["id"]}}, {"name": "x", "video": "y"}):
+        assert server.http.post(path, json=wrong).status_code == 400
+
+
+def test_pictures_are_edited(server: Server) -> None:
+    def edit(data: dict[str, Any], *files: tuple[str, bytes]) -> Any:
+        data = {"prompt": "a ball", "num_inference_steps": "4", **data}
+        return server.http.post("/v1/images/edits", data=data, files=[(n, ("a.png", c)) for n, c in files])
+
+    def pictures(answer: Any) -> list[Image.Image]:
+        assert answer.status_code == 200, answer.text
+        found = [base64.b64decode(each["b64_json"]) for each in answer.json()["data"]]
+        return [Image.open(io.BytesIO(each)) for each in found]
+
+    gently, anew = (pictures(edit({"strength": s, "seed": "1"}, ("image", png("red"))))[0] for s in ("0.05", "1"))
+    red = np.array([255, 0, 0])
+    near, far = (np.abs(np.asarray(each).astype(int) - red).mean() for each in (gently, anew))
+    assert gently.size == (64, 64) and near < far, "strength says how much of it goes"
+    two = pictures(edit({"n": "2"}, ("image", png("red"))))
+    assert two[0].tobytes() != two[1].tobytes()
+    masked = {"model": "control", "size": "64x64"}
+    files = ("image[]", png("red")), ("image[]", png("blue")), ("mask", png("red", clear=True))
+    (kept,) = pictures(edit(masked, *files))
+    assert kept.size == (64, 64)
+    for model, wrong in (
+        ("demo", files),
+        ("demo", files[1:2] * 2),
+        ("control", [files[0], ("mask", png("red"))]),
+        ("demo", []),
+    ):
+        answer = edit({"model": model}, *wrong)
+        assert answer.status_code == 400 and answer.json()["error"]["message"], answer.text
+
+
+def test_pictures_come_along(server: Server) -> None:
+    openai = pytest.importorskip("openai")
+    client = openai.OpenAI(base_url=f"{server.url}/v1", api_key="none")
+    more = {"num_inference_steps": 30}
+    events = list(client.images.generate(prompt="a ball", stream=True, partial_images=2, size="64x64", extra_body=more))
+    kinds = [each.type for each in events]
+    assert kinds[-1] == "image_generation.completed" and set(kinds[:-1]) <= {"image_generation.partial_image"}
+    for each in events:
+        assert Image.open(io.BytesIO(base64.b64decode(each.b64_json))).size == (64, 64)
+    for wrong in ({"n": 2, "stream": True}, {"partial_images": 4}, {"n": 0}, {"n": 11}, {"response_format": "url"}):
+        assert server.http.post("/v1/images/generations", json={"prompt": "x"} | wrong).status_code == 400

@@ -16,7 +16,7 @@ import uvicorn
 from runtime.serve.api import Api
 from runtime.serve.app import make_app
 from runtime.serve.jobs import Store
-from runtime.serve.settings import Settings, read_settings
+from runtime.serve.settings import Settings, model_place, read_settings
 from runtime.serve.supervisor import Supervisor
 
 log = logging.getLogger("runtime.serve")
@@ -77,7 +77,8 @@ def main() -> int:
     server = Server(config, api, supervisor)
     supervisor.start()
     threading.Thread(target=tidy, args=(store, supervisor.stopping), daemon=True).start()
-    print(f"serving {', '.join(settings.model)} on http://{host}:{port} (data in {settings.data})", flush=True)
+    names = ", ".join(model_place(each)[0] for each in settings.model)
+    print(f"serving {names} on http://{host}:{port} (data in {settings.data})", flush=True)
     try:
         server.run(sockets=[listener])
     finally:

@@ -9,18 +9,21 @@ import os
 import re
 import shutil
 from collections import Counter
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 from starlette.requests import ClientDisconnect, Request
 
+from runtime.serve.characters import Characters
 from runtime.serve.errors import ApiError, bad, missing
 from runtime.serve.fetching import fetch_inputs
+from runtime.serve.fields import structured
 from runtime.serve.forms import Upload, read_body
+from runtime.serve.inputs import Found, cut_of, linked, read_upload
 from runtime.serve.jobs import TERMINAL, Job, Store, new_id
 from runtime.serve.moderation import Moderator, Refused, keep
-from runtime.serve.schema import Asked, Offer, cut_of, parse_request, read_clip, structured, sync
+from runtime.serve.schema import Asked, Given, Offer, parse_request
 from runtime.serve.settings import Settings
 from runtime.serve.shown import shown
 from runtime.serve.supervisor import Unanswered
@@ -35,6 +38,7 @@ class Api:
     def __init__(self, settings: Settings, store: Store, wake: Callable[[], None]) -> None:
         self.settings, self.store, self.wake = settings, store, wake
         self.moderator = Moderator(settings.moderation)
+        self.characters = Characters(settings.data)
         self.draining = False
         self.requests: Counter[str] = Counter()
         self.ready: Callable[[], bool] = lambda: False
@@ -81,6 +85,12 @@ class Api:
         if found is None or found.owner != request.state.owner:
             raise missing(f"video {job_id[:80]!r}")
         return found
+
+    async def body(self, request: Request, own: Callable[[], Path]) -> dict[str, Any]:
+        """Return the fields of a body; its files, and what its addresses stand for, lie in `own()`."""
+        fields = await read_body(request, own, self.settings.max_upload)
+        await fetch_inputs(fields, own, self.settings.fetching)
+        return fields
 
     async def create(self, request: Request, verb: Callable[..., Any], kind: str = "video") -> Job:
         """Take a job: its files and its row are durable when this returns."""
@@ -135,9 +145,21 @@ class Api:
             raise self.full()
         return job
 
-    def parsed(self, fields: dict[str, Any], own: Callable[[], Path], given: list[dict[str, Any]]) -> Asked:
-        """Return the checked request of fields and clips."""
-        return parse_request(fields, Offer(self.store.models(), self.settings.expansion), own, given)
+    def parsed(
+        self,
+        request: Request,
+        fields: dict[str, Any],
+        own: Callable[[], Path],
+        clips: Sequence[Found],
+        references: Sequence[Found] = (),
+    ) -> Asked:
+        """Return the checked request of fields, and of clips and pictures that come before those in the fields."""
+        offer = Offer(self.store.models(), self.settings.expansion)
+
+        def read(value: Any, name: str) -> Found:
+            return self.clip(request, value, name, own)[0]
+
+        return parse_request(fields, offer, Given(read, clips, references))
 
     def clip(
         self, request: Request, value: Any, name: str, own: Callable[[], Path]
@@ -145,23 +167,27 @@ class Api:
         """Return (clip, id of its video or None) of {"id": ...}, or of an uploaded file."""
         value = structured(value, name) if isinstance(value, str) and value.startswith("{") else value
         if not (isinstance(value, dict) and isinstance(value.get("id"), str)):
-            return read_clip(value, name, own), None
-        job = self.job(request, value["id"])
-        source = self.output(job, "video")
-        target = own() / f"{job.id}.mp4"
-        if not target.exists():
-            os.link(source, target)  # stays when the first video is deleted
-        width, _, height = job.shown["size"].partition("x")
-        facts = {
-            "width": int(width),
-            "height": int(height),
-            "num_frames": job.shown["num_frames"],
-            "fps": job.shown["fps"],
-        }
-        clip = {"file": target.name, "at": 0, "hold": 1.0, **facts}
+            return read_upload(value, name, own), None
+        source, clip, parent = self.character(request, value["id"]), None, None
+        if source is not None:
+            path, clip = source
+        else:
+            job = self.job(request, value["id"])
+            path, parent = self.output(job, "video"), job.id
+            width, _, height = job.shown["size"].partition("x")
+            clip = {
+                "file": f"{job.id}.mp4", "width": int(width), "height": int(height),
+                "num_frames": job.shown["num_frames"], "fps": job.shown["fps"], "at": 0, "hold": 1.0,
+            }  # fmt: skip
+        linked(path, clip["file"], own())
         if part := {name: bound for name, bound in value.items() if name != "id"}:
             clip = cut_of(clip, part, name)
-        return clip, job.id
+        return clip, parent
+
+    def character(self, request: Request, character_id: str) -> tuple[Path, dict[str, Any]] | None:
+        """Return (file, clip) of a character of the asking key; None where it is none's id."""
+        found = self.characters.get(character_id, request.state.owner)
+        return None if found is None else (self.characters.folder(found.id) / found.clip["file"], found.clip)
 
     def output(self, job: Job, variant: str) -> Path:
         """Return the file of a completed job; ApiError where it is not there."""
@@ -198,10 +224,20 @@ async def nobody(*_: Any, **asked: Any) -> dict[str, Any]:
     raise Unanswered("not_ready", "no worker is ready")
 
 
+def sync(folder: Path) -> None:
+    """Make the files in a folder, and the folder itself, durable."""
+    for path in (*folder.iterdir(), folder, folder.parent):
+        handle = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
+
+
 def row(job_id: str, kind: str, owner: str, asked: Asked) -> dict[str, Any]:
     """Return the store's columns of a request."""
     return {
-        "id": job_id, "kind": kind, "owner": owner, "model": asked.model, "prompt": asked.request.prompt,
+        "id": job_id, "kind": kind, "owner": owner, "model": asked.model, "prompt": asked.prompt,
         "priority": asked.priority, "request": asked.record, "shown": shown(asked),
         "total": (asked.request.steps or 1) * asked.windows,
     }  # fmt: skip

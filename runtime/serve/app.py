@@ -13,12 +13,13 @@ from starlette.exceptions import HTTPException
 from runtime.serve.api import Api
 from runtime.serve.errors import ApiError
 from runtime.serve.gate import Gate, answer, answer_http, answer_invalid
-from runtime.serve.routes import events, images, making, planning, provenance, reading, state
+from runtime.serve.routes import characters, events, images, making, planning, provenance, reading, state
 
 
 def make_app(api: Api) -> FastAPI:
     """Return the application."""
     app = FastAPI(title="dit-runtime", version="1", docs_url=None, redoc_url=None, openapi_url=None)
+    characters.add(app, api)  # before the paths with {video_id}
     making.add(app, api)
     planning.add(app, api)
     reading.add(app, api)

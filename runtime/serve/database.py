@@ -32,6 +32,8 @@ CREATE TABLE refusals (
   seq INTEGER PRIMARY KEY AUTOINCREMENT, at REAL NOT NULL, owner TEXT NOT NULL, job TEXT, stage TEXT NOT NULL,
   rule TEXT NOT NULL, code TEXT NOT NULL, reason TEXT NOT NULL, prompt TEXT NOT NULL)
 """,
+    "CREATE TABLE characters (id TEXT PRIMARY KEY, owner TEXT NOT NULL, name TEXT NOT NULL, created_at REAL NOT NULL, "
+    "clip TEXT NOT NULL)",
 )
 
 
@@ -40,7 +42,7 @@ class Database:
 
     def __init__(self, data: Path) -> None:
         self.data = data
-        for name in ("jobs", "workers"):
+        for name in ("jobs", "workers", "characters"):
             (data / name).mkdir(parents=True, exist_ok=True)
         self._lock = threading.Lock()
         self._writer = self._connect()

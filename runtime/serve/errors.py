@@ -25,7 +25,8 @@ class ApiError(Exception):
         """Return the headers: whether and when to try again."""
         if self.retry_after is None:
             return {"x-should-retry": "false"} if self.status in (408, 409, 429) or self.status >= 500 else {}
-        return {"retry-after": str(max(1, round(self.retry_after)))}
+        found = {"retry-after": str(max(1, round(self.retry_after)))}
+        return found | ({"x-should-retry": "false"} if self.status == 429 else {})  # an hour's queue is no hiccup
 
 
 def bad(message: str, param: str | None = None, code: str = "invalid_request") -> ApiError:

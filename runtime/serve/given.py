@@ -13,7 +13,9 @@ from starlette.requests import Request
 
 from runtime.serve.api import Api
 from runtime.serve.errors import ApiError, bad
-from runtime.serve.schema import EDIT_STRENGTH, cut_of, structured
+from runtime.serve.fields import structured
+from runtime.serve.inputs import cut_of, found_again, linked
+from runtime.serve.schema import EDIT_STRENGTH
 
 Given = Callable[[dict[str, Any], Callable[[], Path]], tuple[list[dict[str, Any]], str | None]]
 
@@ -44,7 +46,7 @@ def from_prompt(api: Api, request: Request) -> Given:
     """No clip, but for a loop of one."""
 
     def given(fields: dict[str, Any], own: Callable[[], Path]) -> tuple[list[dict[str, Any]], str | None]:
-        if not str(fields.get("prompt", "")).strip():
+        if not str(fields.get("prompt", "")).strip() and not fields.get("storyboard"):
             raise bad("prompt is missing; say what the video shows", "prompt")
         if "video" not in fields:
             return [], None
@@ -90,15 +92,19 @@ def finished(api: Api, request: Request, video_id: str) -> Given:
         draft = api.job(request, video_id)
         if "final_size" not in draft.shown:
             raise ApiError(400, f"video {video_id} is no draft; make one with quality=draft", code="not_a_draft")
-        if draft.request["clips"]:
-            raise bad("the draft shows clips; a final video is made of drafts of a prompt alone", "video")
+        if draft.shown["task"] not in ("text", "place"):
+            raise bad(f"the draft is of the task {draft.shown['task']!r}; legal: of a prompt, or of pictures", "video")
         for name, ours in TAKEN_OVER.items():
             if draft.request.get(ours) is not None:
                 fields.setdefault(name, draft.request[ours])
         fields.setdefault("model", draft.model)
         if "width" not in fields and "height" not in fields:
             fields.setdefault("size", draft.shown["final_size"])
-        return remixed(api, request, video_id)(fields, own)
+        clips, parent = remixed(api, request, video_id)(fields, own)
+        inputs = list(map(found_again, draft.request["clips"]))
+        for clip in inputs:  # they stand in the final video too
+            linked(api.store.folder(draft.id) / clip["file"], clip["file"], own())
+        return [*clips, *inputs], parent
 
     return given
 

@@ -49,17 +49,43 @@ KEYFRAME = {
         "frame": {"type": "integer"}, "time": {"type": "number"}, "image": PICTURE, "strength": {"type": "number"},
     },
 }  # fmt: skip
+CARD = {
+    "type": "object",
+    "required": ["from", "to", "prompt"],
+    "properties": {
+        "from": {"type": "number"},
+        "to": {"type": "number"},
+        "prompt": {"type": "string"},
+        "image": PICTURE,
+    },
+}
+SHOWN = {
+    "keyframes": {"type": "array", "items": KEYFRAME},
+    "storyboard": {"type": "array", "items": CARD},
+    "characters": {"type": "array", "items": {"type": "object", "properties": {"id": {"type": "string"}}}},
+}
+PICTURES = {
+    "n": {"type": "integer", "minimum": 1, "maximum": 10},
+    "stream": {"type": "boolean"},
+    "partial_images": {"type": "integer", "minimum": 0, "maximum": 3},
+    "response_format": {"type": "string", "enum": ["b64_json"]},
+    "output_format": {"type": "string", "enum": ["png"]},
+}
 BODIES: dict[str, tuple[dict[str, Any], list[str]]] = {
     "create": (
         {
             **FIELDS, "video": VIDEO, "clip": CUT, "loop": {"type": "boolean"},
-            "input_reference": PICTURE, "last_frame": PICTURE, "keyframes": {"type": "array", "items": KEYFRAME},
+            "input_reference": PICTURE, "last_frame": PICTURE, **SHOWN,
         },
         ["prompt"],
     ),
     "edit": ({**FIELDS, "video": VIDEO, "clip": CUT, "strength": {"type": "number"}}, ["prompt", "video"]),
     "remix": ({**FIELDS, "clip": CUT, "strength": {"type": "number"}}, ["prompt"]),
     "finish": ({**FIELDS, "strength": {"type": "number"}}, []),
+    "character": (
+        {"name": {"type": "string", "minLength": 1}, "video": {"oneOf": [PICTURE, VIDEO]}},
+        ["name", "video"],
+    ),
     "expand": ({"prompt": FIELDS["prompt"], "model": FIELDS["model"]}, ["prompt"]),
     "extend": (
         {**FIELDS, "video": VIDEO, "clip": CUT, "direction": {"type": "string", "enum": ["forward", "backward"]}},
@@ -67,7 +93,14 @@ BODIES: dict[str, tuple[dict[str, Any], list[str]]] = {
     ),
     "connect": ({**FIELDS, "videos": {"type": "array", "items": VIDEO, "minItems": 2, "maxItems": 2}}, ["videos"]),
     "provenance": ({"video": VIDEO}, ["video"]),
-    "image": ({**FIELDS, "n": {"type": "integer", "minimum": 1, "maximum": 10}}, ["prompt"]),
+    "image": ({**FIELDS, **PICTURES}, ["prompt"]),
+    "image_edit": (
+        {
+            **FIELDS, **PICTURES, "image": {"oneOf": [PICTURE, {"type": "array", "items": PICTURE, "maxItems": 16}]},
+            "mask": PICTURE, "strength": {"type": "number"},
+        },
+        ["prompt", "image"],
+    ),
 }  # fmt: skip
 BODIES["plan"] = (
     {**BODIES["create"][0], **BODIES["extend"][0], **BODIES["connect"][0], **BODIES["edit"][0]},

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 import sys
+from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,15 +23,16 @@ SHEET_WIDTH = 160
 PICTURES = ("png", "jpeg", "webp")
 
 
-def inspect(path: Path) -> dict[str, Any]:
+def inspect(path: Path, *, mask: bool = False) -> dict[str, Any]:
     """Decode an upload whole in a child with limits; return {file, width, height, num_frames, fps}.
 
-    A picture becomes a PNG, upright and without transparency. ValueError for what cannot be decoded within the limits.
+    A picture becomes a PNG, upright and without transparency; a `mask` is white where it was transparent. ValueError
+    for what cannot be decoded within the limits.
     """
-    return boxed("runtime.serve.pictures", str(path))
+    return boxed("runtime.serve.pictures", str(path), *(["mask"] if mask else []))
 
 
-def look(path: Path) -> dict[str, Any]:
+def look(path: Path, *, mask: bool) -> dict[str, Any]:
     """What the child does for `inspect`."""
     kind = kind_of(path)
     if kind is None:
@@ -38,10 +41,15 @@ def look(path: Path) -> dict[str, Any]:
         with Image.open(path, formats=[kind.upper()]) as picture:
             if picture.width * picture.height > MAX_PIXELS:
                 raise ValueError(f"the picture has more than {MAX_PIXELS} pixels; give a smaller one")
-            upright = ImageOps.exif_transpose(picture).convert("RGB")
+            upright = ImageOps.exif_transpose(picture)
+            if mask and not upright.has_transparency_data:
+                raise ValueError("the mask has no transparent part; make it transparent where something is to change")
+            upright = clear(upright) if mask else upright.convert("RGB")
         target = path.with_suffix(".png")
         upright.save(target)
         return {"file": target.name, "width": upright.width, "height": upright.height, "num_frames": 1, "fps": None}
+    if mask:
+        raise ValueError("the mask is no picture; give a PNG with a transparent part")
     target = path.with_suffix(f".{kind}")
     path.rename(target)
     video = read_video(target)
@@ -53,6 +61,11 @@ def look(path: Path) -> dict[str, Any]:
         "file": target.name, "width": video.width, "height": video.height, "num_frames": video.num_frames,
         "fps": video.fps,
     }  # fmt: skip
+
+
+def clear(picture: Image.Image) -> Image.Image:
+    """Return a picture that is white where another is transparent, and black elsewhere."""
+    return picture.convert("RGBA").getchannel("A").point(lambda alpha: 255 * (alpha < 128)).convert("RGB")
 
 
 def write_sheets(path: Path) -> dict[str, Any]:
@@ -80,7 +93,7 @@ def write_sheets(path: Path) -> dict[str, Any]:
     }
 
 
-def stub(found: dict[str, Any]) -> Video:
+def stub(found: Mapping[str, Any]) -> Video:
     """Return a Video with an upload's facts and no frames, for checks in a process that decodes nothing."""
     return Video(
         list, fps=found["fps"] or 24, num_frames=found["num_frames"], height=found["height"], width=found["width"]
@@ -88,4 +101,4 @@ def stub(found: dict[str, Any]) -> Video:
 
 
 if __name__ == "__main__":
-    answer(look, Path(sys.argv[1]), Image.DecompressionBombError)
+    answer(partial(look, mask="mask" in sys.argv[2:]), Path(sys.argv[1]), Image.DecompressionBombError)

@@ -6,24 +6,27 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from runtime.clips import Clip, cut_clip
+from runtime.clips import Clip, cut_clip, read_mask
 from runtime.request import Request
 from runtime.storyboard import Card
 
 
 def request_of(record: Mapping[str, Any], folder: Path) -> Request:
     """Return the request of a record, its clips being files in `folder`."""
+
+    def clips(name: str) -> tuple[Clip, ...]:
+        return tuple(clip_of(clip, folder) for clip in record.get(name, ()))
+
     cards = tuple(
-        Card(card["from"], card["to"], card["prompt"], clip_of(card["clip"], folder) if card.get("clip") else None)
+        Card(card["from"], card["to"], card["prompt"], None if card["clip"] is None else clip_of(card["clip"], folder))
         for card in record.get("storyboard", ())
     )
-    clips = () if cards else tuple(clip_of(clip, folder) for clip in record["clips"])
-    return Request(**{**record, "clips": clips, "storyboard": cards})
+    given = {"clips": () if cards else clips("clips"), "references": clips("references"), "storyboard": cards}
+    return Request(**{**record, **given})
 
 
 def clip_of(kept: Mapping[str, Any], folder: Path) -> Clip:
-    """Return the clip of {input, at, hold, and perhaps cut: (from, to) in frames}."""
-    path = folder / kept["input"]
-    return Clip(
-        str(path) if kept.get("cut") is None else cut_clip(path, *kept["cut"]), at=kept["at"], hold=kept["hold"]
-    )
+    """Return the clip of {input, at, hold, and perhaps cut: (from, to) in frames, mask: a picture}."""
+    frames = str(folder / kept["input"])
+    clip = Clip(cut_clip(frames, *kept["cut"]) if "cut" in kept else frames, at=kept["at"], hold=kept["hold"])
+    return read_mask(folder / kept["mask"], clip) if "mask" in kept else clip

@@ -1,24 +1,18 @@
-"""What the API says and means: fields of a body -> runtime.Request, a job -> the video object that clients read."""
+"""What the API means: fields of a body -> runtime.Request."""
 
 from __future__ import annotations
 
-import base64
-import binascii
 import dataclasses
-import math
-import os
 import secrets
-from collections.abc import Callable, Mapping
-from pathlib import Path
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-from runtime.clips import Clip
 from runtime.expansion import Expansion
 from runtime.models.spec import Defaults, ModelSpec
 from runtime.request import Request
 from runtime.serve.errors import ApiError, bad
-from runtime.serve.forms import Upload, parse_json
-from runtime.serve.pictures import inspect, stub
+from runtime.serve.fields import flag, number, size, text
+from runtime.serve.inputs import CLIPS, Found, Read, card_stub, clip_stub, kept, read_cards, read_characters, read_clips
 from runtime.tasks import plan_task
 
 # The API's names -> runtime.Request's, and what each is.
@@ -38,13 +32,13 @@ NUMBERS: dict[str, tuple[str, type]] = {
     "height": ("height", int),
 }
 TEXTS = {"prompt": "prompt", "negative_prompt": "negative_prompt", "sampler": "sampler", "fit": "fit"}
-ALIASES = {"infer_steps": "num_inference_steps", "target_fps": "fps", "target_video_length": "num_frames"}
+ALIASES = {
+    "infer_steps": "num_inference_steps", "target_fps": "fps", "target_video_length": "num_frames",
+    "reference_url": "input_reference", "image_reference": "input_reference",
+}  # fmt: skip
 OWN = ("model", "size", "loop", "draft", "quality", "expand_prompt", "priority", "direction", "user")
-CLIPS = ("input_reference", "last_frame", "keyframes", "video", "videos")
 MODEL_FIELDS = {"prompt", "model"}  # of a body that makes nothing
 QUALITIES = {"draft": True, "low": True} | dict.fromkeys(("auto", "standard", "medium", "high", "hd"), False)
-KEYFRAME = {"frame", "time", "image", "image_url", "strength"}
-MAX_PROMPT = 20_000  # characters
 MAX_STEPS = 1000
 MAX_FRAMES = 10_000
 FPS = (1.0, 240.0)
@@ -61,6 +55,15 @@ class Offer:
 
 
 @dataclasses.dataclass(frozen=True)
+class Given:
+    """What looks at a field that stands for a picture or clip, and those that come before the ones in the fields."""
+
+    read: Read
+    clips: Sequence[Found] = ()
+    references: Sequence[Found] = ()
+
+
+@dataclasses.dataclass(frozen=True)
 class Asked:
     """A checked request: what the store keeps of it."""
 
@@ -72,6 +75,19 @@ class Asked:
     priority: int
     final_size: tuple[int, int] | None = None  # (width, height) in pixels of what this is the draft of
 
+    @property
+    def prompt(self) -> str:
+        """What it shows, in words; of a storyboard, line by line."""
+        return "\n".join(card.prompt for card in self.request.storyboard) or self.request.prompt
+
+
+def again(asked: Asked, seed: int | None = None) -> Asked:
+    """Return a request once more, with another seed: one that is given, or a random one."""
+    seed = secrets.randbelow(2**31) if seed is None else seed % 2**64
+    return dataclasses.replace(
+        asked, request=dataclasses.replace(asked.request, seed=seed), record=asked.record | {"seed": seed}
+    )
+
 
 def spec_of(card: Mapping[str, Any]) -> ModelSpec:
     """Return a model's facts from what its worker told."""
@@ -80,47 +96,72 @@ def spec_of(card: Mapping[str, Any]) -> ModelSpec:
     return ModelSpec(**{**spec, **tuples, "defaults": Defaults(**spec["defaults"])})
 
 
-def parse_request(
-    fields: Mapping[str, Any], offer: Offer, folder: Callable[[], Path], given: list[dict[str, Any]]
-) -> Asked:
-    """Return the request that fields mean; ApiError for what is illegal.
-
-    Uploads are decoded in a child, and lie in `folder()`; `given` are clips that come before those in the fields.
-    """
-    fields = {ALIASES.get(name, name): value for name, value in fields.items() if value is not None}
+def parse_request(fields: Mapping[str, Any], offer: Offer, given: Given) -> Asked:
+    """Return the request that fields mean; ApiError for what is illegal."""
+    fields = named_once(fields)
     legal = {*NUMBERS, *TEXTS, *OWN, *CLIPS}
     if unknown := sorted(fields.keys() - legal):
         raise bad(
             f"{unknown[0][:80]} is not known; legal: {', '.join(sorted(legal))}", unknown[0][:80], "unknown_field"
         )
     name = choose_model(fields, offer.models)
+    spec = spec_of(offer.models[name])
     values = read_values(fields)
-    clips = [*given, *read_clips(fields, folder, values.get("fps"), offer.models[name])]
+    clips = [*given.clips, *read_clips(fields, given.read, values.get("fps") or spec.defaults.fps)]
+    references = [*given.references, *read_characters(fields, given.read)]
+    cards = read_cards(fields, given.read)
+    if cards and clips:
+        raise bad("a storyboard's cards bring their own pictures; give no others beside it", "storyboard")
     if flag(fields, "expand_prompt"):
         values["expand"] = dataclasses.replace(offer.expansion, optional=True)
-    stubs = tuple(Clip(stub(clip), at=clip["at"], hold=clip["hold"]) for clip in clips)
-    spec = spec_of(offer.models[name])
     try:
-        request = Request(**values, clips=stubs).resolved(spec)
-        final = None
+        values |= {"clips": tuple(map(clip_stub, clips)), "references": tuple(map(clip_stub, references))}
+        values |= {"storyboard": tuple(map(card_stub, cards))}
+    except ValueError as error:
+        raise bad(str(error), "storyboard" if cards else "keyframes") from error
+    request, frames, windows, final = planned(values, spec, fields)
+    if frames > MAX_FRAMES:
+        raise bad(f"the video would have {frames} frames; legal: up to {MAX_FRAMES}", "seconds")
+    priority = number(fields, "priority", int) if "priority" in fields else 0
+    if priority not in PRIORITIES:
+        raise bad(f"priority is {priority}; legal: {PRIORITIES[0]} to {PRIORITIES[-1]}", "priority")
+    record = {f.name: getattr(request, f.name) for f in dataclasses.fields(Request)}
+    record |= {
+        "clips": list(map(kept, clips)),
+        "references": list(map(kept, references)),
+        "storyboard": [card | {"clip": card["clip"] and kept(card["clip"])} for card in cards],
+        "expand": None if request.expand is None else dataclasses.asdict(request.expand),
+    }
+    return Asked(name, request, record, frames, windows, priority, final)
+
+
+def named_once(fields: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the fields that say something by their own names; ApiError for one that is given under two."""
+    found: dict[str, Any] = {}
+    for given, value in fields.items():
+        if value is not None:
+            name = ALIASES.get(given, given)
+            if name in found:
+                raise bad(f"{name} is given twice, as {given} as well", name)
+            found[name] = value
+    return found
+
+
+def planned(
+    values: Mapping[str, Any], spec: ModelSpec, fields: Mapping[str, Any]
+) -> tuple[Request, int, int, tuple[int, int] | None]:
+    """Return (the resolved request, its frames, its windows, the final size where it is a draft)."""
+    try:
+        request, final = Request(**values).resolved(spec), None
         if is_draft(fields):
             assert request.width and request.height
             final, request = (request.width, request.height), request.drafted(spec)
         assert request.fps
-        plan = plan_task(request, spec, [clip.count(request.fps) for clip in stubs])
+        plan = plan_task(request, spec, [clip.count(request.fps) for clip in request.clips])
     except ValueError as error:
         message, field = named(str(error))
         raise bad(message, "size" if field in ("width", "height") and "size" in fields else field) from error
-    if plan.num_frames > MAX_FRAMES:
-        raise bad(f"the video would have {plan.num_frames} frames; legal: up to {MAX_FRAMES}", "seconds")
-    record = {f.name: getattr(request, f.name) for f in dataclasses.fields(Request)}
-    record["clips"] = [kept(clip) for clip in clips]
-    priority = number(fields, "priority", int) if "priority" in fields else 0
-    if priority not in PRIORITIES:
-        raise bad(f"priority is {priority}; legal: {PRIORITIES[0]} to {PRIORITIES[-1]}", "priority")
-    record["expand"] = None if request.expand is None else dataclasses.asdict(request.expand)
-    record = {name: value for name, value in record.items() if value != ()}
-    return Asked(name, request, record, plan.num_frames, len(plan.windows), priority, final)
+    return request, plan.num_frames, len(plan.windows), final
 
 
 def choose_model(fields: Mapping[str, Any], models: Mapping[str, Any]) -> str:
@@ -167,132 +208,3 @@ def named(message: str) -> tuple[str, str | None]:
         if message.startswith((f"{ours} is", f"the {ours} is")):
             return message.replace(ours, name, 1), name
     return message, None
-
-
-def text(fields: Mapping[str, Any], name: str) -> str:
-    """Return a field that is text, without characters that no text has."""
-    value = fields[name]
-    if not isinstance(value, str):
-        raise bad(f"{name} is a {type(value).__name__}; legal: text", name)
-    if len(value) > MAX_PROMPT:
-        raise bad(f"{name} has {len(value)} characters; legal: up to {MAX_PROMPT}", name)
-    return value.encode("utf-8", "replace").decode().replace("\0", "")
-
-
-def number(fields: Mapping[str, Any], name: str, kind: type) -> Any:
-    """Return a field that is a number, in JSON or as text."""
-    value = fields[name]
-    try:
-        if isinstance(value, bool) or not isinstance(value, int | float | str) or len(str(value)) > 40:
-            raise ValueError
-        found = float(value)
-        if not math.isfinite(found) or (kind is int and found != int(found)):
-            raise ValueError
-        return int(value) if kind is int and not isinstance(value, float) else kind(found)
-    except ValueError:
-        wanted = "a whole number" if kind is int else "a finite number"
-        raise bad(f"{name} is {str(value)[:80]!r}; legal: {wanted}", name) from None
-
-
-def flag(fields: Mapping[str, Any], name: str) -> bool:
-    """Return a field that is true or false, in JSON or as text."""
-    value = fields.get(name, False)
-    words = {"true": True, "1": True, "false": False, "0": False}
-    found = value if isinstance(value, bool) else words.get(str(value).lower())
-    if found is None:
-        raise bad(f"{name} is {str(value)[:80]!r}; legal: true, false", name)
-    return found
-
-
-def size(fields: Mapping[str, Any]) -> dict[str, int]:
-    """Return width and height of the field `size`, such as 832x480."""
-    if "size" not in fields or fields["size"] == "auto":
-        return {}
-    if "width" in fields or "height" in fields:
-        raise bad("size is given, and width or height as well; give one of them", "size")
-    width, x, height = str(fields["size"]).lower().partition("x")
-    if not (x and width.isdecimal() and height.isdecimal() and len(width + height) < 12):
-        raise bad(f"size is {str(fields['size'])[:80]!r}; legal: WIDTHxHEIGHT in pixels, such as 832x480", "size")
-    return {"width": int(width), "height": int(height)}
-
-
-def read_clips(
-    fields: Mapping[str, Any], folder: Callable[[], Path], fps: float | None, card: Mapping[str, Any]
-) -> list[dict[str, Any]]:
-    """Return the clips in the fields: {file, width, height, num_frames, fps, at, hold}."""
-    found = []
-    if "input_reference" in fields:
-        found.append(read_clip(fields["input_reference"], "input_reference", folder))
-    frames = structured(fields.get("keyframes", []), "keyframes")
-    if not isinstance(frames, list):
-        raise bad("keyframes is no list", "keyframes")
-    for each in frames:
-        if not isinstance(each, dict) or each.keys() - KEYFRAME:
-            raise bad("a keyframe has other keys than frame or time, image or image_url, and strength", "keyframes")
-        clip = read_clip(each.get("image", each.get("image_url")), "keyframes", folder)
-        rate = fps or card["spec"]["defaults"]["fps"]
-        at = round(number(each, "time", float) * rate) if "time" in each else number({"frame": 0} | each, "frame", int)
-        found.append(clip | {"at": at, "hold": number(each, "strength", float) if "strength" in each else 1.0})
-    if "last_frame" in fields:
-        found.append(read_clip(fields["last_frame"], "last_frame", folder) | {"at": "end"})
-    return found
-
-
-def cut_of(clip: dict[str, Any], part: Any, name: str) -> dict[str, Any]:
-    """Return the part of a clip from the frame `from` up to before the frame `to`."""
-    if not isinstance(part, dict) or not part or part.keys() - {"from", "to"}:
-        raise bad(f"{name} is {str(part)[:80]}; legal: an object with from, to, in frames", name)
-    count = clip["num_frames"]
-    start, stop = number({"from": 0} | part, "from", int), number({"to": count} | part, "to", int)
-    if not 0 <= start < stop <= count:
-        raise bad(f"{name} is frames {start} to {stop}; legal: onward, within the {count} of the video", name)
-    return clip | {"cut": (start, stop), "num_frames": stop - start}
-
-
-def kept(clip: Mapping[str, Any]) -> dict[str, Any]:
-    """Return what the store keeps of a clip."""
-    cut = {"cut": clip["cut"]} if "cut" in clip else {}
-    return {"input": clip["file"], "at": clip["at"], "hold": clip["hold"], **cut}
-
-
-def structured(value: Any, name: str) -> Any:
-    """Return a field that is a list or an object, as it is or as a JSON text."""
-    if not isinstance(value, str):
-        return value
-    try:
-        return parse_json(value.encode())
-    except ApiError as error:
-        raise bad(f"{name}: {error.message}", name) from error
-
-
-def read_clip(value: Any, name: str, folder: Callable[[], Path]) -> dict[str, Any]:
-    """Return an uploaded or enclosed picture or clip, looked at; nothing is fetched from an address here."""
-    if isinstance(value, dict) and isinstance(value.get("image_url"), str | Upload):
-        value = value["image_url"]
-    if isinstance(value, str):
-        head, comma, data = value.partition(",")
-        if not head.startswith("data:") or not comma or not head.endswith(";base64"):
-            raise bad(f"{name} is text that is no data: URL; addresses are not fetched, send the file itself", name)
-        try:
-            content = base64.b64decode(data, validate=True)
-        except binascii.Error:
-            raise bad(f"{name} is no base64", name) from None
-        value = Upload(folder() / f"upload-{secrets.token_hex(4)}")
-        value.path.write_bytes(content)
-    if not isinstance(value, Upload):
-        raise bad(f"{name} is no file; legal: a file of the form, or a data: URL", name)
-    try:
-        found = inspect(value.path)
-    except ValueError as error:
-        raise bad(f"{name}: {error}", name, "invalid_upload") from error
-    return found | {"at": 0, "hold": 1.0}
-
-
-def sync(folder: Path) -> None:
-    """Make the files in a folder, and the folder itself, durable."""
-    for path in (*folder.iterdir(), folder, folder.parent):
-        handle = os.open(path, os.O_RDONLY)
-        try:
-            os.fsync(handle)
-        finally:
-            os.close(handle)

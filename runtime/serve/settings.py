@@ -76,7 +76,7 @@ def read_settings(arguments: Sequence[str] | None = None) -> Settings:
     parser.add_argument("--host", help="address to listen on (default: 127.0.0.1)")
     parser.add_argument("--port", type=int, help="port to listen on (default: 8000; 0: any that is free)")
     parser.add_argument("--data", type=Path, metavar="FOLDER", help="jobs and results (default: ./dit-runtime-data)")
-    parser.add_argument("--model", action="append", metavar="NAME", help="may be given again (default: demo)")
+    parser.add_argument("--model", action="append", metavar="NAME[=PLACE]", help="may be given again (default: demo)")
     parser.add_argument("--api-key", type=Path, metavar="FILE", help="lines NAME:KEY, or KEY alone")
     parser.add_argument("--workers", type=int, metavar="N", help="worker processes (default: 1)")
     parser.add_argument("--device", help="auto, cpu, cuda, cuda:N (default: auto)")
@@ -114,6 +114,9 @@ def read_settings(arguments: Sequence[str] | None = None) -> Settings:
     for name in {"model", "fetch_host"} & values.keys():
         values[name] = tuple([values[name]] if isinstance(values[name], str) else values[name])
     settings = Settings(**values)
+    names = [model_place(each)[0] for each in settings.model]
+    if twice := next((name for name in names if not name or names.count(name) > 1), None):
+        raise ValueError(f"model {twice!r} is named twice; legal: each name once, so give NAME=PLACE")
     if settings.api_key is not None:
         settings = dataclasses.replace(settings, keys=read_keys(settings.api_key))
     if not settings.keys and not settings.insecure and not loopback(settings.host):
@@ -122,6 +125,12 @@ def read_settings(arguments: Sequence[str] | None = None) -> Settings:
             "--insecure if that is meant"
         )
     return settings
+
+
+def model_place(text: str) -> tuple[str, str]:
+    """Return (name in the API, name or folder to load) of NAME or NAME=PLACE."""
+    name, _, place = text.partition("=")
+    return name, place or name
 
 
 def loopback(host: str) -> bool:

@@ -33,6 +33,7 @@ from runtime.serve.jobs import Job, LostLease, Store
 from runtime.serve.moderation import Moderator, Refused, Rule, keep
 from runtime.serve.pictures import write_sheets
 from runtime.serve.records import request_of
+from runtime.serve.settings import model_place
 from runtime.trace import recording, span
 
 log = logging.getLogger("runtime.serve.worker")
@@ -51,8 +52,10 @@ class Stopping(Exception):
 class Worker:
     """One process's loaded models and the job in its hands."""
 
-    def __init__(self, store: Store, name: str, device: str, signer: Signer | None, rules: Sequence[Rule]) -> None:
-        self.store, self.name, self.device, self.signer = store, name, device, signer
+    def __init__(
+        self, store: Store, name: str, places: dict[str, str], device: str, signer: Signer | None, rules: Sequence[Rule]
+    ) -> None:
+        self.store, self.name, self.places, self.device, self.signer = store, name, places, device, signer
         self.moderator = Moderator(rules)
         self.models: dict[str, runtime.Model] = {}
         self.stopping, self.wake = threading.Event(), threading.Event()
@@ -66,7 +69,7 @@ class Worker:
     def model(self, name: str) -> runtime.Model:
         """Return a model, loaded at first use and kept."""
         if name not in self.models:
-            self.models[name] = runtime.load(name, device=self.device)
+            self.models[name] = runtime.load(self.places[name], device=self.device)
         return self.models[name]
 
     def work(self) -> None:
@@ -281,14 +284,15 @@ def main() -> int:
     if not options.no_credentials:
         signer = find_signer(options.certificate, options.private_key, options.data / "credentials")
     rules = [Rule.of(table) for table in options.moderation]
-    worker = Worker(Store(options.data), options.name, options.device, signer, rules)
+    places = dict(map(model_place, options.model))
+    worker = Worker(Store(options.data), options.name, places, options.device, signer, rules)
     signal.signal(signal.SIGTERM, lambda *_: worker.stop())
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the server decides
     lock = hold_lock(options.data, options.name)
     threading.Thread(target=listen, args=(worker,), daemon=True).start()
     for beside in (worker.renew, worker.foresee):
         threading.Thread(target=beside, daemon=True).start()
-    for name in options.model:
+    for name in places:
         worker.store.tell_model(name, card(worker.model(name)))
     print("ready", flush=True)
     for model in worker.models.values():

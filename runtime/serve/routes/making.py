@@ -28,7 +28,7 @@ def add(app: FastAPI, api: Api) -> None:
     async def make(request: Request, given: Given) -> Job:
         def verb(fields: dict[str, Any], own: Callable[[], Path]) -> tuple[str | None, Asked]:
             clips, parent = given(fields, own)
-            return parent, api.parsed(fields, own, clips)
+            return parent, api.parsed(request, fields, own, clips)
 
         return await api.create(request, verb)
 

@@ -13,12 +13,11 @@ from starlette.requests import Request
 
 from runtime.serve.api import Api
 from runtime.serve.errors import bad
-from runtime.serve.fetching import fetch_inputs
-from runtime.serve.forms import read_body
+from runtime.serve.fields import text
 from runtime.serve.given import anything
 from runtime.serve.jobs import new_id
 from runtime.serve.openapi import describe
-from runtime.serve.schema import MODEL_FIELDS, Asked, choose_model, text
+from runtime.serve.schema import MODEL_FIELDS, Asked, choose_model
 from runtime.serve.shown import shown
 
 
@@ -35,12 +34,11 @@ def add(app: FastAPI, api: Api) -> None:
             return folder
 
         try:
-            fields = await read_body(request, own, api.settings.max_upload)
-            await fetch_inputs(fields, own, api.settings.fetching)
+            fields = await api.body(request, own)
 
             def parsed() -> Asked:
                 clips, _ = anything(api, request)(fields, own)
-                return api.parsed(fields, own, clips)
+                return api.parsed(request, fields, own, clips)
 
             asked = await asyncio.to_thread(parsed)
             found = await api.ask("plan", asked.model, record=asked.record, folder=str(folder))
@@ -60,7 +58,7 @@ def add(app: FastAPI, api: Api) -> None:
     @app.post("/v1/prompts/expand", openapi_extra=describe("expand"))
     async def expand(request: Request) -> Response:
         api.loaded()
-        fields = await read_body(request, no_files, api.settings.max_upload)
+        fields = await api.body(request, no_files)
         if unknown := sorted(fields.keys() - MODEL_FIELDS):
             raise bad(f"{unknown[0][:80]} is not known; legal: {', '.join(sorted(MODEL_FIELDS))}", unknown[0][:80])
         if not str(fields.get("prompt", "")).strip():

@@ -14,10 +14,10 @@ from starlette.requests import Request
 from runtime.serve.api import Api
 from runtime.serve.errors import bad
 from runtime.serve.examining import examine
+from runtime.serve.fields import structured
 from runtime.serve.forms import Upload, read_body
 from runtime.serve.jobs import new_id
 from runtime.serve.openapi import describe
-from runtime.serve.schema import structured
 
 
 def add(app: FastAPI, api: Api) -> None:
