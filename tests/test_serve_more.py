@@ -236,7 +236,6 @@ def test_pictures_are_edited(server: Server) -> None:
         ("demo", files),
         ("demo", files[1:2] * 2),
         ("control", [files[0], ("mask", png("red"))]),
-        ("demo", []),
     ):
         answer = edit({"model": model}, *wrong)
         assert answer.status_code == 400 and answer.json()["error"]["message"], answer.text
