@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 import tempfile
 from collections.abc import Callable, Collection, Container, Iterator, Mapping
 from dataclasses import dataclass, replace
@@ -253,7 +254,9 @@ def publish(path: Path, tensors: Mapping[str, torch.Tensor], notes: Mapping[str,
         try:
             save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, unfinished, dict(notes))
         except SafetensorError as error:
-            raise OSError(f"{path} cannot be written ({error}); free some space or name another place") from error
+            told = re.search(r"os error (\d+)", str(error))
+            message = f"{path} cannot be written ({error}); free some space or name another place"
+            raise OSError(*([int(told[1])] if told else []), message) from error
         unfinished.replace(path)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import io
 import os
 import re
@@ -16,6 +17,7 @@ import av
 import httpx2
 import numpy as np
 
+UNSHARE = ("unshare", "-m") if os.geteuid() == 0 else ("unshare", "-Urm")  # mounts that are the process's own
 TINY = {"prompt": "a red ball", "size": "64x64", "num_frames": 5, "num_inference_steps": 2, "seed": 3}
 LONG = {"prompt": "a red ball", "num_frames": 17, "num_inference_steps": 60, "seed": 4, "guidance_scale": 4}
 
@@ -27,18 +29,26 @@ def frames_of(content: bytes) -> np.ndarray:
 
 
 class Server:
-    """python -m runtime.serve on a free port, with its data in a folder; `text` is what it printed."""
+    """python -m runtime.serve on a free port, with its data in a folder.
 
-    def __init__(self, data: Path, *flags: str) -> None:
+    `faulty` is tests/faulty.py instead; `disk` such as "8m" gives the data a small disk of its own, that this process
+    alone sees and `files` reaches.
+    """
+
+    def __init__(self, data: Path, *flags: str, faulty: bool = False, disk: str | None = None) -> None:
         self.data, self.flags = data, flags
+        mount = f'mount -t tmpfs -o size={disk} none "$0" && exec "$@"'
+        self.before = [] if disk is None else [*UNSHARE, "sh", "-c", mount, str(data)]
+        self.program = [str(Path(__file__).with_name("faulty.py"))] if faulty else ["-m", "runtime.serve"]
         data.mkdir(parents=True, exist_ok=True)
         self.start()
 
     def start(self) -> None:
         """Start it and wait until it takes jobs."""
-        command = [sys.executable, "-m", "runtime.serve", "--port", "0", "--data", str(self.data), *self.flags]
+        command = [*self.before, sys.executable, *self.program, "--port", "0", "--data", str(self.data), *self.flags]
         with (self.data / "server.log").open("a") as log:
             self.process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=log, text=True)
+        atexit.register(self.process.kill)  # where a test ends before it stops it; its workers follow
         assert self.process.stdout is not None
         line = self.process.stdout.readline()
         found = re.search(r"http://\S+", line)
@@ -46,6 +56,11 @@ class Server:
         self.url = found[0]
         self.http = httpx2.Client(base_url=self.url, timeout=60)
         self.until(lambda: self.http.get("/health/ready").status_code == 200)
+
+    @property
+    def files(self) -> Path:
+        """The data folder as the server sees it."""
+        return Path(f"/proc/{self.process.pid}/root{self.data}")
 
     def log(self) -> str:
         """Return what it wrote to standard error."""
@@ -67,7 +82,7 @@ class Server:
         for thread in threads:
             for pid in (thread / "children").read_text().split():
                 named.append((int(pid), Path(f"/proc/{pid}/cmdline").read_bytes()))
-        return sorted({pid for pid, command in named if b"runtime.serve.worker" in command})
+        return sorted({pid for pid, command in named if b"worker" in command})
 
     def create(self, fields: dict[str, Any] | None = None, path: str = "/v1/videos", **more: Any) -> dict[str, Any]:
         """Create a job, and return its object."""

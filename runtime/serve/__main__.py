@@ -9,6 +9,7 @@ import signal
 import socket
 import sys
 import threading
+import time
 from types import FrameType
 
 import uvicorn
@@ -16,16 +17,18 @@ import uvicorn
 from runtime.serve.api import Api
 from runtime.serve.app import make_app
 from runtime.serve.jobs import Store
+from runtime.serve.opening import open_store
 from runtime.serve.settings import Settings, model_place, read_settings
 from runtime.serve.supervisor import Supervisor
 
 log = logging.getLogger("runtime.serve")
 
 TIDY_SECONDS = 2.0
+WORKERS_SHARE = 0.8  # of the grace time; the rest is for those who are still downloading
 
 
 class Server(uvicorn.Server):
-    """Uvicorn, which tells the workers to end as soon as it is told itself; told twice it ends at once."""
+    """Uvicorn, which answers until the workers have ended, refusing new jobs; told twice to end it does so at once."""
 
     def __init__(self, config: uvicorn.Config, api: Api, supervisor: Supervisor) -> None:
         super().__init__(config)
@@ -33,10 +36,18 @@ class Server(uvicorn.Server):
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         if self.api.draining:
+            self.supervisor.abandon()
             os._exit(128 + sig)
-        log.info("ending on signal %d", sig)
         self.api.draining = True
+        threading.Thread(target=self.drain, daemon=True).start()
+
+    def drain(self) -> None:
+        """Let the workers keep checkpoints and end, then the connections."""
+        grace, began = self.api.settings.grace, time.monotonic()
+        log.info("ending within %.0f s", grace)
         self.supervisor.stop()
+        self.supervisor.wait(WORKERS_SHARE * grace)
+        self.config.timeout_graceful_shutdown = max(1, int(grace - (time.monotonic() - began)))
         self.should_exit = True
 
 
@@ -56,15 +67,13 @@ def main() -> int:
     try:
         settings = read_settings()
         start_logging(settings)
-        store = Store(settings.data)
+        store, lock = open_store(settings)
         signer = settings.signer
         listener = listen(settings)
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     store.reclaim()
-    store.sweep()
-    store.purge()
     supervisor = Supervisor(settings, store)
     api = Api(settings, store, supervisor.wake)
     api.ready, api.answer = lambda: bool(supervisor.ready), supervisor.ask
@@ -72,7 +81,7 @@ def main() -> int:
     host, port = listener.getsockname()[:2]
     config = uvicorn.Config(
         make_app(api), log_config=None, access_log=False, server_header=False, date_header=False,
-        timeout_graceful_shutdown=max(1, int(settings.grace)), timeout_keep_alive=30,
+        timeout_keep_alive=30,
     )  # fmt: skip
     server = Server(config, api, supervisor)
     supervisor.start()
@@ -84,11 +93,13 @@ def main() -> int:
     finally:
         supervisor.stop()
         supervisor.wait(settings.grace)
+        lock.close()
     return 0
 
 
 def tidy(store: Store, stopping: threading.Event) -> None:
-    """Remove what is deleted once nobody can bring it back."""
+    """Remove what deaths have left, and what is deleted once nobody can bring it back."""
+    store.sweep()
     while not stopping.wait(TIDY_SECONDS):
         store.purge()
 

@@ -16,7 +16,7 @@ from typing import Any
 from starlette.requests import ClientDisconnect, Request
 
 from runtime.serve.characters import Characters
-from runtime.serve.errors import ApiError, bad, missing
+from runtime.serve.errors import ApiError, bad, missing, no_space
 from runtime.serve.fetching import fetch_inputs
 from runtime.serve.fields import structured
 from runtime.serve.forms import Upload, read_body
@@ -50,7 +50,7 @@ class Api:
         if self.draining:
             raise ApiError(503, "the server is ending", code="shutting_down", retry_after=5)
         if shutil.disk_usage(self.settings.data).free < self.settings.min_free:
-            raise ApiError(507, "the disk of the server is full", code="insufficient_storage")
+            raise no_space()
         self.loaded()
         self.check_queue()
 

@@ -10,13 +10,16 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from runtime.serve.errors import disk_full
+
 SECONDS = 60  # of CPU time for one file
 MEMORY = 4 * 2**30
 FILE_BYTES = 2**30  # of one file that is written
 
 
 def boxed(module: str, *arguments: str) -> dict[str, Any]:
-    """Return what `python -m module` prints with `answer`; ValueError for what it refuses, or has not the means for."""
+    """Return what `python -m module` prints with `answer`; ValueError for what it refuses, or has not the means
+    for, OSError where the disk is full."""
     command = [sys.executable, "-m", module, *arguments]
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=2 * SECONDS, stdin=subprocess.DEVNULL)
@@ -26,6 +29,8 @@ def boxed(module: str, *arguments: str) -> dict[str, Any]:
         found = json.loads(done.stdout.splitlines()[-1])
     except (ValueError, IndexError):
         raise ValueError("the upload cannot be decoded within the limits of memory and time") from None
+    if "errno" in found:
+        raise OSError(found["errno"], "the upload cannot be written")
     if "error" in found:
         raise ValueError(found["error"])
     return found
@@ -43,4 +48,5 @@ def answer(look: Callable[[Path], dict[str, Any]], path: Path, *failures: type[E
     except ValueError as error:
         print(json.dumps({"error": str(error).replace(str(path.parent) + "/", "")}))
     except failures as error:
-        print(json.dumps({"error": f"the upload cannot be decoded ({type(error).__name__})"}))
+        told = {"error": f"the upload cannot be decoded ({type(error).__name__})"}
+        print(json.dumps({"errno": getattr(error, "errno", None)} if disk_full(error) else told))

@@ -72,6 +72,11 @@ class Database:
             raise ValueError(f"{file} is damaged ({error}); move it away, or name another data folder") from error
         return db
 
+    def close(self) -> None:
+        """Close the file."""
+        self._reader.close()
+        self._writer.close()
+
     @contextmanager
     def _write(self) -> Iterator[sqlite3.Connection]:
         with self._lock:

@@ -12,7 +12,7 @@ from fastapi.responses import JSONResponse, Response
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect, Request
 
-from runtime.serve.errors import ApiError, bad
+from runtime.serve.errors import ApiError, bad, disk_full, no_space
 from runtime.serve.jobs import new_id
 from runtime.serve.settings import owner_of
 
@@ -50,11 +50,17 @@ class Gate:
             await self.app(scope, receive, answering)
         except ClientDisconnect:
             status = 499
-        except Exception:
+        except Exception as fault:
             log.exception("%s failed", number)
             if status == 0:
-                error = ApiError(500, f"a fault of the server; its log says more under {number}", code="internal_error")
-                await JSONResponse(error.body(), 500, error.headers())(scope, receive, answering)
+                error = (
+                    no_space()
+                    if disk_full(fault)
+                    else ApiError(
+                        500, f"a fault of the server; its log says more under {number}", code="internal_error"
+                    )
+                )
+                await JSONResponse(error.body(), error.status, error.headers())(scope, receive, answering)
         finally:
             self.requests[str(status)] += 1
             seconds = time.monotonic() - began

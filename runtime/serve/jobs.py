@@ -22,6 +22,8 @@ from runtime.serve.database import Database
 LEASE_SECONDS = 30.0
 MAX_LOSSES = 3  # workers that may die over a job without taking a step further
 ACTIVE = ("queued", "in_progress")
+MAX_HANGS = 2  # the same for workers that were killed because they hung
+ORPHAN_SECONDS = 3600.0  # a folder may be older than its job by as much: its files are still coming
 TERMINAL = ("completed", "failed", "cancelled")
 
 # First by priority, then whose owner has had least, then by age.
@@ -252,11 +254,28 @@ class Store(Database):
         }
 
     def sweep(self) -> None:
-        """Remove the folders that no job owns and that nobody has touched for an hour."""
-        ids = {row["id"] for row in self._reader.execute("SELECT id FROM jobs").fetchall()}
+        """Remove the folders that no job owns and that nobody has touched for an hour, what deaths have left in those
+        of ended jobs, and the locks of dead workers."""
+        ended = {row["id"]: row for row in self._reader.execute("SELECT id, status, output FROM jobs").fetchall()}
         for folder in (self.data / "jobs").iterdir():
-            if folder.name not in ids and time.time() - folder.stat().st_mtime > 3600:
+            if folder.name not in ended and time.time() - folder.stat().st_mtime > ORPHAN_SECONDS:
                 shutil.rmtree(folder, ignore_errors=True)
+            elif folder.name in ended and ended[folder.name]["status"] in TERMINAL:
+                self.tidy(folder.name, json.loads(ended[folder.name]["output"] or "{}"))
+        for lock in (self.data / "workers").iterdir():
+            if not self.alive(lock.name):
+                lock.unlink(missing_ok=True)
+
+    def tidy(self, job_id: str, output: Mapping[str, Any]) -> None:
+        """Remove what an ended job needs no more: its states, its preview, and the files of attempts that are lost."""
+        folder = self.folder(job_id)
+        own = Path(output.get("file", "")).stem
+        others = [file for file in folder.glob("output-*") if file.stem != own]
+        for left in (*folder.glob("window-*"), folder / "preview.gif", *others):
+            left.unlink(missing_ok=True)
+        for unfinished in folder.glob(".*"):
+            if time.time() - unfinished.stat().st_mtime > ORPHAN_SECONDS:  # else it may be on its way to a format
+                shutil.rmtree(unfinished) if unfinished.is_dir() else unfinished.unlink(missing_ok=True)
 
     def purge(self) -> None:
         """Remove what is deleted and can no longer be restored."""
@@ -264,11 +283,13 @@ class Store(Database):
         for row in self._reader.execute(due, (time.time(), *TERMINAL)).fetchall():
             self._remove(row["id"])
 
-    def reclaim(self) -> int:
-        """Take the jobs back of workers that are dead or whose lease is over; return how many."""
+    def reclaim(self, hung: str | None = None) -> int:
+        """Take the jobs back of workers that are dead or whose lease is over; return how many. `hung` names a worker
+        that was killed because it hung: its job is tried less often."""
         held = self._reader.execute("SELECT id, attempt, worker, lease_until FROM jobs WHERE status = 'in_progress'")
-        lost = [row for row in held.fetchall() if row["lease_until"] < time.time() or not self.alive(row["worker"])]
+        lost = [row for row in held.fetchall() if row["lease_until"] < uptime() or not self.alive(row["worker"])]
         for row in lost:
+            most, error = (MAX_HANGS, WORKER_HUNG) if row["worker"] == hung else (MAX_LOSSES, WORKER_LOST)
             with self._write() as db:
                 db.execute(
                     "UPDATE jobs SET losses = losses + 1, worker = NULL, lease_until = NULL, "
@@ -276,7 +297,7 @@ class Store(Database):
                     "completed_at = CASE WHEN cancel OR losses + 1 >= ? THEN ? END, "
                     "error = CASE WHEN NOT cancel AND losses + 1 >= ? THEN ? END "
                     "WHERE id = ? AND attempt = ? AND status = 'in_progress'",
-                    (MAX_LOSSES, MAX_LOSSES, time.time(), MAX_LOSSES, WORKER_LOST, row["id"], row["attempt"]),
+                    (most, most, time.time(), most, error, row["id"], row["attempt"]),
                 )
         return len(lost)
 
@@ -312,13 +333,12 @@ class Store(Database):
         """Take the job whose turn it is; None where there is none."""
         if self._reader.execute("SELECT 1 FROM jobs WHERE status = 'queued' AND NOT cancel").fetchone() is None:
             return None
-        now = time.time()
         with self._write() as db:
             row = db.execute(
                 "UPDATE jobs SET status = 'in_progress', attempt = attempt + 1, worker = ?, lease_until = ?, "
                 "started_at = coalesce(started_at, ?) WHERE id = "
                 f"(SELECT id FROM jobs WHERE status = 'queued' AND NOT cancel ORDER BY {ORDER} LIMIT 1) RETURNING *",
-                (worker, now + LEASE_SECONDS, now),
+                (worker, uptime() + LEASE_SECONDS, time.time()),
             ).fetchone()
             if row is None:
                 return None
@@ -335,7 +355,7 @@ class Store(Database):
                 "UPDATE jobs SET lease_until = ?, losses = CASE WHEN ? > step THEN 0 ELSE losses END, "
                 "step = max(step, ?), total = ?, progress = max(progress, ?) "
                 "WHERE id = ? AND attempt = ? AND status = 'in_progress' RETURNING cancel",
-                (time.time() + LEASE_SECONDS, step, step, total, progress, job.id, job.attempt),
+                (uptime() + LEASE_SECONDS, step, step, total, progress, job.id, job.attempt),
             ).fetchone()
         if row is None:
             raise LostLease(job.id)
@@ -346,7 +366,7 @@ class Store(Database):
         with self._write() as db:
             db.execute(
                 "UPDATE jobs SET lease_until = ? WHERE id = ? AND attempt = ? AND status = 'in_progress'",
-                (time.time() + LEASE_SECONDS, job.id, job.attempt),
+                (uptime() + LEASE_SECONDS, job.id, job.attempt),
             )
 
     def pressing(self, job: Job, left: float) -> bool:
@@ -387,13 +407,19 @@ class Store(Database):
             ).fetchone()
         if row is None:
             raise LostLease(job.id)
-        if row["deleted"] and row["status"] in TERMINAL:
-            self._remove(job.id)
+        if row["status"] in TERMINAL:
+            self._remove(job.id) if row["deleted"] else self.tidy(job.id, values.get("output") or {})
 
 
+WORKER_HUNG = json.dumps({"code": "worker_hung", "message": f"{MAX_HANGS} workers hung over the same step of this job"})
 WORKER_LOST = json.dumps(
     {"code": "worker_lost", "message": f"{MAX_LOSSES} workers died over this job without taking a step further"}
 )
+
+
+def uptime() -> float:
+    """Return the seconds since this machine started, for leases: nobody sets this clock, and no process has its own."""
+    return time.clock_gettime(getattr(time, "CLOCK_BOOTTIME", time.CLOCK_MONOTONIC))
 
 
 def new_id(kind: str) -> str:

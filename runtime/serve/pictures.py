@@ -27,7 +27,7 @@ def inspect(path: Path, *, mask: bool = False) -> dict[str, Any]:
     """Decode an upload whole in a child with limits; return {file, width, height, num_frames, fps}.
 
     A picture becomes a PNG, upright and without transparency; a `mask` is white where it was transparent. ValueError
-    for what cannot be decoded within the limits.
+    for what cannot be decoded within the limits, OSError where the disk is full.
     """
     return boxed("runtime.serve.pictures", str(path), *(["mask"] if mask else []))
 

@@ -34,15 +34,19 @@ class Settings:
     device: str = "auto"
     insecure: bool = False  # another address than loopback without a key
     grace: float = 20.0  # between SIGTERM and the end
+    hang: float = 60.0  # without a sign of life, or 10 times its median step: a worker is killed, its job made again
     max_queue: int = 1000
     max_per_key: int = 1000
     max_upload: int = 256 * 2**20
     min_free: int = 256 * 2**20  # of the disk; below it nothing is accepted
+    full_wait: float = 60.0  # that a running job waits for space on a full disk, before it fails
     fetch_host: tuple[str, ...] = ()  # where inputs may be fetched from, as fetching.Access says; none: nothing is
     credentials: bool = True  # content credentials in every result
     certificate: Path | None = None  # whose they are; none: one for development, kept in the data folder
     private_key: Path | None = None
     moderation: tuple[Rule, ...] = ()  # [[moderation]] tables of the file, as moderation.Rule says
+    exclusive: bool = False  # no other server may use the data folder
+    move_damaged: bool = False  # a damaged store goes aside, and an empty one takes its place
     log: str = "text"  # or "json"
     expand_model: str | None = None  # who writes prompts out; None: the checkpoint's own rules
     expand_url: str | None = None
@@ -94,6 +98,10 @@ def read_settings(arguments: Sequence[str] | None = None) -> Settings:
     )  # fmt: skip
     parser.add_argument("--certificate", type=Path, metavar="FILE", help="whose name they bear (PEM; default: our own)")
     parser.add_argument("--private-key", type=Path, metavar="FILE", help="the certificate's key (PEM)")
+    parser.add_argument("--exclusive", action="store_true", default=None, help="no other server on this data folder")
+    parser.add_argument(
+        "--move-damaged", action="store_true", default=None, help="move a damaged store aside and begin with none"
+    )
     parser.add_argument("--log", choices=("text", "json"), help="how lines are written (default: text)")
     parser.add_argument(
         "--expand-model", metavar="NAME", help="writes prompts out, at the endpoint or in a folder here"

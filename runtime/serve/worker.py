@@ -7,17 +7,24 @@ step. Nothing but lines of text and the store's rows passes between the processe
 from __future__ import annotations
 
 import argparse
+import faulthandler
 import fcntl
 import json
 import logging
+import math
 import signal
+import sqlite3
 import sys
 import threading
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, TypeVar
+
+import torch
 
 import runtime
 from runtime.calibration import local
@@ -25,14 +32,19 @@ from runtime.certificates import Signer, find_signer
 from runtime.checkpoints import Checkpoints
 from runtime.decoding import out_of_memory
 from runtime.denoising import Cancelled
-from runtime.planner import foresee_plan
+from runtime.machine import host_memory
+from runtime.model import choose_device
+from runtime.offload import give_back_memory
+from runtime.planner import foresee_plan, load_within
 from runtime.previews import preview
 from runtime.provenance import Input, generation, inputs_of, sealing
 from runtime.serve.answers import answer, planned
+from runtime.serve.errors import disk_full
 from runtime.serve.jobs import Job, LostLease, Store
 from runtime.serve.moderation import Moderator, Refused, Rule, keep
 from runtime.serve.pictures import write_sheets
 from runtime.serve.records import request_of
+from runtime.serve.schema import sync
 from runtime.serve.settings import model_place
 from runtime.trace import recording, span
 
@@ -41,8 +53,15 @@ log = logging.getLogger("runtime.serve.worker")
 IDLE_SECONDS = 0.5  # between two looks at the queue where nobody says that there is something
 BEAT_SECONDS = 0.1  # least time between two reports of one job
 RENEW_SECONDS = 5.0
+LOOK_SECONDS = 0.5  # between two looks whether there is space
 FORESEE_SECONDS = 0.1  # between two looks for jobs that nobody has predicted
+SQUEEZE = 0.8  # of the free memory, for a job that ran out of it before
 RESTART = 75  # exit code of a worker whose device cannot be trusted any more
+BROKEN = 3  # exit code where a model cannot be loaded
+
+
+Found = TypeVar("Found")
+speaking = threading.Lock()
 
 
 class Stopping(Exception):
@@ -53,9 +72,18 @@ class Worker:
     """One process's loaded models and the job in its hands."""
 
     def __init__(
-        self, store: Store, name: str, places: dict[str, str], device: str, signer: Signer | None, rules: Sequence[Rule]
+        self,
+        store: Store,
+        name: str,
+        places: dict[str, str],
+        device: str,
+        *,
+        signer: Signer | None,
+        rules: Sequence[Rule],
+        full_wait: float,
     ) -> None:
-        self.store, self.name, self.places, self.device, self.signer = store, name, places, device, signer
+        self.store, self.name, self.places, self.device = store, name, places, device
+        self.signer, self.full_wait = signer, full_wait
         self.moderator = Moderator(rules)
         self.models: dict[str, runtime.Model] = {}
         self.stopping, self.wake = threading.Event(), threading.Event()
@@ -76,31 +104,59 @@ class Worker:
         """Take one job after the other until it is time to stop."""
         while not self.stopping.is_set():
             self.wake.clear()
-            self.store.reclaim()
-            job = self.store.claim(self.name)
+            job = self.next_job()
             if job is None:
                 self.wake.wait(IDLE_SECONDS)
                 continue
             self.job = job
+            say("job")
             try:
                 self.run(job)
             except LostLease:
                 log.warning("another has job %s by now, or it is gone", job.id)
             finally:
                 self.job = None
+                say("idle")
+
+    def next_job(self) -> Job | None:
+        """Return the job whose turn it is; None where there is none, or the disk is full."""
+        try:
+            self.store.reclaim()
+            return self.store.claim(self.name)
+        except sqlite3.OperationalError as error:
+            if not disk_full(error):
+                raise
+            return None
+
+    def with_space(self, act: Callable[[], Found], seconds: float) -> Found:
+        """Do something that writes; where the disk is full, again and again for some seconds or until the end."""
+        until, told = time.monotonic() + seconds, False
+        while True:
+            try:
+                return act()
+            except (OSError, sqlite3.OperationalError) as error:
+                if not disk_full(error) or time.monotonic() > until or self.stopping.is_set():
+                    raise
+                if not told:
+                    log.warning("the disk is full (%s): waiting up to %g s for space", error, seconds)
+            told = True
+            say("step")
+            self.stopping.wait(LOOK_SECONDS)
 
     def renew(self) -> None:
         """Keep the lease of the job in hand, however long a step takes: a hung process is the supervisor's to end."""
         while not self.stopping.wait(RENEW_SECONDS):
             if (job := self.job) is not None:
-                self.store.renew(job)
+                with suppress(sqlite3.OperationalError):  # a full disk: whoever could take the job cannot write either
+                    self.store.renew(job)
 
     def foresee(self) -> None:
         """Predict what is queued, also while a job is made; a model that is not loaded yet is predicted later."""
         while not self.stopping.wait(FORESEE_SECONDS):
             for job in self.store.unestimated():
                 if job.model in self.models:
-                    self.estimate(job)
+                    with suppress(sqlite3.OperationalError):  # a full disk
+                        self.estimate(job)
 
     def estimate(self, job: Job) -> None:
         """Predict a job's seconds by the planner, once the machine is measured; what cannot fit counts nothing."""
@@ -120,39 +176,72 @@ class Worker:
         began = time.monotonic()
         log.info("job %s: attempt %d from step %d", job.id, job.attempt, job.step)
         try:
-            output, receipt = self.make(job)
+            output, receipt = self.make_or_squeeze(job)
         except Cancelled:
-            self.store.finish(job, "cancelled")
+            self.end(job, "cancelled")
+            give_back_memory()
         except Stopping:
-            self.store.release(job)
+            self.with_space(lambda: self.store.release(job), 0)
         except LostLease:
             raise
         except Refused as error:
-            self.store.finish(job, "failed", error=explain(error))
+            self.end(job, "failed", error=explain(error))
+        except torch.AcceleratorError as error:
+            log.exception("job %s: the device cannot be trusted any more", job.id)
+            raise SystemExit(RESTART) from error  # another process tries, and the supervisor counts how often
         except Exception as error:
             log.exception("job %s failed", job.id)
-            self.store.finish(job, "failed", error=explain(error))
-            if out_of_memory(error) and self.models[job.model].device.type != "cpu":
+            self.end(job, "failed", error=explain(error))
+            if out_of_memory(error):
                 raise SystemExit(RESTART) from error
         else:
-            self.store.finish(job, "completed", output=output, receipt=receipt)
-            for left in (*self.store.folder(job.id).glob("window-*"), self.store.folder(job.id) / "preview.gif"):
-                left.unlink(missing_ok=True)
+            self.end(job, "completed", output=output, receipt=receipt)
             log.info("job %s: completed in %.2f s", job.id, time.monotonic() - began)
+
+    def end(self, job: Job, status: str, **values: Any) -> None:
+        """End a job, as soon as the store can be written."""
+        self.with_space(lambda: self.store.finish(job, status, **values), math.inf)
+
+    def make_or_squeeze(self, job: Job) -> tuple[dict[str, Any], dict[str, Any]]:
+        """Make a job; where memory runs out, once more with as little on the device as the planner finds fitting."""
+        try:
+            return self.make(job)
+        except (RuntimeError, MemoryError) as error:
+            if not out_of_memory(error):
+                raise
+            reason = str(error).splitlines()[0][:200]
+        log.warning("job %s ran out of memory (%s) and goes on with weights and tiles that come and go", job.id, reason)
+        self.models.pop(job.model)
+        give_back_memory()
+        try:
+            request = request_of(job.request, self.store.folder(job.id))
+            memory = f"{SQUEEZE * free_memory(self.device) / 2**20:.0f}MiB"
+            self.models[job.model] = load_within(self.places[job.model], request, memory=memory, device=self.device)
+            return self.make(job)
+        except ValueError as error:
+            raise MemoryError(str(error)) from error  # the planner's word on what would fit
+        finally:
+            self.models.pop(job.model, None)
 
     def make(self, job: Job) -> tuple[dict[str, Any], dict[str, Any]]:
         """Return (output, receipt) of a job whose files are written."""
         folder = self.store.folder(job.id)
         model = self.model(job.model)
         request = request_of(job.request, folder)
-        checkpoints = Checkpoints(folder, f"{job.id} {model.fingerprint} {json.dumps(job.request, sort_keys=True)}")
+        checkpoints = Patient(self, folder, f"{job.id} {model.fingerprint} {json.dumps(job.request, sort_keys=True)}")
         report = Report(self, job, folder, checkpoints)
         video = runtime.generate(model, request, on_step=report.step, checkpoints=checkpoints)
         path = folder / f"output-{job.attempt}.{'png' if job.kind == 'image' else 'mp4'}"
-        with recording(video.receipt.stages), span("save"):
-            video.save(path, on_frame=report.frame, seal=self.seal(path.name, video, request))
-        self.moderate(job, path, [job.prompt, *video.receipt.expanded.values()])
-        sheets = {} if job.kind == "image" else write_sheets(path)
+
+        def write() -> dict[str, str]:
+            with recording(video.receipt.stages), span("save"):
+                video.save(path, on_frame=report.frame, seal=self.seal(path.name, video, request))
+            self.moderate(job, path, [job.prompt, *video.receipt.expanded.values()])
+            sheets = {} if job.kind == "image" else write_sheets(path)
+            sync(folder)
+            return sheets
+
+        sheets = self.with_space(write, self.full_wait)
         own = json.dumps(f"{folder}/", ensure_ascii=False)[1:-1]
         receipt = json.loads(video.receipt.to_json().replace(own, ""))  # nobody learns where files lie
         if receipt["request"]["expand"]:
@@ -177,6 +266,18 @@ class Worker:
         return sealing(title, generation(video.receipt, request), inputs, self.signer)
 
 
+class Patient(Checkpoints):
+    """Checkpoints that wait for space on a full disk."""
+
+    def __init__(self, worker: Worker, folder: Path, key: str) -> None:
+        super().__init__(folder, key)
+        self.worker = worker
+
+    def write(self) -> None:
+        """Write the newest state now, or as soon as it can be."""
+        self.worker.with_space(super().write, self.worker.full_wait)
+
+
 class Report:
     """Tells the store how far a job is, and stops it where it is to end."""
 
@@ -188,6 +289,7 @@ class Report:
 
     def step(self, step: int, total: int, latents: Any, estimate: Any) -> None:
         """Report a step, with a look at what is coming; give way to a much shorter job that presses."""
+        say("step")
         self.steps = step, total
         if not self.began:
             self.began, self.first = time.monotonic(), step
@@ -202,6 +304,7 @@ class Report:
 
     def frame(self, done: int, total: int) -> None:
         """Report a frame that is written."""
+        say("step")
         self.tell(90 + round(9 * done / total))
 
     def tell(self, progress: int, *, last: bool = False) -> bool:
@@ -211,7 +314,8 @@ class Report:
             raise Stopping
         if not last and time.monotonic() - self.told < BEAT_SECONDS:
             return False
-        if self.worker.store.beat(self.job, *self.steps, progress):
+        beat = partial(self.worker.store.beat, self.job, *self.steps, progress)
+        if self.worker.with_space(beat, self.worker.full_wait):
             raise Cancelled
         self.told = time.monotonic()
         return True
@@ -223,13 +327,26 @@ def as_sent(given: Input) -> Input:
     return Input(sent, given.relation) if sent.is_file() else given
 
 
+def say(line: str) -> None:
+    """Tell the supervisor something: an answer, or a sign of life."""
+    with suppress(BrokenPipeError), speaking:  # where it is gone, so are we at the next step
+        print(line, flush=True)
+
+
+def free_memory(device: str) -> int:
+    """Return the bytes that are free on the device that a model is loaded to."""
+    if choose_device(device).type == "cuda":
+        return int(torch.cuda.mem_get_info(choose_device(device))[0])
+    return host_memory()
+
+
 def explain(error: Exception) -> dict[str, str]:
     """Return the API's error of an exception; what is a fault of ours is told by its kind alone."""
     if isinstance(error, Refused):
         return {"code": error.code, "message": str(error)}
     if out_of_memory(error):
         return {"code": "out_of_memory", "message": "out of memory; ask for a smaller size or fewer frames"}
-    if isinstance(error, OSError) and error.errno in (28, 122):
+    if disk_full(error):
         return {"code": "insufficient_storage", "message": "the disk of the server is full"}
     if isinstance(error, ValueError):
         return {"code": "invalid_request", "message": str(error)}
@@ -248,20 +365,19 @@ def hold_lock(data: Path, name: str) -> IO[str]:
     return handle
 
 
-def listen(worker: Worker) -> None:
-    """Wake the worker at each line on standard input, answer those that ask; let it stop where that ends."""
-    writing = threading.Lock()
+def listen(worker: Worker, grace: float) -> None:
+    """Wake the worker at each line on standard input, answer those that ask; where it ends let the worker stop, and end
+    it after `grace` seconds."""
 
     def reply(line: str) -> None:
-        found = answer(worker.models, line)
-        with writing:
-            print(found, flush=True)
+        say(answer(worker.models, line))
 
     for line in sys.stdin:
         if line.startswith("{"):
             threading.Thread(target=reply, args=(line,), daemon=True).start()
         else:
             worker.wake.set()
+    faulthandler.dump_traceback_later(grace, exit=True)  # also where nothing of Python runs any more
     worker.stop()
 
 
@@ -278,23 +394,33 @@ def main() -> int:
     parser.add_argument(
         "--moderation", type=json.loads, default=[], metavar="JSON", help="rules, as Rule.record has them"
     )
+    parser.add_argument("--grace", type=float, default=20.0)
+    parser.add_argument("--full-wait", type=float, default=60.0)
     options = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s %(message)s")
+    faulthandler.register(signal.SIGUSR1)  # the supervisor asks a hung worker where it stands
     signer = None
     if not options.no_credentials:
         signer = find_signer(options.certificate, options.private_key, options.data / "credentials")
     rules = [Rule.of(table) for table in options.moderation]
     places = dict(map(model_place, options.model))
-    worker = Worker(Store(options.data), options.name, places, options.device, signer, rules)
+    worker = Worker(
+        Store(options.data), options.name, places, options.device,
+        signer=signer, rules=rules, full_wait=options.full_wait,
+    )  # fmt: skip
     signal.signal(signal.SIGTERM, lambda *_: worker.stop())
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the server decides
     lock = hold_lock(options.data, options.name)
-    threading.Thread(target=listen, args=(worker,), daemon=True).start()
+    threading.Thread(target=listen, args=(worker, options.grace), daemon=True).start()
     for beside in (worker.renew, worker.foresee):
         threading.Thread(target=beside, daemon=True).start()
-    for name in places:
-        worker.store.tell_model(name, card(worker.model(name)))
-    print("ready", flush=True)
+    try:
+        for name in places:
+            worker.store.tell_model(name, card(worker.model(name)))
+    except (ValueError, OSError) as error:
+        log.error("a model cannot be loaded: %s", error)
+        return BROKEN
+    say("ready")
     for model in worker.models.values():
         local(model.device, model.dtype)  # measured once on a machine, before a job could disturb it
     worker.work()
