@@ -93,6 +93,18 @@ def parser() -> argparse.ArgumentParser:
     check.add_argument("--trust", type=Path, metavar="FILE", help="certificates (PEM) of whom you trust")
     check.add_argument("--json", action="store_true", help="print a JSON object")
 
+    learn = commands.add_parser("calibrate", parents=[shared], help="measure what --quality may skip of a model")
+    learn.set_defaults(run=calibrate)
+    learn.add_argument("--prompts", required=True, metavar="FILE", help="a prompt in each line; 20 to 30 are good")
+    learn.add_argument("--size", type=parse_size, metavar="WIDTHxHEIGHT", help="pixels, such as 832x480")
+    learn.add_argument("--frames", type=int, metavar="N", help="number of frames, such as 81")
+    learn.add_argument("--steps", type=int, metavar="N", help="denoising steps")
+    learn.add_argument("--guidance", type=float, metavar="G", help="guidance scale; 1 is none")
+    learn.add_argument("--negative", default="", metavar="TEXT", help="what the videos must not show")
+    learn.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:N (default: auto)")
+    learn.add_argument("--dtype", default="auto", help="auto, float32, bfloat16, float16 (default: auto)")
+    learn.add_argument("--quiet", action="store_true", help="print nothing but errors and the result")
+
     tell = commands.add_parser("info", parents=[shared], help="say what a model is and what of it is missing")
     tell.set_defaults(run=info)
 
@@ -172,6 +184,25 @@ def verify(options: argparse.Namespace) -> int:
     if found.state == "valid":
         return 5 if options.trust is not None and not found.trusted else 0
     return 4 if found.state == "tampered" else 3
+
+
+def calibrate(options: argparse.Namespace) -> None:
+    """Measure a model's ways to skip steps, and keep them where --quality finds them."""
+    lines = Path(options.prompts).read_text(encoding="utf-8").splitlines()
+    prompts = [line.strip() for line in lines if line.strip()]
+
+    import runtime
+    from runtime import budget, rungs
+
+    width, height = options.size or (None, None)
+    request = runtime.Request(
+        prompt="as the file says", negative_prompt=options.negative, width=width, height=height,
+        num_frames=options.frames, steps=options.steps, guidance=options.guidance,
+    )  # fmt: skip
+    model = runtime.load(options.model, device=options.device, dtype=options.dtype)
+    found = rungs.calibrate(model, request, prompts, (lambda text: None) if options.quiet else print)
+    print(rungs.table(found))
+    print(f"kept in {budget.write(model, found)}")
 
 
 def info(options: argparse.Namespace) -> None:

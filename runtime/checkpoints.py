@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import time
 import warnings
 from collections.abc import Mapping
+from dataclasses import fields
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
 
-from runtime.samplers import SamplerState
+from runtime.samplers import Past, SamplerState
 from runtime.weights import publish
 
 FORMAT = "1"
@@ -46,10 +48,14 @@ class Checkpoints:
             return self._refuse(file, str(error))
         if notes.get("format") != FORMAT or notes.get("key") != self.key:
             return self._refuse(file, "it is of another request, model or version")
-        if notes.get("digest") != digest(tensors, notes.get("step", "")):
+        if notes.get("digest") != digest(tensors, notes.get("step", "") + notes.get("past", "")):
             return self._refuse(file, "its content does not fit its checksum")
-        history = tuple(tensors[f"history.{i}"] for i in range(sum(name.startswith("history.") for name in tensors)))
-        state = SamplerState(int(notes["step"]), tensors["x"], history, tensors.get("corrected"))
+        past = None
+        if "past" in notes:
+            told = json.loads(notes["past"])
+            past = Past(**told | {"steps": tuple(told["steps"]), "velocities": numbered(tensors, "velocity")})
+        history = numbered(tensors, "history")
+        state = SamplerState(int(notes["step"]), tensors["x"], history, tensors.get("corrected"), past)
         self.step, self.time = state.step, time.monotonic()
         return state
 
@@ -69,8 +75,14 @@ class Checkpoints:
         tensors = {"x": state.x} | {f"history.{i}": past for i, past in enumerate(state.history)}
         if state.corrected is not None:
             tensors["corrected"] = state.corrected
+        notes = {"format": FORMAT, "key": self.key, "step": str(state.step)}
+        if state.past is not None:
+            tensors |= {f"velocity.{i}": velocity for i, velocity in enumerate(state.past.velocities)}
+            notes["past"] = json.dumps(
+                {f.name: getattr(state.past, f.name) for f in fields(Past) if f.name != "velocities"}
+            )
         tensors = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
-        notes = {"format": FORMAT, "key": self.key, "step": str(state.step), "digest": digest(tensors, str(state.step))}
+        notes["digest"] = digest(tensors, notes["step"] + notes.get("past", ""))
         publish(self.file(window), tensors, notes)
         self.step, self.time = state.step, time.monotonic()
 
@@ -79,9 +91,14 @@ class Checkpoints:
         warnings.warn(f"the checkpoint {file} is not used ({reason}); its window is made from the start", stacklevel=3)
 
 
-def digest(tensors: Mapping[str, torch.Tensor], step: str) -> str:
-    """Return a hash of a step and its float32 tensors, their names and shapes."""
-    found = hashlib.sha256(step.encode())
+def numbered(tensors: Mapping[str, torch.Tensor], name: str) -> tuple[torch.Tensor, ...]:
+    """Return the tensors name.0, name.1 and so on."""
+    return tuple(tensors[f"{name}.{i}"] for i in range(sum(key.startswith(f"{name}.") for key in tensors)))
+
+
+def digest(tensors: Mapping[str, torch.Tensor], notes: str) -> str:
+    """Return a hash of the notes of a state and its float32 tensors, their names and shapes."""
+    found = hashlib.sha256(notes.encode())
     for name, tensor in sorted(tensors.items()):
         found.update(f"{name} {list(tensor.shape)}".encode())
         found.update(tensor.numpy().data)

@@ -12,6 +12,7 @@ from itertools import count
 
 import torch
 
+from runtime.caches import Skips, cached
 from runtime.engines import engine
 from runtime.engines.cuda_graph import captured
 from runtime.guidance import guided
@@ -157,20 +158,25 @@ def denoise(
     known: Known | None = None,
     channels: torch.Tensor | None = None,
     periodic: bool = False,
+    skips: Skips | None = None,
 ) -> torch.Tensor:
     """Return the denoised latents [1, C, T, H, W] float32 of `noise`, same shape, over `sigmas` [steps + 1].
 
     `known` frames are held, and where `sigmas` begin below 1 also what sampling starts from; `channels` are seen behind
     those of x; with `periodic` the last frame is followed by the first. `on_state(state, estimate)` is called after
     each step, with what the step took for the clean latents, and may raise Cancelled. A state in the place of `noise`
-    goes on from there, to the same numbers.
+    goes on from there, to the same numbers. `skips` says which steps are predicted, none where None.
     Raises FloatingPointError where the latents stop being finite.
     """
-    resumed = noise if isinstance(noise, SamplerState) else None
+    resumed = noise.to(model.device) if isinstance(noise, SamplerState) else None
     noise = noise.x if isinstance(noise, SamplerState) else noise
     patch = model.spec.patch
     tokens = noise[0, 0].numel() // (patch[0] * patch[1] * patch[2])
+    levels = sigmas.tolist()
     denoiser = compose(model, request, tokens)
+    cache = None
+    if skips is not None:
+        denoiser = cache = cached(denoiser, skips, levels, resumed.past if resumed is not None else None)
     if channels is not None and model.spec.conditioning == "channels":
         denoiser = widened(denoiser, channels.to(model.device))
     state = start(noise.to(model.device))
@@ -180,13 +186,12 @@ def denoise(
         if first < 1 - 1e-5:
             state = start((1.0 - first) * known.latents + first * state.x)
     if resumed is not None:
-        state = resumed.to(model.device)
+        state = resumed
     rounds = visits(model, request, known)
     if periodic:
         denoiser = rolled(denoiser, called=state.step * rounds)
     assert request.sampler is not None and request.seed is not None
     sampler = make_sampler(request.sampler, model.spec.sampler_options)
-    levels = sigmas.tolist()
     total = len(levels) - 1
     generator = torch.Generator().manual_seed((request.seed + 1) % 2**64)
     for _ in range(min(state.step, total - 1) * (rounds - 1)):
@@ -198,6 +203,8 @@ def denoise(
                 velocity = denoiser(seen, sigmas[step : step + 1], context)
                 moved = sampler(state, velocity, levels)
                 state = renoised(state, moved, levels, generator) if left else moved
+        if cache is not None:
+            state = replace(state, past=cache.past)
         if on_state is not None:
             on_state(state, torch.sub(seen, velocity, alpha=levels[step]))
     x = state.x

@@ -11,11 +11,13 @@ from itertools import islice
 import numpy as np
 import torch
 
+from runtime.budget import Choice, account, choose
 from runtime.checkpoints import Checkpoints
 from runtime.clips import Clip, conformed, part_of
 from runtime.decoding import decode
-from runtime.denoising import Known, OnState, OnStep, denoise, prepare_context
+from runtime.denoising import Known, OnState, OnStep, denoise, prepare_context, visits
 from runtime.expansion import expand
+from runtime.fidelity import frame_psnr, frame_ssim, psnr
 from runtime.known import encode_channels, encode_known, firmness, given_frames, given_masks
 from runtime.latents import check_latents, draw_noise
 from runtime.model import Model
@@ -94,6 +96,21 @@ def final_request(
     ).resolved(model.spec)  # fmt: skip
 
 
+def compare_exact(model: Model, video: Video) -> None:
+    """Make the exact twin of a video and put on its receipt how near the two are: PSNR (dB) and SSIM per frame.
+
+    ValueError for a video of clips, whose files the receipt may not name.
+    """
+    assert video.receipt is not None
+    asked = video.receipt.request
+    if asked["clips"] or asked["storyboard"]:
+        raise ValueError("the video is made of clips; legal: videos of a prompt alone, so measure one of them")
+    twin = generate(model, Request(**asked | {"quality": "exact"})).frames
+    decibel, likeness = frame_psnr(video.frames, twin), frame_ssim(video.frames, twin)
+    said = video.receipt.quality = video.receipt.quality or {"asked": "exact", "basis": "exact"}
+    said["measured"] = {"psnr": psnr(video.frames, twin), "frame_psnr": decibel, "frame_ssim": likeness}
+
+
 @dataclass(frozen=True)
 class Job:
     """One request under way."""
@@ -106,10 +123,13 @@ class Job:
     on_step: OnStep | None
     checkpoints: Checkpoints | None
 
-    def told(self, index: int, total: int) -> OnState:
-        """Return the callback of one window's `total` steps: keeps the state, and counts the steps of all windows."""
+    def told(self, index: int, total: int, choice: Choice | None) -> OnState:
+        """Return the callback of one window's `total` steps: keeps the state, counts the steps of all windows, and puts
+        on the receipt what was skipped by choice."""
 
         def note(state: SamplerState, estimate: torch.Tensor) -> None:
+            if choice is not None and state.step == total:
+                account(self.receipt, choice, state.past)
             if self.checkpoints is not None:
                 self.checkpoints.keep(index, state, last=state.step == total)
             if self.on_step is not None:
@@ -143,9 +163,16 @@ def sample(job: Job, index: int, given: Mapping[int, np.ndarray], noise: torch.T
         with span("denoise", memory=True):
             context = prepare_context(model, texts, shape, told.pictures, told.channels, request.positions)
             kept = None if job.checkpoints is None else job.checkpoints.find(index)
+            total = len(sigmas) - 1
+            choice = choose(
+                model, request, sigmas, plain=not window.periodic and visits(model, request, told.known) == 1
+            )
+            if choice is not None and kept is not None and kept.step == total:
+                account(job.receipt, choice, kept.past)
             latents = denoise(
-                model, kept or noise, context, sigmas, request, job.told(index, len(sigmas) - 1),
+                model, kept or noise, context, sigmas, request, job.told(index, total, choice),
                 known=told.known, channels=told.channels, periodic=window.periodic,
+                skips=None if choice is None else choice.skips,
             )  # fmt: skip
     return latents[:, :, extra:].clone().cpu()
 

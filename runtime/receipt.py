@@ -29,6 +29,9 @@ class Receipt:
     dtype: str
     offload: Offload = field(default_factory=Offload)  # which weights stay on the device
     approximations: list[str] = field(default_factory=list)  # empty: exact, reordered at most
+    quality: dict[str, Any] | None = (
+        None  # what was skipped for speed, by what right, and what that is estimated to cost
+    )
     notes: list[str] = field(default_factory=list)  # what the user should know, such as text that was cut
     expanded: dict[str, str] = field(default_factory=dict)  # prompt -> what was made of it
     decoding: list[str] = field(default_factory=list)  # ways tried in turn, as memory allowed; the last went through

@@ -19,6 +19,7 @@ from runtime.storyboard import Card, card_of, check_cards
 DIRECTIONS = {"forward": "extend", "backward": "prepend", "between": "connect"}
 SMALL_AREA = 416 * 240  # pixels of a draft that shows something, where a quarter of the model's own size is more
 POSITIONS = ("ntk", "riflex")
+QUALITIES = {"exact": math.inf, "high": 32.0, "fast": 26.0}  # least PSNR in dB against the exact video of the seed
 WHOLE = 3  # up to so many times the model's own length a video is made at once, beyond that window by window
 
 
@@ -36,6 +37,8 @@ class Request:
     cards instead of a prompt. `fit` ("crop", "pad", "stretch") brings clips to the size asked for. A video much longer
     than the model's own length is made in windows of `window` frames that share `overlap`. `expand` says who writes the
     prompt out. `positions` ("ntk", "riflex") spreads them where a video is larger or longer than the model's own.
+    `quality` is "exact", or what may be given up for speed: "high", "fast", or a floor in dB of the PSNR against the
+    exact video of the same seed.
     """
 
     prompt: str
@@ -63,6 +66,7 @@ class Request:
     resample: int | None = None
     expand: Expansion | None = None
     positions: str | None = None
+    quality: str | float = "exact"
 
     def __post_init__(self) -> None:
         for name in ("prompt", "negative_prompt"):
@@ -96,6 +100,10 @@ class Request:
         ):
             if (given := getattr(self, name)) is not None and given not in legal:
                 raise ValueError(f"{name} is {given!r}; legal: {', '.join(legal)}")
+        given = self.quality
+        number = isinstance(given, int | float) and not isinstance(given, bool) and math.isfinite(given) and given > 0
+        if not number and (not isinstance(given, str) or given not in QUALITIES):
+            raise ValueError(f"quality is {given!r}; legal: {', '.join(QUALITIES)}, or a floor in dB such as 32")
         if isinstance(self.expand, Mapping):
             object.__setattr__(self, "expand", Expansion(**self.expand))
         self._check_clips()
@@ -153,6 +161,11 @@ class Request:
         if self.direction is not None:
             return DIRECTIONS[self.direction]
         return "place" if self.clips else "text"
+
+    @property
+    def floor(self) -> float:
+        """The least PSNR in dB against the exact video; infinite for "exact"."""
+        return QUALITIES[self.quality] if isinstance(self.quality, str) else float(self.quality)
 
     def record(self) -> dict[str, Any]:
         """Return what a receipt says of it; Request(**record) asks the same again where clips came from files."""

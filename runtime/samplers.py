@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any, TypeAlias
 
@@ -20,6 +20,24 @@ LEGAL_OPTIONS = {"unipc": ("order", "solver", "skip_corrector"), "euler": ()}
 
 
 @dataclass(frozen=True)
+class Past:
+    """What skipping steps remembers: the last computed velocities, and how good predictions of them were."""
+
+    steps: tuple[int, ...] = ()  # where the network was asked last, newest first
+    velocities: tuple[torch.Tensor, ...] = ()  # what it said there
+    count: int = 0  # steps computed so far
+    forced: int = 0  # of these, those that only the guard asked for
+    checks: int = 0  # computed steps that were predicted as well
+    ratios: float = 0.0  # sum over them of (error of the prediction / expected error)^2
+    worst: float = 0.0  # the largest of these ratios
+    alarm: bool = False  # the newest prediction was worse than its bound
+
+    def to(self, device: torch.device) -> Past:
+        """Return the same on a device."""
+        return replace(self, velocities=tuple(velocity.to(device) for velocity in self.velocities))
+
+
+@dataclass(frozen=True)
 class SamplerState:
     """All that a resume needs."""
 
@@ -27,11 +45,14 @@ class SamplerState:
     x: torch.Tensor  # [B, C, T, H, W] float32
     history: tuple[torch.Tensor, ...] = ()  # the last predictions of the clean video, newest first
     corrected: torch.Tensor | None = None  # the x that the last step started from, after correction
+    past: Past | None = None  # where steps are skipped
 
     def to(self, device: torch.device) -> SamplerState:
         """Return the state on a device."""
         corrected = None if self.corrected is None else self.corrected.to(device)
-        return SamplerState(self.step, self.x.to(device), tuple(past.to(device) for past in self.history), corrected)
+        history = tuple(past.to(device) for past in self.history)
+        past = None if self.past is None else self.past.to(device)
+        return SamplerState(self.step, self.x.to(device), history, corrected, past)
 
 
 Step: TypeAlias = "Callable[[SamplerState, torch.Tensor, Sequence[float]], SamplerState]"

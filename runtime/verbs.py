@@ -191,6 +191,11 @@ def add_sampling(parser: Parser) -> None:
     parser.add_argument("--overlap", type=int, metavar="N", help="frames shown again to what is made next")
     parser.add_argument("--positions", metavar="KIND", help="spread them beyond the model's own size: ntk, riflex")
     parser.add_argument(
+        "--quality", type=parse_quality, default="exact", metavar="Q",
+        help="exact (default), high, fast, or a floor in dB against the exact video, such as 32",
+    )  # fmt: skip
+    parser.add_argument("--measure", action="store_true", help="make the exact twin too, and say how near they are")
+    parser.add_argument(
         "--expand", nargs="?", const="required", choices=("required", "optional"),
         help="let the checkpoint's rules or a language model write the prompt out; 'optional' goes on without",
     )  # fmt: skip
@@ -243,7 +248,8 @@ def request_of(options: Options, **task: Any) -> Request:
         num_frames=options.frames, seconds=options.seconds, fps=options.fps, steps=options.steps,
         guidance=options.guidance, guidance_2=options.guidance_2, shift=options.shift, sampler=options.sampler,
         seed=options.seed, fit=options.fit, window=options.window, overlap=options.overlap,
-        positions=options.positions, references=tuple(clip(path) for path in options.reference), **task,
+        positions=options.positions, quality=options.quality,
+        references=tuple(clip(path) for path in options.reference), **task,
     )  # fmt: skip
 
 
@@ -272,6 +278,14 @@ def parse_size(text: str) -> tuple[int, int]:
     return int(width), int(height)
 
 
+def parse_quality(text: str) -> str | float:
+    """Return a quality by its name, or a floor in dB as a number."""
+    try:
+        return float(text)
+    except ValueError:
+        return text
+
+
 def parse_ranges(text: str) -> tuple[int, ...]:
     """Return the frames of a text such as 12-20,33."""
     found: list[int] = []
@@ -297,6 +311,8 @@ def make(options: Options) -> None:
         if path := getattr(options, what, None):
             check_file(path, what)
 
+    if options.measure and (request.clips or request.storyboard):
+        raise ValueError("--measure is given, and the video is made of clips; legal: for videos of a prompt alone")
     model = open_model(options, request)
     resolved = request.resolved(model.spec)
     if getattr(options, "draft", False):
@@ -375,6 +391,7 @@ def write(options: Options, model: Model, request: Request) -> None:
     """Make a resolved request's video with what the options say of output and progress."""
     import runtime
     from runtime.latents import save_latents
+    from runtime.pipeline import compare_exact
     from runtime.previews import Previewer
     from runtime.progress import Progress
     from runtime.provenance import generation, inputs_of, sealing
@@ -402,6 +419,8 @@ def write(options: Options, model: Model, request: Request) -> None:
             made = generation(video.receipt, request)
             seal = sealing(Path(options.output).name, made, inputs_of(request), signer)
         path = video.save(options.output, on_frame=progress, seal=seal)
+    if getattr(options, "measure", False):
+        compare_exact(model, video)
     if options.receipt:
         video.receipt.save(options.receipt)
     if not options.quiet:
@@ -410,6 +429,8 @@ def write(options: Options, model: Model, request: Request) -> None:
 
 def report(video: Video, path: Path) -> None:
     """Print where the video is and how long each stage took."""
+    from runtime import budget
+
     stages = video.receipt.stages
     seconds = {name: stages[name].seconds for name in ("load", "text", "encode", "denoise", "decode") if name in stages}
     seconds["write"] = max(0.0, stages["save"].seconds - seconds["decode"])
@@ -418,6 +439,8 @@ def report(video: Video, path: Path) -> None:
         f"seed {video.receipt.seed}, {video.receipt.model} on {video.receipt.device} in {video.receipt.dtype}"
     )
     print("seconds: " + ", ".join(f"{name} {value:.2f}" for name, value in seconds.items()))
+    if (said := video.receipt.quality) is not None:
+        print(f"quality: {budget.told(said)}")
 
 
 def check_file(path: str, what: str) -> None:

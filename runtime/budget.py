@@ -1,0 +1,277 @@
+"""A quality -> which steps are skipped for it, by what was measured of the model; nothing is skipped on a guess.
+
+`python -m runtime calibrate` (runtime/rungs.py) measures; this file reads what it wrote and chooses. The planner's
+calibration of the machine, runtime/calibration.py, is another thing: it measures seconds.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from runtime.caches import Line, Moments, Skips
+from runtime.engines.store import cache_root
+from runtime.model import Model
+from runtime.receipt import Receipt
+from runtime.request import Request
+from runtime.samplers import Past
+
+FILE = "quality.json"
+FORMAT = 1
+
+# What holds for a model that was not calibrated, by its number of steps: after the first part of them, of the rest
+# every other is computed, and the last. The floor is below what that kept on the built-in model (README).
+TABLE_FLOOR = 32.0
+TABLE_STEPS = 16  # fewer are too far apart to be predicted without having looked
+TABLE_COMPUTED = 0.4
+TABLE_ERROR = 0.1  # of a velocity's size; a prediction that is worse stops the skipping
+
+
+class Unusable(Exception):
+    """A calibration file that is damaged or of another format."""
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What a calibration holds for: the same model, size, schedule and guidance."""
+
+    weights: str
+    width: int
+    height: int
+    frames: int
+    steps: int
+    shift: float
+    sampler: str
+    guidance: float
+    guidance_2: float | None
+
+    @classmethod
+    def of(cls, model: Model, request: Request) -> Setting:
+        """Return the setting of a resolved request."""
+        assert request.width and request.height and request.num_frames and request.steps and request.sampler
+        assert request.shift is not None and request.guidance is not None
+        second = None if request.guidance_2 is None else float(request.guidance_2)
+        return cls(
+            model.fingerprint, request.width, request.height, request.num_frames, request.steps, float(request.shift),
+            request.sampler, float(request.guidance), second,
+        )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Rung:
+    """One way to skip, and what it was measured to do on prompts and seeds of its own.
+
+    `floor` is what 95 % of videos keep, `psnr` and `ssim` are means; seconds are of a whole request, and those of the
+    exact one stand beside them in the calibration.
+    """
+
+    computed: tuple[int, ...]  # steps that the network is asked at
+    order: int  # velocities that a prediction uses
+    floor: float  # dB
+    psnr: float  # dB
+    ssim: float
+    seconds: float
+    bound: float  # the guard's: times the expected error
+
+    def estimate(self, ratio: float) -> float:
+        """Return the PSNR in dB to expect where predictions were `ratio` times as wrong as expected."""
+        return self.psnr - 20 * float(np.log10(max(ratio, 1.0)))
+
+
+@dataclass(frozen=True)
+class Calibrated:
+    """What was measured of one setting: moments of its trajectories, and rungs from the fastest to the finest."""
+
+    setting: Setting
+    moments: tuple[tuple[float, ...], ...]  # [steps, steps], see caches.Moments
+    rungs: tuple[Rung, ...]
+    exact_seconds: float
+    device: str
+    dtype: str
+    prompts: int  # whose trajectories were seen
+    held_out: int  # others, on which the rungs were measured
+    created: str
+
+    def skips(self, rung: Rung) -> Skips:
+        """Return a rung's way to skip."""
+        moments = Moments(np.array(self.moments), rung.order)
+        return Skips(frozenset(rung.computed), moments, rung.order, rung.bound)
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What is done for a request's quality: `skips` is None where it is exact, `said` goes on the receipt."""
+
+    skips: Skips | None
+    said: dict[str, Any]
+    notes: tuple[str, ...] = ()
+    rung: Rung | None = None
+
+
+def choose(model: Model, request: Request, sigmas: torch.Tensor, *, plain: bool) -> Choice | None:
+    """Return what to skip of a schedule `sigmas` [steps + 1] of a resolved request; None where it asks for exact.
+
+    `plain` tells that each step is taken once, from noise, with nothing turned; else nothing is skipped. A budget that
+    nothing is known to keep runs exact, and says so.
+    """
+    if request.quality == "exact":
+        return None
+    said = {"asked": request.quality, "floor": request.floor, "basis": "exact", "steps": len(sigmas) - 1}
+    if not plain:
+        return Choice(
+            None, said, (f"quality {request.quality}: this task is made exactly; steps are not skipped in it",)
+        )
+    known, notes = find(model, Setting.of(model, request))
+    if known is not None and request.task == "text":
+        said |= {"calibrated": known.created, "device": known.device, "dtype": known.dtype}
+        rung = next((rung for rung in known.rungs if rung.floor >= request.floor), None)
+        if rung is None:
+            best = max((rung.floor for rung in known.rungs), default=0.0)
+            return Choice(None, said, (*notes, (
+                f"quality {request.quality}: no way to skip steps keeps {request.floor:g} dB (the best is calibrated "
+                f"to {best:.1f}); the video is exact"
+            )))  # fmt: skip
+        return Choice(known.skips(rung), said | {"basis": "calibrated", "rung": measured(rung)}, notes, rung)
+    if request.floor > TABLE_FLOOR or len(sigmas) - 1 < TABLE_STEPS:
+        return Choice(None, said, (*notes, (
+            f"quality {request.quality}: the model was not calibrated for this request, and without that no more than "
+            f"{TABLE_FLOOR:g} dB and no fewer than {TABLE_STEPS} steps are dared; the video is exact. Calibrate it "
+            "with: python -m runtime calibrate"
+        )))  # fmt: skip
+    note = (
+        f"quality {request.quality}: the model was not calibrated for this request; a built-in table for any model "
+        "skips few steps, and its floor was not measured here. Calibrate it with: python -m runtime calibrate"
+    )
+    return Choice(table(sigmas.tolist(), model.spec.boundary), said | {"basis": "table"}, (*notes, note))
+
+
+def account(receipt: Receipt, choice: Choice, past: Past | None) -> None:
+    """Put on the receipt what became of a choice in one window, at whose end sampling remembered `past`."""
+    receipt.notes += [note for note in choice.notes if note not in receipt.notes]
+    said = receipt.quality = receipt.quality or choice.said | {"windows": []}
+    steps = choice.said["steps"]
+    window: dict[str, Any] = {"computed": steps}
+    if choice.skips is not None and past is not None:
+        ratio = (past.ratios / past.checks) ** 0.5 if past.checks else 1.0
+        window = {"computed": past.count, "forced": past.forced, "error_ratio": ratio}
+        if choice.rung is not None:
+            window["estimated_psnr"] = choice.rung.estimate(ratio)
+        right = f"calibrated to keep {choice.rung.floor:.1f} dB" if choice.rung else "by the table for any model"
+        receipt.approximations.append(f"{steps - past.count} of {steps} steps predicted, {right}")
+    said["windows"].append(window)
+
+
+def told(said: dict[str, Any]) -> str:
+    """Return what a receipt says of quality in one line."""
+    parts = [f"{said['asked']}, {said['basis']}"]
+    if said.get("windows"):
+        parts.append(f"{sum(w['computed'] for w in said['windows'])} of {said['steps'] * len(said['windows'])} steps")
+    if estimates := [w["estimated_psnr"] for w in said.get("windows", ()) if "estimated_psnr" in w]:
+        parts.append(f"estimated {min(estimates):.1f} dB")
+    if "measured" in said:
+        likeness = said["measured"]["frame_ssim"]
+        parts.append(f"measured {said['measured']['psnr']:.1f} dB, SSIM {sum(likeness) / len(likeness):.4f}")
+    return ", ".join(parts)
+
+
+def measured(rung: Rung) -> dict[str, Any]:
+    """Return what a receipt says of a rung."""
+    return {name: value for name, value in asdict(rung).items() if name not in ("computed", "order")}
+
+
+def table(sigmas: list[float], boundary: float | None) -> Skips:
+    """Return the conservative way to skip steps of a schedule, for any model; an expert's first two are computed."""
+    steps = len(sigmas) - 1
+    first = round(TABLE_COMPUTED * steps)
+    computed = {*range(first), *range(first, steps, 2), steps - 1}
+    if boundary is not None:
+        turn = next((k for k in range(steps) if sigmas[k] < boundary), steps)
+        computed |= {turn, turn + 1}
+    return Skips(frozenset(computed), Line(sigmas, TABLE_ERROR), order=2, bound=1.0)
+
+
+def files(model: Model) -> tuple[Path, Path]:
+    """Return where a model's calibrations may lie: beside it, and in the store."""
+    name = model.fingerprint.replace(":", "-")
+    return model.checkpoint.folder / FILE, cache_root() / "quality" / f"{name}.json"
+
+
+def find(model: Model, setting: Setting) -> tuple[Calibrated | None, tuple[str, ...]]:
+    """Return the calibration of a setting, the newest where there are two, and warnings of files that are ignored."""
+    found: list[Calibrated] = []
+    notes: list[str] = []
+    for file in files(model):
+        try:
+            found += [entry for entry in read(file) if entry.setting == setting]
+        except Unusable as error:
+            notes.append(str(error))
+    return max(found, key=lambda entry: entry.created, default=None), tuple(notes)
+
+
+def read(file: Path) -> list[Calibrated]:
+    """Return the calibrations in a file, none where there is no file; Unusable where it is damaged."""
+    try:
+        given = json.loads(file.read_text(encoding="utf-8"))
+        if given["format"] != FORMAT:
+            raise ValueError(f"its format is {given['format']!r}, and {FORMAT} is read")
+        return [entry_of(entry) for entry in given["calibrations"]]
+    except FileNotFoundError:
+        return []
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        reason = f"{type(error).__name__}: {error}"
+        raise Unusable(f"the calibration {file} is ignored: it is damaged or of another version ({reason})") from error
+
+
+def entry_of(given: dict[str, Any]) -> Calibrated:
+    """Return a calibration of its JSON; ValueError, KeyError or TypeError where that does not hold together."""
+    setting = Setting(**given["setting"])
+    moments = np.array(given["moments"], dtype=float)
+    if moments.shape != (setting.steps, setting.steps) or not np.isfinite(moments).all():
+        raise ValueError(f"the moments of {setting.steps} steps have shape {list(moments.shape)} or are not finite")
+    rungs = tuple(Rung(**rung | {"computed": tuple(rung["computed"])}) for rung in given["rungs"])
+    for rung in rungs:
+        numbers = rung.floor, rung.psnr, rung.ssim, rung.seconds, rung.bound
+        if not np.isfinite(np.array(numbers, dtype=float)).all() or rung.order not in (1, 2):
+            raise ValueError(f"a rung has the numbers {numbers} and the order {rung.order}")
+        if not all(isinstance(step, int) and 0 <= step < setting.steps for step in rung.computed) or not rung.computed:
+            raise ValueError(f"a rung computes the steps {list(rung.computed)} of {setting.steps}")
+    rest = {f.name: given[f.name] for f in fields(Calibrated) if f.name not in ("setting", "moments", "rungs")}
+    return Calibrated(setting, tuple(map(tuple, moments.tolist())), rungs, **rest)
+
+
+def write(model: Model, entry: Calibrated) -> Path:
+    """Keep a calibration beside the model, or in the store where that cannot be written; return the file.
+
+    An older one of the same setting is replaced.
+    """
+    beside, stored = files(model)
+    for file in (beside, stored):
+        try:
+            others = [old for old in read(file) if old.setting != entry.setting]
+        except Unusable:
+            others = []
+        rows = [json.dumps(asdict(each)) for each in (*others, entry)]
+        text = f'{{"format": {FORMAT}, "calibrations": [\n' + ",\n".join(map(spread, rows)) + "\n]}\n"
+        try:
+            file.parent.mkdir(parents=True, exist_ok=True)
+            unfinished = file.with_name(f".{file.name}.unfinished")
+            unfinished.write_text(text, encoding="utf-8")
+            unfinished.replace(file)
+        except OSError:
+            if file == stored:
+                raise
+        else:
+            return file
+    raise AssertionError("unreachable")
+
+
+def spread(row: str) -> str:
+    """Return a calibration's JSON with a line for each part, so that it can be read."""
+    for mark in ('"setting"', '"moments"', '"rungs"', '"exact_seconds"'):
+        row = row.replace(mark, f"\n {mark}")
+    return row.replace('{"computed"', '\n  {"computed"').replace("], [", "],\n  [")
