@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import json
-import os
 import re
 import shutil
 from collections import Counter
@@ -16,6 +15,7 @@ from typing import Any
 from starlette.requests import ClientDisconnect, Request
 
 from runtime.serve.characters import Characters
+from runtime.serve.database import sync
 from runtime.serve.errors import ApiError, bad, missing, no_space
 from runtime.serve.fetching import fetch_inputs
 from runtime.serve.fields import structured
@@ -222,16 +222,6 @@ class Api:
 async def nobody(*_: Any, **asked: Any) -> dict[str, Any]:
     """Answer nothing: no worker has been started."""
     raise Unanswered("not_ready", "no worker is ready")
-
-
-def sync(folder: Path) -> None:
-    """Make the files in a folder, and the folder itself, durable."""
-    for path in (*folder.iterdir(), folder, folder.parent):
-        handle = os.open(path, os.O_RDONLY)
-        try:
-            os.fsync(handle)
-        finally:
-            os.close(handle)
 
 
 def row(job_id: str, kind: str, owner: str, asked: Asked) -> dict[str, Any]:

@@ -39,12 +39,12 @@ from runtime.planner import foresee_plan, load_within
 from runtime.previews import preview
 from runtime.provenance import Input, generation, inputs_of, sealing
 from runtime.serve.answers import answer, planned
+from runtime.serve.database import sync
 from runtime.serve.errors import disk_full
 from runtime.serve.jobs import Job, LostLease, Store
 from runtime.serve.moderation import Moderator, Refused, Rule, keep
 from runtime.serve.pictures import write_sheets
 from runtime.serve.records import request_of
-from runtime.serve.schema import sync
 from runtime.serve.settings import model_place
 from runtime.trace import recording, span
 
