@@ -303,7 +303,7 @@ def run(args: argparse.Namespace) -> int:
     args.sheets.mkdir(parents=True, exist_ok=True)
     asked = trials(model, args.prompts, width, height, args.steps)
     print(
-        f"{model.spec.name} ({model.fingerprint[:12]}), known frames by {model.spec.conditioning}, {len(asked)} "
+        f"{model.spec.name} ({model.fingerprint[:19]}), known frames by {model.spec.conditioning}, {len(asked)} "
         f"held-out prompts per verb, {width}x{height}, {args.steps} steps\n"
     )
     print("| verb | measure | median | worst | passes |\n| --- | --- | ---: | ---: | ---: |", flush=True)

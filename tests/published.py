@@ -155,13 +155,15 @@ def image_pipeline(tiny: Tiny) -> WanImageToVideoPipeline:
     return pipe
 
 
-CLIP = {"hidden_size": 8, "intermediate_size": 12, "num_hidden_layers": 3, "num_attention_heads": 2}
+CLIP = {  # one head as wide as the published ones, whose number no file of the original layout tells
+    "hidden_size": 80, "intermediate_size": 12, "num_hidden_layers": 3, "num_attention_heads": 1, "hidden_act": "gelu",
+}  # fmt: skip
 
 
 def wide_transformer(tiny: Tiny, seed: int, images: int) -> WanTransformer3DModel:
     """A transformer with I2V's extra input channels, and shown 0, 1 or 2 pictures by cross-attention."""
     width = tiny.heads * tiny.head_dim
-    extra = {"image_dim": 8, "added_kv_proj_dim": width} if images else {}
+    extra = {"image_dim": CLIP["hidden_size"], "added_kv_proj_dim": width} if images else {}
     model = WanTransformer3DModel(
         num_attention_heads=tiny.heads,
         attention_head_dim=tiny.head_dim,

@@ -84,6 +84,15 @@ def text_encoder_keys(module: nn.Module) -> dict[str, Slot]:
 
 
 ORIGINAL_TRANSFORMER = (
+    (r"condition_embedder\.image_embedder\.norm1", "img_emb.proj.0"),
+    (r"condition_embedder\.image_embedder\.ff\.net\.0\.proj", "img_emb.proj.1"),
+    (r"condition_embedder\.image_embedder\.ff\.net\.2", "img_emb.proj.3"),
+    (r"condition_embedder\.image_embedder\.norm2", "img_emb.proj.4"),
+    (r"condition_embedder\.image_embedder\.pos_embed", "img_emb.emb_pos"),
+    (r"add_([kv])_proj", r"\1_img"),
+    (r"norm_added_k", "norm_k_img"),
+    (r"(vace_blocks\.\d+)\.proj_in", r"\1.before_proj"),
+    (r"(vace_blocks\.\d+)\.proj_out", r"\1.after_proj"),
     (r"condition_embedder\.time_embedder\.linear_1", "time_embedding.0"),
     (r"condition_embedder\.time_embedder\.linear_2", "time_embedding.2"),
     (r"condition_embedder\.time_proj", "time_projection.1"),
@@ -143,6 +152,31 @@ def _renamed(keys: Mapping[str, Slot], rules: tuple[tuple[str, str], ...]) -> di
 def original_transformer_keys(module: nn.Module) -> dict[str, Slot]:
     """Return where each tensor of the original repositories' transformer belongs."""
     return _renamed(transformer_keys(module), ORIGINAL_TRANSFORMER)
+
+
+ORIGINAL_IMAGE_ENCODER = (
+    (r"^embeddings\.class_embedding", "cls_embedding"),
+    (r"^embeddings\.patch_embedding", "patch_embedding"),
+    (r"^embeddings\.position_embedding\.weight", "pos_embedding"),
+    (r"^pre_layrnorm", "pre_norm"),
+    (r"^post_layernorm", "post_norm"),
+    (r"^encoder\.layers", "transformer"),
+    (r"self_attn\.[qkv]_proj\.fused", "attn.to_qkv"),
+    (r"self_attn\.out_proj", "attn.proj"),
+    (r"layer_norm", "norm"),
+    (r"mlp\.fc1", "mlp.0"),
+    (r"mlp\.fc2", "mlp.2"),
+)
+
+
+def original_image_encoder_keys(module: nn.Module) -> dict[str, Slot]:
+    """Return where each tensor of the original repositories' image encoder belongs; q, k and v are one there."""
+    keys = {}
+    for name, parameter in module.named_parameters():
+        alone = name.endswith(("class_embedding", "position_embedding.weight"))
+        slot = Slot(name, shape=(1,) * (3 - parameter.ndim) + tuple(parameter.shape)) if alone else Slot(name)
+        keys[name.removeprefix("vision_model.")] = slot
+    return {f"visual.{name}": slot for name, slot in _renamed(keys, ORIGINAL_IMAGE_ENCODER).items()}
 
 
 def original_text_encoder_keys(module: nn.Module) -> dict[str, Slot]:
