@@ -35,6 +35,7 @@ def stopping(at: int) -> Any:
     return on_step
 
 
+@pytest.mark.fault(27)
 @pytest.mark.parametrize("task", TASKS)
 def test_the_same_frames(model: runtime.Model, tmp_path: Path, task: str) -> None:
     request = runtime.Request(**{"prompt": "a red ball", "seed": 5, "steps": 4, **TASKS[task]})
@@ -68,6 +69,7 @@ def test_kept_by_steps_by_seconds_and_before_decoding(model: runtime.Model, tmp_
         runtime.generate(model, request, checkpoints=kept)
 
 
+@pytest.mark.fault(29)
 def test_what_cannot_be_used_is_dropped(model: runtime.Model, tmp_path: Path) -> None:
     request = runtime.Request(prompt="a red ball", seed=5, steps=2, num_frames=1)
     kept = Checkpoints(tmp_path, "key", steps=1)

@@ -109,6 +109,7 @@ def test_generate_with_inductor(tiny: Path, tmp_path: Path, monkeypatch: pytest.
         subprocess.run([sys.executable, "-c", code], check=True)
 
 
+@pytest.mark.fault(36)
 def test_damaged_packages_are_compiled_again(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model = runtime.load(tiny)
     given = arguments(model, (2, 4, 6), (7,))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import struct
 import subprocess
 import sys
 from collections.abc import Callable
@@ -115,12 +116,60 @@ DAMAGES: dict[str, tuple[Callable[[Path], None], type[Exception], str]] = {
 }  # fmt: skip
 
 
+@pytest.mark.fault(1, 2, 5)
 @pytest.mark.parametrize("name", DAMAGES)
 def test_damage_is_refused_in_one_sentence(folder: Path, name: str) -> None:
     damage, kind, sentence = DAMAGES[name]
     damage(folder)
     with pytest.raises(kind, match=sentence):
         runtime.load(folder)
+
+
+def header(text: str, body: bytes = b"") -> bytes:
+    """Return a safetensors file with that header."""
+    return struct.pack("<Q", len(text)) + text.encode() + body
+
+
+def entry(kind: str = "F32", shape: str = "[1]", place: str = "[0,4]") -> str:
+    return f'{{"dtype":"{kind}","shape":{shape},"data_offsets":{place}}}'
+
+
+FILES = {
+    "empty": b"",
+    "seven bytes": b"\0" * 7,
+    "header longer than the file": struct.pack("<Q", 1000) + b"{}",
+    "header of 2^63 bytes": struct.pack("<Q", 2**63) + b"{}",
+    "header of 200 MB": struct.pack("<Q", 200_000_000) + b"{}",
+    "no JSON": header("not json"),
+    "no object": header("[]"),
+    "no UTF-8": struct.pack("<Q", 2) + b"\xff\xfe",
+    "bytes behind the end": header(f'{{"a":{entry()}}}', b"\0" * 8),
+    "bytes missing": header(f'{{"a":{entry()}}}', b"\0" * 2),
+    "overlapping": header(f'{{"a":{entry()},"b":{entry()}}}', b"\0" * 4),
+    "unknown dtype": header(f'{{"a":{entry("F3")}}}', b"\0" * 4),
+    "shape beyond its bytes": header(f'{{"a":{entry(shape="[2]")}}}', b"\0" * 4),
+    "shape that overflows": header(f'{{"a":{entry(shape="[9223372036854775807,9223372036854775807]")}}}', b"\0" * 4),
+    "GGUF": b"GGUF" + struct.pack("<IQQ", 3, 1, 1) + b"\0" * 64,
+    "a web page": b"<!DOCTYPE html><html></html>",
+}
+
+
+@pytest.mark.fault(1, 6)
+@pytest.mark.parametrize("name", FILES)
+def test_a_damaged_file_is_refused_in_one_sentence(folder: Path, name: str) -> None:
+    (folder / SHARD).write_bytes(FILES[name])
+    with pytest.raises(ValueError, match="diffusion_pytorch_model.safetensors.*damaged or truncated") as caught:
+        runtime.load(folder)
+    assert len(str(caught.value).splitlines()) == 1
+
+
+@pytest.mark.fault(3)
+def test_a_header_of_very_many_tensors_is_refused(folder: Path) -> None:
+    many = {f"t{i}": {"dtype": "U8", "shape": [0], "data_offsets": [0, 0]} for i in range(100_000)}
+    (folder / SHARD).write_bytes(header(json.dumps(many)))
+    with pytest.raises(ValueError, match="do not fit|damaged") as caught:
+        runtime.load(folder)
+    assert len(str(caught.value)) < 2000
 
 
 class Bomb:
@@ -133,6 +182,7 @@ class Bomb:
         return os.system, (f"touch {self.target}",)
 
 
+@pytest.mark.fault(4)
 def test_a_pickle_never_runs(folder: Path, tmp_path: Path) -> None:
     (folder / "vae/diffusion_pytorch_model.safetensors").unlink()
     torch.save({"x": Bomb(tmp_path / "ran")}, folder / "vae/diffusion_pytorch_model.bin")

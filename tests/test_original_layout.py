@@ -584,6 +584,7 @@ def refuses(folder: Path, file: str) -> str:
     return str(caught.value)
 
 
+@pytest.mark.fault(4)
 @pytest.mark.parametrize("file", ["Wan2.1_VAE.pth", T5])
 @pytest.mark.parametrize("zipped", [True, False])
 def test_pth_with_code_is_refused_and_does_not_run(folder: Path, tmp_path: Path, file: str, zipped: bool) -> None:
@@ -594,6 +595,7 @@ def test_pth_with_code_is_refused_and_does_not_run(folder: Path, tmp_path: Path,
     assert not trace.exists()
 
 
+@pytest.mark.fault(1)
 @pytest.mark.parametrize("file", ["Wan2.1_VAE.pth", T5])
 @pytest.mark.parametrize("keep", [0.0, 0.001, 0.5, 0.999])
 def test_truncated_pth(folder: Path, file: str, keep: float) -> None:
@@ -627,6 +629,7 @@ def test_pth_with_other_content(folder: Path, file: str, content: object) -> Non
     refuses(folder, file)
 
 
+@pytest.mark.fault(2)
 @pytest.mark.parametrize("file", ["Wan2.1_VAE.pth", T5])
 def test_tensors_that_do_not_fit_are_named(folder: Path, file: str) -> None:
     state = torch.load(folder / file, weights_only=True)

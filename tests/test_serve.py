@@ -46,6 +46,7 @@ def test_a_video(server: Server, video: dict[str, Any]) -> None:
     assert frames_of(server.content(video["id"])).shape == (5, 64, 64, 3)
 
 
+@pytest.mark.fault(24)
 def test_content(server: Server, video: dict[str, Any]) -> None:
     path = f"/v1/videos/{video['id']}/content"
     whole = server.http.get(path)
@@ -63,6 +64,7 @@ def test_content(server: Server, video: dict[str, Any]) -> None:
     assert server.http.get(path, params={"variant": "../x"}).status_code == 400
 
 
+@pytest.mark.fault(13)
 def test_every_verb(server: Server, video: dict[str, Any]) -> None:
     """Edit, extend both ways, connect, loop, keyframes; by id and by upload; in JSON, brackets and JSON strings."""
     data = server.content(video["id"])
@@ -138,6 +140,7 @@ BAD = [
 ]
 
 
+@pytest.mark.fault(12, 14, 15, 16, 17)
 def test_what_is_illegal(server: Server) -> None:
     for fields, param, status in BAD:
         answer = server.http.post("/v1/videos", json=fields)
@@ -146,6 +149,7 @@ def test_what_is_illegal(server: Server) -> None:
         assert error["message"] and error["type"] and error["code"] and answer.headers["x-request-id"]
 
 
+@pytest.mark.fault(18)
 def test_bad_bodies(server: Server) -> None:
     kinds = {"json": "application/json", "form": "multipart/form-data; boundary=b", "other": "text/plain"}
     for kind, body, status in (
@@ -166,6 +170,7 @@ def test_bad_bodies(server: Server) -> None:
         assert answer.status_code in (400, 404, 405) and answer.json()["error"]["message"], path
 
 
+@pytest.mark.fault(8, 11)
 @pytest.mark.parametrize(
     "content", [b"", b"GIF89a", b"<svg/>", b"#EXTM3U\nhttp://x/", b"\x89PNG\r\n\x1a\n" + b"\0" * 64]
 )
@@ -175,6 +180,7 @@ def test_bad_uploads(server: Server, content: bytes) -> None:
     assert str(server.data) not in answer.text
 
 
+@pytest.mark.fault(7)
 def test_a_picture_bomb(server: Server) -> None:
     bomb = io.BytesIO()
     Image.new("1", (9500, 9500)).save(bomb, "PNG")
@@ -182,6 +188,7 @@ def test_a_picture_bomb(server: Server) -> None:
     assert answer.status_code == 400 and "pixels" in answer.json()["error"]["message"]
 
 
+@pytest.mark.fault(21)
 def test_idempotency(server: Server) -> None:
     key = {"Idempotency-Key": "once"}
     found: list[Any] = []
@@ -199,6 +206,7 @@ def test_idempotency(server: Server) -> None:
     assert other.status_code == 422 and other.json()["error"]["code"] == "idempotency_key_reused"
 
 
+@pytest.mark.fault(25, 26)
 def test_cancel_delete_events_and_not_ready(server: Server) -> None:
     job = server.create(LONG)["id"]
     server.until(lambda: server.video(job)["step"] > 0)

@@ -56,6 +56,7 @@ def noise() -> bytes:
     return buffer.getvalue()
 
 
+@pytest.mark.fault(32)
 @mounts
 def test_a_disk_that_is_full_when_a_job_comes(small: Server) -> None:
     """507, nothing left behind, health and status answer; and it recovers as soon as there is space."""
@@ -74,6 +75,7 @@ def test_a_disk_that_is_full_when_a_job_comes(small: Server) -> None:
     assert (frames_of(again) == frames_of(small.content(before["id"]))).all()
 
 
+@pytest.mark.fault(32)
 @mounts
 @pytest.mark.parametrize("place", ["step", "frame", "commit"])
 def test_a_disk_that_fills_while_a_job_runs(small: Server, place: str) -> None:
@@ -90,6 +92,7 @@ def test_a_disk_that_fills_while_a_job_runs(small: Server, place: str) -> None:
     assert left == ["output-1.jpg", "output-1.mp4", "output-1.webp"]
 
 
+@pytest.mark.fault(32)
 @mounts
 def test_a_job_that_waits_too_long_for_space_fails(small: Server) -> None:
     """Its own files are removed; that it failed is told once the store can be written."""
@@ -111,6 +114,7 @@ def refused(data: Path, *flags: str, before: Sequence[str] = ()) -> str:
     return line
 
 
+@pytest.mark.fault(33)
 def test_a_damaged_store_is_refused_and_moved_aside_when_asked(tmp_path: Path) -> None:
     """Nothing is removed; a page in the middle is enough, and so is a file that is none of sqlite's."""
     store = Store(tmp_path)
@@ -134,12 +138,14 @@ def test_a_damaged_store_is_refused_and_moved_aside_when_asked(tmp_path: Path) -
     found.close()
 
 
+@pytest.mark.fault(32)
 @mounts
 def test_a_read_only_disk_is_refused(tmp_path: Path) -> None:
     mount = 'mount -t tmpfs -o size=1m,ro none "$0" && exec "$@"'
     assert "cannot be written" in refused(tmp_path, before=[*UNSHARE, "sh", "-c", mount, str(tmp_path)])
 
 
+@pytest.mark.fault(32)
 def test_a_store_that_cannot_be_written_is_a_full_disk(tmp_path: Path) -> None:
     """So are a quota and a disk that became read-only; other faults are not."""
     Store(tmp_path).close()
@@ -152,6 +158,7 @@ def test_a_store_that_cannot_be_written_is_a_full_disk(tmp_path: Path) -> None:
     assert not disk_full(OSError(errno.EACCES, "x")) and not disk_full(sqlite3.OperationalError("no such table"))
 
 
+@pytest.mark.fault(33)
 def test_a_store_of_a_newer_version_is_refused(tmp_path: Path) -> None:
     Store(tmp_path).close()
     with sqlite3.connect(tmp_path / "store.db") as db:
@@ -160,6 +167,7 @@ def test_a_store_of_a_newer_version_is_refused(tmp_path: Path) -> None:
     assert "newer version" in refused(tmp_path, "--move-damaged")
 
 
+@pytest.mark.fault(33)
 def test_a_store_without_its_log(tmp_path: Path) -> None:
     """What was only in the log is lost, and that is all: the rest is whole and goes on."""
     store = Store(tmp_path)
@@ -175,6 +183,7 @@ def test_a_store_without_its_log(tmp_path: Path) -> None:
     found.close()
 
 
+@pytest.mark.fault(33)
 def test_a_network_disk_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert opening.file_system(Path("/proc")) == "proc" and opening.file_system(tmp_path) not in opening.NETWORK
     device = os.stat(tmp_path).st_dev
@@ -187,6 +196,7 @@ def test_a_network_disk_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPat
         opening.open_store(Settings(data=tmp_path))
 
 
+@pytest.mark.fault(34)
 def test_a_folder_for_one_server_alone(tmp_path: Path) -> None:
     first, lock = opening.open_store(Settings(data=tmp_path))
     second, other = opening.open_store(Settings(data=tmp_path))
@@ -199,6 +209,7 @@ def test_a_folder_for_one_server_alone(tmp_path: Path) -> None:
         each.close()
 
 
+@pytest.mark.fault(34)
 def test_two_servers_on_one_folder(tmp_path: Path) -> None:
     """Each job is made once, by one of them; when one dies the other makes what it had begun."""
     one, two = Server(tmp_path / "data"), Server(tmp_path / "data")
@@ -230,6 +241,7 @@ def row(index: int, **more: object) -> dict[str, object]:
     } | more  # fmt: skip
 
 
+@pytest.mark.fault(34)
 def test_leases_do_not_depend_on_the_time_of_day(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A clock that is set back or forth takes no job from who works on it, and keeps none for who is silent."""
     store = Store(tmp_path)
@@ -250,6 +262,7 @@ def test_leases_do_not_depend_on_the_time_of_day(tmp_path: Path, monkeypatch: py
     store.close()
 
 
+@pytest.mark.fault(30)
 def test_what_deaths_leave_is_swept(tmp_path: Path) -> None:
     """Between writing, renaming and telling the store: what no result needs goes, results and inputs stay."""
     store = Store(tmp_path)

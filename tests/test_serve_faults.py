@@ -2,16 +2,25 @@
 
 from __future__ import annotations
 
+import asyncio
+import json
+import socket
+from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
+from typing import Any
 
+import psutil
 import pytest
 
 pytest.importorskip("fastapi")
 
+from runtime.serve import forms
+from runtime.serve.errors import ApiError
 from runtime.serve.settings import read_settings
 from tests.serving import LONG, TINY, Server, frames_of
 
 
+@pytest.mark.fault(27, 28, 31)
 def test_killed_at_any_moment_the_frames_are_the_same(tmp_path: Path) -> None:
     """Both, the worker alone, and an end by SIGTERM, over one job; then the same job undisturbed."""
     server = Server(tmp_path / "data", "--grace", "20")
@@ -72,3 +81,96 @@ def test_settings(tmp_path: Path) -> None:
         config.write_text(content)
         with pytest.raises(ValueError, match="key"):
             read_settings(["--api-key", str(config)])
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    started = Server(tmp_path_factory.mktemp("faults") / "data")
+    yield started
+    assert started.stop() == 0
+
+
+def connect(server: Server, content: bytes) -> socket.socket:
+    host, port = server.url.removeprefix("http://").split(":")
+    client = socket.create_connection((host, int(port)))
+    client.sendall(content)
+    return client
+
+
+@pytest.mark.fault(22)
+def test_a_client_that_goes_away_while_it_creates(server: Server) -> None:
+    """Half a body leaves nothing; a whole one whose answer nobody reads is a job that can be found."""
+    folders = set((server.data / "jobs").iterdir())
+    part = b'--b\r\nContent-Disposition: form-data; name="input_reference"; filename="x.png"\r\n\r\n' + b"x" * 10_000
+    head = "POST /v1/videos HTTP/1.1\r\nHost: x\r\nContent-Type: {}\r\nContent-Length: {}\r\n\r\n"
+    client = connect(server, head.format("multipart/form-data; boundary=b", 10**6).encode() + part)
+    server.until(lambda: set((server.data / "jobs").iterdir()) > folders)
+    client.close()
+    server.until(lambda: set((server.data / "jobs").iterdir()) == folders)
+    body = json.dumps(TINY | {"seed": 77}).encode()
+    connect(server, head.format("application/json", len(body)).encode() + body).close()
+    found = server.until(lambda: server.http.get("/v1/videos").json()["data"])
+    assert [each["seed"] for each in found] == [77]
+    server.done(found[0]["id"])
+
+
+@pytest.mark.fault(20)
+def test_a_body_that_stops_half_way_is_ended(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By a deadline between two chunks; 500 of them are a drill."""
+    monkeypatch.setattr(forms, "IDLE_SECONDS", 0.05)
+
+    class Half:
+        async def stream(self) -> AsyncIterator[bytes]:
+            yield b"{"
+            await asyncio.sleep(3600)
+
+    async def read(request: Any) -> None:
+        async for _ in forms.limited(request, 100):
+            pass
+
+    with pytest.raises(ApiError, match="nothing of the body came") as caught:
+        asyncio.run(read(Half()))
+    assert caught.value.status == 408
+
+
+@pytest.mark.fault(23)
+def test_downloads_that_are_broken_off_leave_nothing_open(server: Server) -> None:
+    """200 of them are a drill."""
+    job = server.done(server.create()["id"])["id"]
+    process = psutil.Process(server.process.pid)
+
+    def break_off(count: int) -> None:
+        for _ in range(count):
+            client = connect(server, f"GET /v1/videos/{job}/content HTTP/1.1\r\nHost: x\r\n\r\n".encode())
+            client.recv(10)
+            client.close()
+
+    break_off(3)
+    server.until(lambda: not [each for each in process.open_files() if "output-" in each.path])
+    before = process.num_fds()
+    break_off(30)
+    server.until(lambda: process.num_fds() <= before, 20)
+
+
+@pytest.mark.fault(25)
+def test_a_result_whose_file_is_gone(server: Server) -> None:
+    job = server.done(server.create()["id"])["id"]
+    (server.data / "jobs" / job / "output-1.mp4").unlink()
+    answer = server.http.get(f"/v1/videos/{job}/content")
+    assert answer.status_code == 404 and answer.json()["error"]["code"] == "output_missing"
+    found = server.video(job)
+    assert found["status"] == "failed" and found["error"]["code"] == "output_missing"
+
+
+@pytest.mark.fault(26)
+def test_a_deleted_job_gives_its_memory_back(server: Server) -> None:
+    """A film of many more pixels than what came before it; memory is as before within 64 MiB."""
+    server.done(server.create()["id"])
+    (worker,) = server.workers()
+    before = psutil.Process(worker).memory_info().rss
+    job = server.create(LONG | {"size": "320x192"})["id"]
+    server.until(lambda: server.video(job)["step"] > 0)
+    assert server.http.delete(f"/v1/videos/{job}").status_code == 200
+    server.until(lambda: not (server.data / "jobs" / job).exists())
+    server.until(lambda: psutil.Process(worker).memory_info().rss < before + 2**26, 20)
+    assert server.workers() == [worker]

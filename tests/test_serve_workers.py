@@ -40,6 +40,7 @@ def make(server: Server, prompt: str, status: str = "completed") -> dict[str, An
     return server.done(server.create(SLOW | {"prompt": prompt})["id"], status)
 
 
+@pytest.mark.fault(28, 35)
 @pytest.mark.parametrize("kind", ["hang", "die", "lost"])
 def test_a_worker_that_fails_once_is_made_good(server: Server, kind: str) -> None:
     """The job goes on in another process."""
@@ -48,6 +49,7 @@ def test_a_worker_that_fails_once_is_made_good(server: Server, kind: str) -> Non
     assert found["attempt"] == 2 and not set(before) & set(server.workers())
 
 
+@pytest.mark.fault(28, 35)
 @pytest.mark.parametrize(("kind", "code", "most"), [("hang", "worker_hung", 2), ("die", "worker_lost", 3)])
 def test_a_job_that_kills_its_workers_is_given_up(server: Server, kind: str, code: str, most: int) -> None:
     found = make(server, kind, "failed")
@@ -55,6 +57,7 @@ def test_a_job_that_kills_its_workers_is_given_up(server: Server, kind: str, cod
     assert make(server, "a red ball")["attempt"] == 1, "others go on"
 
 
+@pytest.mark.fault(35)
 def test_a_hung_worker_says_where_it_stands(server: Server) -> None:
     length = len(server.log())
     make(server, "hang once")
@@ -62,6 +65,7 @@ def test_a_hung_worker_says_where_it_stands(server: Server) -> None:
     assert "is killed" in told and "faulty.py" in told and "in fail" in told
 
 
+@pytest.mark.fault(35)
 def test_out_of_memory_is_tried_once_more_with_less(server: Server) -> None:
     """The second try streams its weights, and gives the same frames as one that had the memory."""
     before = server.workers()
@@ -70,6 +74,7 @@ def test_out_of_memory_is_tried_once_more_with_less(server: Server) -> None:
     assert found["receipt"]["offload"] and "goes on with weights" in server.log()
 
 
+@pytest.mark.fault(35)
 def test_out_of_memory_for_good_fails_the_job_and_restarts_the_worker(server: Server) -> None:
     before = server.workers()
     found = make(server, "memory", "failed")
@@ -77,6 +82,7 @@ def test_out_of_memory_for_good_fails_the_job_and_restarts_the_worker(server: Se
     assert make(server, "a red ball")["status"] == "completed" and server.workers() != before
 
 
+@pytest.mark.fault(35)
 def test_a_frozen_worker_does_not_freeze_the_server(server: Server) -> None:
     """Stopped whole, it cannot even write where it stands; the server answers, is not ready, and has another soon."""
     job = server.create(LONG)["id"]
@@ -109,6 +115,7 @@ def test_the_pulse() -> None:
     assert not pulse.hung(now + 1e6)
 
 
+@pytest.mark.fault(31)
 def test_told_to_end_it_refuses_new_jobs_until_it_has_ended(tmp_path: Path) -> None:
     """Health and status still answer, the running job is given back, and no job is marked cancelled."""
     server = Server(tmp_path / "data")
@@ -136,6 +143,7 @@ def test_told_to_end_it_refuses_new_jobs_until_it_has_ended(tmp_path: Path) -> N
         assert server.stop() == 0
 
 
+@pytest.mark.fault(31)
 def test_a_slow_reader_does_not_keep_it_from_ending_and_a_second_signal_ends_it_now(tmp_path: Path) -> None:
     server = Server(tmp_path / "data", "--grace", "3")
     job = server.done(server.create()["id"])["id"]

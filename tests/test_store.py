@@ -105,6 +105,7 @@ def test_the_code_counts(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Non
     code_hash.cache_clear()
 
 
+@pytest.mark.fault(36)
 @settings(max_examples=60, deadline=None)
 @given(st.data())
 def test_no_damaged_byte_is_loaded(tmp_path_factory: pytest.TempPathFactory, data: st.DataObject) -> None:
@@ -160,6 +161,7 @@ FOREIGN = [
 ]  # fmt: skip
 
 
+@pytest.mark.fault(36)
 @pytest.mark.parametrize("what", FOREIGN)
 def test_what_is_foreign_is_made_again(tmp_path: Path, what: str) -> None:
     store = Store(tmp_path / "store")
@@ -199,6 +201,7 @@ def test_a_build_that_fails_leaves_nothing(tmp_path: Path) -> None:
     assert store.fetch(KEY, build, load) == CONTENT
 
 
+@pytest.mark.fault(36)
 def test_kill_during_a_build(tmp_path: Path) -> None:
     log, store = tmp_path / "log", tmp_path / "store"
     first = start(store, log, 60)
@@ -225,6 +228,7 @@ def test_prune_clears_what_a_killed_builder_left(tmp_path: Path) -> None:
     assert left(store) == []
 
 
+@pytest.mark.fault(36)
 def test_two_builders_at_once(tmp_path: Path) -> None:
     log, store = tmp_path / "log", tmp_path / "store"
     builders = [start(store, log, 1)]

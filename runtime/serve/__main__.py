@@ -16,6 +16,7 @@ import uvicorn
 
 from runtime.serve.api import Api
 from runtime.serve.app import make_app
+from runtime.serve.connections import Connection, raise_limit
 from runtime.serve.jobs import Store
 from runtime.serve.opening import open_store
 from runtime.serve.settings import Settings, model_place, read_settings
@@ -74,13 +75,14 @@ def main() -> int:
         print(f"error: {error}", file=sys.stderr)
         return 2
     store.reclaim()
+    raise_limit()
     supervisor = Supervisor(settings, store)
     api = Api(settings, store, supervisor.wake)
     api.ready, api.answer = lambda: bool(supervisor.ready), supervisor.ask
     api.anchors = None if signer is None else signer.anchor
     host, port = listener.getsockname()[:2]
     config = uvicorn.Config(
-        make_app(api), log_config=None, access_log=False, server_header=False, date_header=False,
+        make_app(api), http=Connection, log_config=None, access_log=False, server_header=False, date_header=False,
         timeout_keep_alive=30,
     )  # fmt: skip
     server = Server(config, api, supervisor)
