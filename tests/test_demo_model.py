@@ -10,14 +10,15 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
+from torch.nn.functional import avg_pool2d
 
 from runtime.expansion import by_rules
-from tools.demo_model import autoencoder, captions, denoiser, pool, score, text
+from tools.demo_model import autoencoder, captions, denoiser, pool, score, shapes, text
 from tools.demo_model.diffusion import draw_known
 from tools.demo_model.evaluate import to_bytes
 from tools.demo_model.recipe import RECIPES, make
 from tools.demo_model.training import Run
-from tools.demo_model.world import MOTIONS, Scene, Thing, draw_scene, render
+from tools.demo_model.world import MOTIONS, SHAPES, Scene, Thing, draw_scene, render, silhouette
 
 BALL = Scene((Thing("ball", "red", "medium", "matte"),), "left", "grass", "day", "clear", "still")
 
@@ -50,6 +51,58 @@ def test_every_motion_is_read_and_its_opposite_is_not(motion: str) -> None:
     shape = "star" if motion == "spin" else "ball"
     scene = replace(BALL, things=(Thing(shape, "red", "medium", "matte"),), motion=motion)
     assert score.read(to_bytes(render(scene, 17, 64, 96).frames)).motion == motion
+
+
+def _disc(x: float, y: float, radius: float) -> torch.Tensor:
+    rows, columns = torch.meshgrid(torch.arange(96) + 0.5, torch.arange(160) + 0.5, indexing="ij")
+    return (rows - y) ** 2 + (columns - x) ** 2 < radius**2
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_a_shape_is_read_at_every_turn_and_size_sharp_or_blurred_and_is_no_other(shape: str) -> None:
+    rng = np.random.default_rng(3)
+    rows, columns = torch.meshgrid(torch.arange(96) + 0.5, torch.arange(160) + 0.5, indexing="ij")
+    for blur in (0, 5, 9) * 6:
+        radius, turn, x, y = torch.from_numpy(rng.uniform((14, 0, 60, 46), (26, 6.3, 100, 50))).float()
+        cover = silhouette(shape, columns - x, rows - y, radius, turn)[0]
+        if blur:
+            cover = avg_pool2d(cover[None], blur, stride=1, padding=blur // 2)[0]
+        found = shapes.shape_of(cover)
+        assert found is not None and found[0] == shape, (blur, radius, turn)
+
+
+def test_what_is_like_no_shape_is_read_as_none_and_a_blot_is_a_ball() -> None:
+    away = torch.arange(96)[:, None].sub(48).square() + torch.arange(160).sub(80).square()
+    found = shapes.shape_of(torch.exp(-away / 400))
+    assert found is not None and found[0] == "ball"
+    bar = torch.zeros(96, 160)
+    bar[42:54, 50:110] = 1
+    assert shapes.shape_of(bar) is None
+    bar[:, 100:110] = 1
+    assert shapes.shape_of(bar) is None, "the frame cuts it"
+
+
+def test_things_that_touch_are_parted_and_one_thing_is_not() -> None:
+    pair = _disc(70, 30, 16) | _disc(72, 60, 16)
+    found = shapes.parted(pair, 100)
+    assert len(found) == 2 and not (found[0] & found[1]).any() and torch.equal(found[0] | found[1], pair)
+    assert len(shapes.parted(pair | _disc(120, 40, 9), 100)) == 3
+    assert shapes.parted(_disc(70, 30, 3), 100) == []
+    columns, rows = torch.arange(160)[None] - 80.0, torch.arange(96)[:, None] - 48.0
+    for shape in SHAPES:
+        mask = silhouette(shape, columns, rows, torch.tensor(24.0), torch.tensor(0.3))[0] > 0.5
+        (whole,) = shapes.parted(mask, 100)
+        assert torch.equal(whole, mask)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_a_video_of_another_shape_is_judged_wrong(shape: str) -> None:
+    reading = score.read(
+        to_bytes(render(replace(BALL, things=(replace(BALL.things[0], shape=shape),)), 5, 96, 160).frames)
+    )
+    for asked in SHAPES:
+        scene = replace(BALL, things=(replace(BALL.things[0], shape=asked),))
+        assert score.judge(scene, reading)["shape"] == (asked == shape)
 
 
 def test_an_empty_scene_has_no_thing() -> None:
@@ -149,6 +202,10 @@ def test_cover_tells_a_tokens_cells_row_by_row_at_its_last_frame() -> None:
     assert cover.shape == (2, 2, 3, 16)
     assert cover[1, 1, 0].tolist() == [0, 1, 0.5] + [0] * 13
     assert cover.sum() == 1.5
+    kinds = pool.token_kinds(masks, (Thing("star", "blue", "small", "matte"),))
+    shown = kinds[1, 1, 0]
+    assert shown[pool.KINDS.index("star")] == shown[pool.KINDS.index("blue")] == 4 * 24 / 256
+    assert kinds.sum() == 2 * 4 * 24 / 256
 
 
 def test_a_stopped_training_goes_on_as_if_it_had_not_stopped(tmp_path: Path) -> None:

@@ -8,7 +8,7 @@ score), and what hidden layers know handed out for the auxiliary losses.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -64,9 +64,9 @@ class Rotary:
 
 def _rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
     """Turn pairs of x [B, L, N, K] by the angles of [L, K/2]."""
-    turn = torch.complex(cos, sin)[:, None]
-    pairs = torch.view_as_complex(x.float().unflatten(-1, (-1, 2)))
-    return torch.view_as_real(pairs * turn).flatten(-2).to(x.dtype)
+    even, odd = x.float().unflatten(-1, (-1, 2)).unbind(-1)
+    cos, sin = cos[:, None], sin[:, None]
+    return torch.stack([even * cos - odd * sin, even * sin + odd * cos], -1).flatten(-2).to(x.dtype)
 
 
 def _rms(norm: nn.Module, x: torch.Tensor) -> torch.Tensor:
@@ -85,47 +85,62 @@ def _attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, bias: torch.Tenso
     return (weights.to(v.dtype) @ v).transpose(1, 2).flatten(2)
 
 
+def _modulated(norm: nn.Module, h: torch.Tensor, shift: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+    """Return norm(h) * (1 + scale) + shift [B, L, D] with a shift and a scale [B, T, 1, D] per latent frame."""
+    frames = h.unflatten(1, (shift.shape[1], -1))
+    return torch.addcmul(shift, F.layer_norm(frames, h.shape[-1:], eps=norm.eps), 1 + scale).flatten(1, 2)
+
+
+def _gated(h: torch.Tensor, gate: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+    """Return h + gate * y [B, L, D] with a gate [B, T, 1, D] per latent frame."""
+    frames = (gate.shape[1], -1)
+    return torch.addcmul(h.unflatten(1, frames), gate, y.unflatten(1, frames).float()).flatten(1, 2)
+
+
+def run_block(
+    block: nn.Module, h: torch.Tensor, six: torch.Tensor, context: torch.Tensor, bias: torch.Tensor,
+    cos: torch.Tensor, sin: torch.Tensor,
+) -> torch.Tensor:  # fmt: skip
+    """Return the hidden states [B, L, D] float32 after one block; `six` is [B, T, 1, 6, D], `context` [B, S, D]."""
+    shift, scale, gate, shift_2, scale_2, gate_2 = (block.scale_shift_table[0] + six).unbind(3)
+    y = _modulated(block.norm1, h, shift, scale).to(context.dtype)
+    a = block.attn1
+    split = lambda t: t.unflatten(-1, (a.heads, -1))  # noqa: E731
+    q, k = split(_rms(a.norm_q, a.to_q(y))), split(_rms(a.norm_k, a.to_k(y)))
+    y = _attend(_rotate(q, cos, sin), _rotate(k, cos, sin), split(a.to_v(y)), None)
+    h = _gated(h, gate, a.to_out[0](y))
+    a = block.attn2
+    q = split(_rms(a.norm_q, a.to_q(block.norm2(h).to(context.dtype))))
+    y = _attend(q, split(_rms(a.norm_k, a.to_k(context))), split(a.to_v(context)), bias)
+    h = h + a.to_out[0](y)
+    return _gated(h, gate_2, block.ffn(_modulated(block.norm3, h, shift_2, scale_2).to(context.dtype)))
+
+
 def forward(
     dit: WanTransformer3DModel, x: torch.Tensor, sigma: torch.Tensor, text: torch.Tensor, bias: torch.Tensor,
-    rotary: Rotary, taps: Sequence[int] = (),
+    rotary: Rotary, taps: Sequence[int] = (), run: Callable[..., torch.Tensor] = run_block,
 ) -> tuple[torch.Tensor, list[torch.Tensor]]:  # fmt: skip
     """Return the velocity [B, C, T, H, W] and the hidden states [B, T, H/2 * W/2, D] after the blocks in `taps`.
 
-    x is [B, C, T, H, W], sigma [B, T] in [0, 1], text [B, S, text], bias [B, 1, 1, S] (0, log n, or -inf).
+    x is [B, C, T, H, W], sigma [B, T] in [0, 1], text [B, S, text], bias [B, 1, 1, S] (0, log n, or -inf); `run` is
+    `run_block`, or that compiled.
     """
     count, channels, frames, height, width = x.shape
     grid = (frames, height // 2, width // 2)
-    heads = dit.config.num_attention_heads
     h = x.unflatten(3, (-1, 2)).unflatten(5, (-1, 2))  # [B, C, T, h, 2, w, 2]
     h = h.permute(0, 2, 3, 5, 1, 4, 6).flatten(4).flatten(1, 3)  # [B, L, C * 4]
     h = F.linear(h, dit.patch_embedding.weight.flatten(1), dit.patch_embedding.bias).float()
     embed = dit.condition_embedder
     at = embed.time_embedder(embed.timesteps_proj(sigma.flatten() * 1000)).float()  # [B * T, D]
     six = embed.time_proj(F.silu(at)).float().reshape(count, frames, 1, 6, -1)
-    context = embed.text_embedder(text)
+    context = embed.text_embedder(text).to(x.dtype)
     cos, sin = rotary(grid)
     kept = []
-    frame = lambda t: t.unflatten(1, (frames, -1))  # noqa: E731  [B, L, D] -> [B, T, HW, D]
-    norm = lambda t, n, shift, scale: torch.addcmul(shift, F.layer_norm(frame(t), t.shape[-1:], eps=n.eps), 1 + scale)  # noqa: E731
-    gated = lambda t, gate, y: torch.addcmul(frame(t), gate, frame(y).float()).flatten(1, 2)  # noqa: E731
     for index, block in enumerate(dit.blocks):
-        shift, scale, gate, shift_2, scale_2, gate_2 = (block.scale_shift_table[0] + six).unbind(3)
-        y = norm(h, block.norm1, shift, scale).flatten(1, 2).to(x.dtype)
-        a = block.attn1
-        q, k, v = a.to_q(y), a.to_k(y), a.to_v(y)
-        q, k = (_rms(n, t).unflatten(-1, (heads, -1)) for n, t in ((a.norm_q, q), (a.norm_k, k)))
-        y = _attend(_rotate(q, cos, sin), _rotate(k, cos, sin), v.unflatten(-1, (heads, -1)), None)
-        h = gated(h, gate, a.to_out[0](y))
-        a = block.attn2
-        y = block.norm2(h).to(x.dtype)
-        q = _rms(a.norm_q, a.to_q(y)).unflatten(-1, (heads, -1))
-        k = _rms(a.norm_k, a.to_k(context)).unflatten(-1, (heads, -1))
-        h = h + a.to_out[0](_attend(q, k, a.to_v(context).unflatten(-1, (heads, -1)), bias))
-        y = norm(h, block.norm3, shift_2, scale_2).flatten(1, 2).to(x.dtype)
-        h = gated(h, gate_2, block.ffn(y))
+        h = run(block, h, six, context, bias, cos, sin)
         if index in taps:
-            kept.append(frame(h))
+            kept.append(h.unflatten(1, (frames, -1)))
     shift, scale = (dit.scale_shift_table[0] + at.reshape(count, frames, 1, 1, -1)).unbind(3)
-    y = dit.proj_out(norm(h, dit.norm_out, shift, scale).to(x.dtype))  # [B, T, hw, 4 * C]
+    y = dit.proj_out(_modulated(dit.norm_out, h, shift, scale).to(x.dtype)).unflatten(1, (frames, -1))
     y = y.unflatten(2, grid[1:]).unflatten(-1, (2, 2, channels))  # [B, T, h, w, 2, 2, C]
     return y.permute(0, 6, 1, 2, 4, 3, 5).reshape(x.shape), kept

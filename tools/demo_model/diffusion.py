@@ -1,15 +1,16 @@
 """Trains text encoder and DiT together by flow matching on a pool of latents, with some latent frames known.
 
-Two losses stand beside the flow's and go with their heads at the end: hidden states must tell where their token stands
-(the architecture knows distances only, and "starts at the right" needs a place) and which cells of it a thing covers
-(what a caption says about motion and shape is a small part of the flow's loss and all of this one).
+Three losses stand beside the flow's and go with their heads at the end: hidden states must tell where their token
+stands (the architecture knows distances only, and "starts at the right" needs a place), which shapes and colours it
+shows, and which cells of it a thing covers (what a caption says about motion, shape and colour is a small part of the
+flow's loss and all of these).
 """
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 
 import numpy as np
@@ -19,10 +20,10 @@ from torch import nn
 
 from tools.demo_model import denoiser, text
 from tools.demo_model.captions import training_caption
-from tools.demo_model.pool import CELLS, Shelf
+from tools.demo_model.pool import CELLS, KINDS, Shelf
 from tools.demo_model.training import Run
 
-PLACE_TAPS, COVER_TAPS = (1, 3), (3, 4)
+PLACE_TAPS, KIND_TAPS, COVER_TAPS = (1, 3), (2, 3), (3, 4)
 
 
 class Student(nn.Module):
@@ -32,8 +33,10 @@ class Student(nn.Module):
         super().__init__()
         self.encoder = text.build(text_width)
         self.dit = denoiser.build(width=width, layers=layers, ffn=ffn, text=text_width, channels=channels)
+        self.run_block = denoiser.run_block
         self.place = nn.ModuleList([nn.Linear(width, 3) for _ in PLACE_TAPS])
         self.cover = nn.ModuleList([nn.Linear(width, CELLS * CELLS) for _ in COVER_TAPS])
+        self.kind = nn.ModuleList([nn.Linear(width, len(KINDS)) for _ in KIND_TAPS])
 
     def optimizers(self, rate: float) -> list[torch.optim.Optimizer]:
         """Return Muon for the matrices of the blocks, AdamW for all else."""
@@ -94,12 +97,29 @@ def encode_text(
     return hidden, torch.cat([bias, padding.clamp_min(1).log()], 1)[:, None, None].float()
 
 
+@dataclass(frozen=True)
+class Stage:
+    """A part of the training: steps, tokens per step, learning rate, how much more the flow's error counts where things
+    are, the weights of the losses of kinds and covers at the start (a quarter at the end), and whether blocks are
+    compiled."""
+
+    steps: int
+    tokens: int = 2400
+    rate: float = 3e-3
+    things: float = 0.0
+    kinds: float = 0.0
+    covers: float = 0.6
+    compiled: bool = False
+
+
 @dataclass
 class Batch:
-    """Latents x0 [B, C, T, H, W] float32, cover [B, T, h, w, 16], captions, known [B, T], padded texts' lengths."""
+    """Latents x0 [B, C, T, H, W] float32, cover [B, T, h, w, 16] and kinds [B, T, h, w, 13] as a Shelf's, captions,
+    known [B, T], padded texts' lengths."""
 
     latents: torch.Tensor
     cover: torch.Tensor
+    kinds: torch.Tensor
     captions: list[str]
     known: torch.Tensor
     lengths: list[int]
@@ -111,77 +131,107 @@ def draw_batch(shelves: Sequence[Shelf], rng: np.random.Generator, tokens: int) 
     shelf = shelves[rng.choice(len(shelves), p=shares / shares.sum())]
     size = max(1, round(tokens / shelf.bucket.tokens))
     rows = rng.integers(len(shelf.scenes), size=size)
-    latents, cover = shelf.latents[rows].float(), shelf.cover[rows].float()
+    latents, cover, kinds = (part[rows].float() for part in (shelf.latents, shelf.cover, shelf.kinds))
     if latents.shape[2] > 2 and rng.random() < 0.06:  # loops have no first frame
-        latents, cover = latents[:, :, 1:], cover[:, 1:]
+        latents, cover, kinds = latents[:, :, 1:], cover[:, 1:], kinds[:, 1:]
     captions = ["" if rng.random() < 0.1 else training_caption(shelf.scenes[i], rng) for i in rows]
     lengths = [int(n) for n in rng.choice((512, 226, 128, 64), size=size, p=(0.7, 0.1, 0.1, 0.1))]
-    return Batch(latents, cover, captions, draw_known(size, latents.shape[2], rng), lengths)
+    return Batch(latents, cover, kinds, captions, draw_known(size, latents.shape[2], rng), lengths)
 
 
-def flow_loss(
+@dataclass
+class Losses:
+    """Losses per sample [B]: the flow's error as it is, and with things counted more; of places, kinds and covers."""
+
+    flow: torch.Tensor
+    weighted: torch.Tensor
+    places: torch.Tensor
+    kinds: torch.Tensor
+    covers: torch.Tensor
+
+
+def _near_things(cover: torch.Tensor) -> torch.Tensor:
+    """Return [B, T, H, W] of a cover [B, T, H/2, W/2, 16]: what things cover of each latent cell or one beside."""
+    cells = cover.unflatten(-1, (2, CELLS // 2, 2, CELLS // 2)).amax((5, 7))  # [B, T, h, w, 2, 2]
+    cells = cells.transpose(3, 4).flatten(2, 3).flatten(3, 4)
+    return F.max_pool2d(cells, 3, stride=1, padding=1)
+
+
+def losses_of(
     student: Student, tokenizer: object, rotary: denoiser.Rotary, batch: Batch, sigma: torch.Tensor,
-    noise: torch.Tensor,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:  # fmt: skip
-    """Return per sample [B] the flow's squared error over unknown frames, and the losses of places and covers."""
+    noise: torch.Tensor, things: float = 0.0,
+) -> Losses:  # fmt: skip
+    """Return the losses of a batch at noise levels `sigma` [B]; known frames stay clean and do not count."""
     device = student.dit.device
     x0, noise, known = batch.latents.to(device), noise.to(device), batch.known.to(device)
     at = torch.where(known, 0.0, sigma.to(device)[:, None])  # [B, T]
     level = at[:, None, :, None, None]
+    taps = sorted({*PLACE_TAPS, *KIND_TAPS, *COVER_TAPS})
     with torch.autocast(device.type, torch.bfloat16):
         hidden, bias = encode_text(student, tokenizer, batch.captions, batch.lengths)
         x = ((1 - level) * x0 + level * noise).bfloat16()
-        taps = sorted({*PLACE_TAPS, *COVER_TAPS})
-        velocity, kept = denoiser.forward(student.dit, x, at, hidden, bias, rotary, taps)
+        velocity, kept = denoiser.forward(student.dit, x, at, hidden, bias, rotary, taps, student.run_block)
     unknown = (~known).float()
-    error = (velocity.float() - (noise - x0)).square().mean((1, 3, 4))  # [B, T]
-    flow = (error * unknown).sum(1) / unknown.sum(1)
+    error = (velocity.float() - (noise - x0)).square().mean(1)  # [B, T, H, W]
+    weight = 1 + things * _near_things(batch.cover.to(device))
+    weight = weight / weight.mean((1, 2, 3), keepdim=True)
+    flow, weighted = ((e.mean((2, 3)) * unknown).sum(1) / unknown.sum(1) for e in (error, error * weight))
     states = {tap: F.layer_norm(h, h.shape[-1:]) for tap, h in zip(taps, kept, strict=True)}
-    cover = batch.cover.to(device).flatten(2, 3)
     grid = batch.cover.shape[1:4]
     axes = torch.meshgrid(
         *(torch.linspace(-1, 1, n, device=device) if n > 1 else torch.zeros(1, device=device) for n in grid),
         indexing="ij",
     )
     place = torch.stack(axes, -1).flatten(1, 2)  # [T, hw, 3]
-    places = sum(
+
+    def told(heads: nn.ModuleList, at: tuple[int, ...], truth: torch.Tensor) -> torch.Tensor:
+        truth = truth.to(device).flatten(2, 3)
+        found = [
+            F.binary_cross_entropy_with_logits(head(states[tap]), truth, reduction="none").mean((1, 2))
+            for head, tap in zip(heads, at, strict=True)
+        ]
+        return torch.stack(found).mean(0)  # [B, values of a token]
+
+    places = [
         (head(states[tap]) - place).square().mean((1, 2, 3))
         for head, tap in zip(student.place, PLACE_TAPS, strict=True)
-    )
-    covers = sum(
-        F.binary_cross_entropy_with_logits(head(states[tap]), cover, reduction="none").mean((1, 2, 3))
-        for head, tap in zip(student.cover, COVER_TAPS, strict=True)
-    )
-    return flow, places / len(PLACE_TAPS), covers / len(COVER_TAPS)
+    ]
+    kinds = told(student.kind, KIND_TAPS, batch.kinds).sum(1)
+    covers = told(student.cover, COVER_TAPS, batch.cover).mean(1)
+    return Losses(flow, weighted, torch.stack(places).mean(0), kinds, covers)
 
 
 def train(
-    folder: Path, student: Student, tokenizer: object, shelves: Sequence[Shelf], steps: int, *, tokens: int = 2400,
-    rate: float = 3e-3, seed: int = 0, say: Callable[[str], None] = print, watch: Callable[[Run], None] | None = None,
-    watch_every: int = 500,
+    folder: Path, student: Student, tokenizer: object, shelves: Sequence[Shelf], stage: Stage, *, seed: int = 0,
+    say: Callable[[str], None] = print, watch: Callable[[Run], None] | None = None, watch_every: int = 500,
 ) -> Student:  # fmt: skip
-    """Train for `steps` steps of about `tokens` tokens; return the student with averaged weights."""
+    """Train a stage in `folder`; return the student with averaged weights."""
     torch.manual_seed(seed)
+    steps = stage.steps
     run = Run(
-        folder / "dit", student, student.optimizers(rate), steps, warm=min(100, steps // 10 + 1), flat=0.35, decay=0.999
+        folder, student, student.optimizers(stage.rate), steps, warm=min(100, steps // 10 + 1), flat=0.35, decay=0.999
     )
+    student.run_block = torch.compile(denoiser.run_block, dynamic=True) if stage.compiled else denoiser.run_block
     rotary = denoiser.Rotary(student.dit.config.attention_head_dim, student.dit.device)
     since, seen = time.monotonic(), []
     while run.step < steps:
         rng = np.random.default_rng((seed, 7, run.step))
         generator = torch.Generator().manual_seed(int(rng.integers(2**62)))
-        batch = draw_batch(shelves, rng, tokens)
+        batch = draw_batch(shelves, rng, stage.tokens)
         sigma = draw_sigma(len(batch.captions), generator)
         noise = torch.randn(batch.latents.shape, generator=generator)
-        flow, places, covers = flow_loss(student, tokenizer, rotary, batch, sigma, noise)
-        placing = 0.3 - 0.27 * min(1.0, 1.5 * run.step / steps)  # places are learned first
-        run.update(flow.mean() + placing * places.mean() + 0.6 * covers.mean())
-        seen.append((flow.mean().item(), places.mean().item(), covers.mean().item()))
+        found = losses_of(student, tokenizer, rotary, batch, sigma, noise, stage.things)
+        done = min(1.0, 1.5 * run.step / steps)  # what stands beside the flow is learned first
+        loss = found.weighted + (0.3 - 0.27 * done) * found.places
+        loss = loss + (1 - 0.75 * done) * (stage.kinds * found.kinds + stage.covers * found.covers)
+        run.update(loss.mean())
+        seen.append([getattr(found, f.name).detach().mean().item() for f in fields(found)])
         if run.step % 100 == 0 or run.step == steps:
-            values = np.mean(seen, 0)
-            flow_, place_, cover_, seconds = *(float(v) for v in values), time.monotonic() - since
-            run.log(flow=flow_, place=place_, cover=cover_, seconds=seconds)
-            say(f"dit {run.step}/{steps}: flow {flow_:.4f}, place {place_:.4f}, cover {cover_:.4f}, {seconds:.0f} s")
+            values = dict(zip((f.name for f in fields(found)), np.mean(seen, 0).tolist(), strict=True))
+            seconds = time.monotonic() - since
+            run.log(**values, seconds=seconds)
+            told = ", ".join(f"{name} {value:.4f}" for name, value in values.items())
+            say(f"{folder.name} {run.step}/{steps}: {told}, {seconds:.0f} s")
             seen = []
         if watch is not None and run.step % watch_every == 0:
             watch(run)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -12,7 +12,7 @@ from diffusers import AutoencoderKLWan
 
 from tools.demo_model import autoencoder
 from tools.demo_model.captions import training_scene
-from tools.demo_model.world import Scene, render
+from tools.demo_model.world import COLOURS, SHAPES, Scene, Thing, render
 
 
 @dataclass(frozen=True)
@@ -43,15 +43,18 @@ class Bucket:
 @dataclass
 class Shelf:
     """The clips of one bucket: normalised latents [n, C, T, H, W] bfloat16, what things cover of each token's cells
-    [n, T, H/2, W/2, 16] (`token_cover`), and the scenes."""
+    [n, T, H/2, W/2, 16] (`token_cover`), which kinds of things each token shows [n, T, H/2, W/2, 13] (`token_kinds`),
+    and the scenes."""
 
     bucket: Bucket
     latents: torch.Tensor
     cover: torch.Tensor
+    kinds: torch.Tensor
     scenes: list[Scene]
 
 
 CELLS = 4  # a token's cover is told in so many cells each way: enough to tell outlines apart
+KINDS = (*SHAPES, *COLOURS)
 
 
 def token_cover(masks: torch.Tensor) -> torch.Tensor:
@@ -62,6 +65,17 @@ def token_cover(masks: torch.Tensor) -> torch.Tensor:
     last = masks[:, ::4].sum(0).clamp(0, 1)  # frames 0, 4, 8, ...
     cells = F.avg_pool2d(last[:, None], 16 // CELLS)[:, 0]
     return cells.unflatten(1, (-1, CELLS)).unflatten(3, (-1, CELLS)).transpose(2, 3).flatten(3)
+
+
+def token_kinds(masks: torch.Tensor, things: Sequence[Thing]) -> torch.Tensor:
+    """Return [T, H/16, W/16, kinds]: how far each token shows a thing of each shape and colour; a quarter is all."""
+    last = masks[:, ::4]
+    share = F.avg_pool2d(last, 16)  # [n, T, H/16, W/16]
+    kinds = share.new_zeros(*share.shape[1:], len(KINDS))
+    for thing, covered in zip(things, share, strict=True):
+        for name in (thing.shape, thing.colour):
+            kinds[..., KINDS.index(name)] += 4 * covered
+    return kinds.clamp(0, 1)
 
 
 def fill(
@@ -75,7 +89,7 @@ def fill(
     shelves = []
     for index, bucket in enumerate(buckets):
         count = max(4, round(clips * bucket.share / total))
-        latents, cover, scenes = [], [], []
+        latents, cover, kinds, scenes = [], [], [], []
         for number in range(count):
             what = scene(np.random.default_rng((seed, index, number)))
             frames, masks = draw(what, bucket, number, device)
@@ -84,8 +98,9 @@ def fill(
                 found = autoencoder.encode(vae, pixels)[0].cpu()
             latents.append(((found - mean) / std).bfloat16()[0])
             cover.append(token_cover(masks).cpu().bfloat16())
+            kinds.append(token_kinds(masks, what.things).cpu().bfloat16())
             scenes.append(what)
-        shelves.append(Shelf(bucket, torch.stack(latents), torch.stack(cover), scenes))
+        shelves.append(Shelf(bucket, torch.stack(latents), torch.stack(cover), torch.stack(kinds), scenes))
         say(f"pool: {count} clips of {bucket.frames} frames, {bucket.width}x{bucket.height}")
     return shelves
 

@@ -10,7 +10,7 @@ import torch
 
 from tools.demo_model import denoiser
 from tools.demo_model.captions import caption
-from tools.demo_model.diffusion import Batch, Student, flow_loss
+from tools.demo_model.diffusion import Batch, Student, losses_of
 from tools.demo_model.pool import Shelf
 from tools.demo_model.world import COLOURS, GROUNDS, MOTIONS, SHAPES, Scene
 
@@ -36,7 +36,7 @@ def probe(
     shelf: Shelf,
     *,
     clips: int = 48,
-    sigmas: Sequence[float] = (0.97, 0.9, 0.75),
+    sigmas: Sequence[float] = (0.97, 0.9, 0.8),
     seed: int = 0,
 ) -> dict[str, list[float]]:
     """Return per sigma the loss with the right caption, and how much each wrong word adds to it; training clips."""
@@ -55,14 +55,15 @@ def probe(
             batch = Batch(
                 latents,
                 shelf.cover[rows].float(),
+                shelf.kinds[rows].float(),
                 captions,
                 torch.zeros(len(rows), latents.shape[2], dtype=torch.bool),
                 [512] * len(rows),
             )
             with torch.no_grad():
                 losses[what] = (
-                    flow_loss(student, tokenizer, rotary, batch, torch.full((len(rows),), sigma), noise)[0]
-                    .mean()
+                    losses_of(student, tokenizer, rotary, batch, torch.full((len(rows),), sigma), noise)
+                    .flow.mean()
                     .item()
                 )
         out["right"].append(losses["right"])

@@ -17,6 +17,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
+from tools.demo_model.shapes import CORNERS, parted, shape_of
 from tools.demo_model.world import (
     CAMERAS,
     COLOURS,
@@ -33,6 +34,7 @@ from tools.demo_model.world import (
 
 THING = 0.012  # least share of the frame that counts as a thing
 DIFFERENT = 0.17  # least distance of a pixel from the empty scene
+EDGE = 4  # pixels that a blurred edge reaches outwards
 DIRECTIONS = ("left", "right", "rise", "fall", "approach")
 
 
@@ -100,48 +102,16 @@ def _nearest_colour(pixels: torch.Tensor, time: str) -> torch.Tensor:
     return torch.cdist(pixels, lit.flatten(0, 1)).unflatten(1, lit.shape[:2]).amin(2).argmin(1)
 
 
-def _labels(masks: torch.Tensor) -> torch.Tensor:
-    """Return for masks [F, H, W] a number per connected part, 0 outside."""
-    marks = torch.arange(1, masks[0].numel() + 1, dtype=torch.float32).view(1, 1, *masks.shape[1:])
-    labels = marks * masks[:, None]
-    while True:
-        grown = F.max_pool2d(labels, 3, stride=1, padding=1) * masks[:, None]
-        if torch.equal(grown, labels):
-            return labels[:, 0].long()
-        labels = grown
-
-
-def _parts(labels: torch.Tensor, least: float) -> list[np.ndarray]:
-    """Return the masks of one frame's parts with at least so many pixels, largest first."""
-    numbers, sizes = labels[labels > 0].unique(return_counts=True)
-    order = sizes.argsort(descending=True)
-    return [(labels == n).numpy() for n, size in zip(numbers[order], sizes[order], strict=True) if size >= least]
-
-
-def outline(mask: np.ndarray) -> tuple[str, float] | None:
-    """Return shape and turn (radians) of one part [H, W]; None where the frame cuts it."""
-    if mask[0].any() or mask[-1].any() or mask[:, 0].any() or mask[:, -1].any():
-        return None
-    ys, xs = np.nonzero(mask)
-    cy, cx = ys.mean(), xs.mean()
-    height, width = mask.shape
-    angles = np.linspace(0, 2 * math.pi, 96, endpoint=False)
-    steps = np.arange(0.0, max(np.ptp(ys), np.ptp(xs)) + 2, 0.25)
-    py = np.clip(np.rint(cy - np.outer(np.cos(angles), steps)).astype(int), 0, height - 1)
-    px = np.clip(np.rint(cx + np.outer(np.sin(angles), steps)).astype(int), 0, width - 1)
-    ray = mask[py, px]
-    reach = steps[ray.shape[1] - 1 - ray[:, ::-1].argmax(1)]
-    middle = reach.mean()
-    disc = (np.arange(height)[:, None] - cy) ** 2 + (np.arange(width)[None] - cx) ** 2 < (0.32 * middle) ** 2
-    if disc.any() and mask[disc].mean() < 0.5:
-        return "ring", 0.0
-    waves = np.fft.rfft(reach / middle) / len(angles)
-    strength = {n: 2 * abs(waves[n]) for n in (3, 4, 5)}
-    corners = max(strength, key=lambda n: strength[n])
-    if strength[corners] < 0.055:
-        return "ball", 0.0
-    name = {3: "pyramid", 4: "cube", 5: "star"}[corners]
-    return name, float(-np.angle(waves[corners]) / corners)
+def _cover(pixels: torch.Tensor, empty: torch.Tensor, part: torch.Tensor, others: torch.Tensor) -> torch.Tensor:
+    """Return what share of each pixel [H, W] a thing covers, from how far its colour is from the empty scene's towards
+    the thing's; 0 on other things. pixels and empty are [3, H, W]."""
+    away = (pixels - empty).abs().amax(0)
+    colour = pixels[:, part].median(1).values[:, None, None]
+    way = colour - empty
+    share = ((pixels - empty) * way).sum(0) / way.square().sum(0).clamp_min(1e-3)
+    share = torch.maximum(share, away / away[part].median())
+    near = F.max_pool2d(part[None].float(), 2 * EDGE + 1, stride=1, padding=EDGE)[0] > 0
+    return share.clamp(0, 1) * (near & ~others)
 
 
 def _settle_motion(track: np.ndarray, turns: list[tuple[int, float]]) -> str:
@@ -175,10 +145,8 @@ def read(frames: np.ndarray) -> Reading:
     count, _, height, width = pixels.shape
     scene = empty_scene(pixels)
     empty = render(scene, count, height, width).frames
+    pixels, empty = _clear(pixels, scene), _clear(empty, scene)
     different = (pixels - empty).abs().amax(1) > DIFFERENT
-    labels = _labels(different)
-    palette = torch.zeros(different.shape, dtype=torch.long)
-    palette[different] = _nearest_colour(_clear(pixels, scene).permute(0, 2, 3, 1)[different], scene.time)
     shift, zoom = view(scene, count).T
     names = list(COLOURS)
     counts: list[int] = []
@@ -187,23 +155,25 @@ def read(frames: np.ndarray) -> Reading:
     track = np.full((count, 3), np.nan)
     turns: list[tuple[int, float]] = []
     for f in range(count):
-        parts = _parts(labels[f], THING * height * width * min(zoom[f], 1.0) ** 2)
-        if not parts:
-            counts.append(0)
-            continue
+        parts = parted(different[f], int(THING * height * width * min(zoom[f], 1.0) ** 2))
         parts = [p for p in parts if p.sum() > 0.25 * parts[0].sum()]
         counts.append(len(parts))
-        whole = np.logical_or.reduce(parts)
-        ys, xs = np.nonzero(whole)
+        if not parts:
+            continue
+        ys, xs = torch.nonzero(torch.stack(parts).any(0)).T.numpy()
         u = ((xs.mean() + 0.5) / width - 0.5) / zoom[f] + 0.5 + shift[f]
         v = ((ys.mean() + 0.5) / height - HORIZON) / zoom[f] + HORIZON
-        track[f] = u, v, whole.sum() / (height * width * zoom[f] ** 2)
+        track[f] = u, v, len(xs) / (height * width * zoom[f] ** 2)
         for part in parts:
-            hues[names[int(np.bincount(palette[f].numpy()[part], minlength=len(names)).argmax())]] += 1
-            if (found := outline(part)) is not None:
+            others = torch.stack([p for p in parts if p is not part] or [torch.zeros_like(part)]).any(0)
+            cover = _cover(pixels[f], empty[f], part, others)
+            core = part & (cover > 0.8)
+            nearest = _nearest_colour(pixels[f, :, core if core.any() else part].T, scene.time)
+            hues[names[int(nearest.bincount(minlength=len(names)).argmax())]] += 1
+            if (found := shape_of(cover)) is not None:
                 shapes[found[0]] += 1
-                if part is parts[0] and found[0] in ("cube", "pyramid", "star"):
-                    turns.append(({"pyramid": 3, "cube": 4, "star": 5}[found[0]], found[1]))
+                if part is parts[0] and found[0] in CORNERS:
+                    turns.append((CORNERS[found[0]], found[1]))
     present = [c for c in counts if c] or [0]
     number = int(np.median(present))
     often = lambda found: tuple(sorted(k for k, v in found.items() if v >= 0.25 * sum(found.values())))  # noqa: E731
@@ -221,7 +191,7 @@ def whole(frames: np.ndarray) -> bool:
     count, _, height, width = pixels.shape
     empty = render(empty_scene(pixels), count, height, width).frames
     different = (pixels - empty).abs().amax(1)[count // 2] > DIFFERENT
-    parts = _parts(_labels(different[None])[0], THING * height * width)
+    parts = parted(different, int(THING * height * width))
     return bool(parts) and not any(p[0].any() or p[-1].any() or p[:, 0].any() or p[:, -1].any() for p in parts)
 
 

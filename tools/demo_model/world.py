@@ -299,24 +299,39 @@ def _shadow(frames, scene, x, y, cx, radius, zoom, height) -> None:  # type: ign
     frames *= 1 - (0.22 if scene.time != "night" else 0.12) * torch.exp(-near)[:, None]
 
 
-def _paint(frames, scene, thing, x, y, cx, cy, radius, turn) -> torch.Tensor:  # type: ignore[no-untyped-def]
-    """Blend one thing into `frames` in place and return its mask [F, H, W]."""
-    corners, inner, hole = SHAPES[thing.shape]
-    dx, dy = x - cx[:, None, None], y - cy[:, None, None]
+def silhouette(
+    shape: str, dx: torch.Tensor, dy: torch.Tensor, radius: torch.Tensor, turn: torch.Tensor,
+    form: tuple[int, float, float] | None = None,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:  # fmt: skip
+    """Return what share of pixels (dx, dy) away from its middle a shape covers, how far its outline is there, both in
+    pixels, and the direction in which the nearest side of it looks, in radians; `form` is another than SHAPES'."""
+    corners, inner, hole = form or SHAPES[shape]
+    size = _size(shape, radius)
     rho = torch.sqrt(dx * dx + dy * dy)
-    angle = torch.atan2(dx, -dy) - turn[:, None, None] + (math.pi / 4 if thing.shape == "cube" else 0.0)
+    angle = torch.atan2(dx, -dy) - turn + (math.pi / 4 if shape == "cube" else 0.0)
     half = math.pi / corners
     sector = torch.floor((angle + half) / (2 * half))
     within = (angle - sector * 2 * half).abs()
-    rim = inner * math.sin(half) / (inner * torch.sin(half - within) + torch.sin(within))  # of a star of radius 1
-    size = radius[:, None, None] * (
-        1.15 if thing.shape == "cube" else 1.25 if thing.shape in ("pyramid", "star") else 1.0
-    )
-    mask = _edge((rho - rim * size) * (0.8 if corners < 64 else 1.0))
+    edge = size * inner * math.sin(half) / (inner * torch.sin(half - within) + torch.sin(within))
+    mask = _edge((rho - edge) * (0.8 if corners < 64 else 1.0))
     if hole:
         mask = mask * (1 - _edge(rho - hole * size))
-    out = rho / (rim * size).clamp_min(1e-3)
-    facet = sector * 2 * half + turn[:, None, None] - (math.pi / 4 if thing.shape == "cube" else 0.0)
+    return mask, edge, sector * 2 * half + turn - (math.pi / 4 if shape == "cube" else 0.0)
+
+
+def _size(shape: str, radius: torch.Tensor) -> torch.Tensor:
+    """Return how far a shape's corners are from its middle: shapes of one size look equally large."""
+    return radius * (1.15 if shape == "cube" else 1.25 if shape in ("pyramid", "star") else 1.0)
+
+
+def _paint(frames, scene, thing, x, y, cx, cy, radius, turn) -> torch.Tensor:  # type: ignore[no-untyped-def]
+    """Blend one thing into `frames` in place and return its mask [F, H, W]."""
+    dx, dy = x - cx[:, None, None], y - cy[:, None, None]
+    mask, edge, facet = silhouette(thing.shape, dx, dy, radius[:, None, None], turn[:, None, None])
+    size = _size(thing.shape, radius[:, None, None])
+    hole = SHAPES[thing.shape][2]
+    rho = torch.sqrt(dx * dx + dy * dy)
+    out = rho / edge.clamp_min(1e-3)
     match thing.shape:  # light comes from the upper left
         case "ball":
             lit = 0.72 + 0.42 * torch.sqrt((1 - (rho / size) ** 2).clamp(0, 1)) - 0.22 * (dx + dy) / size
