@@ -6,6 +6,7 @@ import base64
 import io
 import json
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import av
@@ -134,6 +135,19 @@ def test_filters_and_undo(server: Server) -> None:
     server.http.delete(f"/v1/videos/{job}", params={"undo": 0.1})
     server.until(lambda: not (server.data / "jobs" / job).exists())
     assert server.http.post(f"/v1/videos/{job}/restore").status_code == 404
+
+
+def test_results_are_kept_for_their_time(tmp_path: Path) -> None:
+    started = Server(tmp_path / "served", "--keep", "4")
+    try:
+        job = started.done(started.create()["id"])
+        assert job["expires_at"] - job["completed_at"] == 4 and started.content(job["id"])
+        started.until(lambda: not (started.data / "jobs" / job["id"]).exists())
+        gone = started.http.get(f"/v1/videos/{job['id']}/content")
+        assert gone.status_code == 410 and gone.json()["error"]["code"] == "expired"
+        assert started.video(job["id"])["status"] == "completed"
+    finally:
+        assert started.stop() == 0
 
 
 def events_of(server: Server, job: str, last: str = "") -> Iterator[dict[str, str]]:

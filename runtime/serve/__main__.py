@@ -87,7 +87,7 @@ def main() -> int:
     )  # fmt: skip
     server = Server(config, api, supervisor)
     supervisor.start()
-    threading.Thread(target=tidy, args=(store, supervisor.stopping), daemon=True).start()
+    threading.Thread(target=tidy, args=(store, settings, supervisor.stopping), daemon=True).start()
     names = ", ".join(model_place(each)[0] for each in settings.model)
     print(f"serving {names} on http://{host}:{port} (data in {settings.data})", flush=True)
     try:
@@ -99,11 +99,13 @@ def main() -> int:
     return 0
 
 
-def tidy(store: Store, stopping: threading.Event) -> None:
-    """Remove what deaths have left, and what is deleted once nobody can bring it back."""
+def tidy(store: Store, settings: Settings, stopping: threading.Event) -> None:
+    """Remove what deaths have left, what is deleted once nobody can bring it back, and what was kept for its time."""
     store.sweep()
     while not stopping.wait(TIDY_SECONDS):
         store.purge()
+        if settings.keep:
+            store.expire(settings.keep)
 
 
 def listen(settings: Settings) -> socket.socket:

@@ -5,8 +5,10 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import json
+import math
 import re
 import shutil
+import time
 from collections import Counter
 from collections.abc import Awaitable, Callable, Sequence
 from pathlib import Path
@@ -19,16 +21,18 @@ from runtime.serve.database import sync
 from runtime.serve.errors import ApiError, bad, missing, no_space
 from runtime.serve.fetching import fetch_inputs
 from runtime.serve.fields import structured
+from runtime.serve.forecast import Outlook
 from runtime.serve.forms import Upload, read_body
 from runtime.serve.inputs import Found, cut_of, linked, read_upload
-from runtime.serve.jobs import TERMINAL, Job, Store, new_id
+from runtime.serve.jobs import ACTIVE, TERMINAL, Job, Store, new_id
 from runtime.serve.moderation import Moderator, Refused, keep
 from runtime.serve.schema import Asked, Given, Offer, parse_request
 from runtime.serve.settings import Settings
-from runtime.serve.shown import shown
+from runtime.serve.shown import shown, video_object
 from runtime.serve.supervisor import Unanswered
 
 SHAPE = re.compile(r"video_[0-9a-f]{32}")
+OUTLOOK_SECONDS = 0.2  # how old a forecast may be
 LOOK_SECONDS = 0.1  # between two looks at a job that somebody waits for
 
 
@@ -39,6 +43,8 @@ class Api:
         self.settings, self.store, self.wake = settings, store, wake
         self.moderator = Moderator(settings.moderation)
         self.characters = Characters(settings.data)
+        self._outlooks: dict[str, Outlook] = {}
+        self._looked_at = -math.inf
         self.draining = False
         self.requests: Counter[str] = Counter()
         self.ready: Callable[[], bool] = lambda: False
@@ -76,8 +82,23 @@ class Api:
             raise self.full()
 
     def full(self) -> ApiError:
-        """Return the error of a full queue: come again when the job that is running is done."""
-        return ApiError(429, "the queue is full", code="queue_full", retry_after=min(max(self.store.soonest(), 1), 120))
+        """Return the error of a full queue: come again when the first job that is running is done."""
+        running = [each.done for each in self.outlooks().values() if each.wait == 0.0 and each.done is not None]
+        return ApiError(
+            429, "the queue is full", code="queue_full", retry_after=min(max(min(running, default=1.0), 1.0), 120.0)
+        )
+
+    def outlooks(self, job_id: str | None = None) -> dict[str, Outlook]:
+        """Return what lies before each job, a moment old at most; at once where a job is not in there yet."""
+        now = time.monotonic()
+        if now - self._looked_at > OUTLOOK_SECONDS or (job_id is not None and job_id not in self._outlooks):
+            self._outlooks, self._looked_at = self.store.outlooks(self.settings.workers), now
+        return self._outlooks
+
+    def object(self, job: Job) -> dict[str, Any]:
+        """Return a job as the API tells of it."""
+        outlook = self.outlooks(job.id).get(job.id) if job.status in ACTIVE else None
+        return video_object(job, outlook, self.settings.keep)
 
     def job(self, request: Request, job_id: str) -> Job:
         """Return a video of the asking key; ApiError where there is none."""
@@ -195,6 +216,8 @@ class Api:
             raise ApiError(409, f"the video is {job.status}; ask again when it is completed", code="video_not_ready")
         if job.status != "completed" or job.output is None:
             raise ApiError(404, f"the video is {job.status}; it has no content", code=f"video_{job.status}")
+        if job.expired:
+            raise ApiError(410, "the files of this video were kept for their time and are gone", code="expired")
         path = self.store.folder(job.id) / job.output["file" if variant == "video" else variant]
         if not path.is_file():
             self.store.fail(job, {"code": "output_missing", "message": "the file of this video is gone"})

@@ -35,6 +35,12 @@ CREATE TABLE refusals (
 """,
     "CREATE TABLE characters (id TEXT PRIMARY KEY, owner TEXT NOT NULL, name TEXT NOT NULL, created_at REAL NOT NULL, "
     "clip TEXT NOT NULL)",
+    # what a forecast knows of a job: predicted seconds of its steps, when and at which step its worker took it, and
+    # when the last step was told of; and of all jobs, what they took by what was predicted
+    "ALTER TABLE jobs ADD COLUMN denoising REAL; ALTER TABLE jobs ADD COLUMN claimed_at REAL; "
+    "ALTER TABLE jobs ADD COLUMN claimed_step INTEGER; ALTER TABLE jobs ADD COLUMN stepped_at REAL; "
+    "ALTER TABLE jobs ADD COLUMN expired INTEGER NOT NULL DEFAULT 0; "
+    "CREATE TABLE paces (model TEXT NOT NULL, size INTEGER NOT NULL, pace REAL NOT NULL, PRIMARY KEY (model, size))",
 )
 
 

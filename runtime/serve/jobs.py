@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from runtime.serve.database import Database
+from runtime.serve.forecast import PRESSING, Outlook, forecast, learned, size_of
 
 LEASE_SECONDS = 30.0
 MAX_LOSSES = 3  # workers that may die over a job without taking a step further
@@ -68,6 +69,11 @@ class Job:
     idempotency: str | None
     digest: str | None
     purge_at: float | None
+    denoising: float | None  # seconds of the estimate that go to its steps
+    claimed_at: float | None
+    claimed_step: int | None
+    stepped_at: float | None
+    expired: bool  # its files are gone
 
     @classmethod
     def of(cls, row: sqlite3.Row) -> Job:
@@ -191,37 +197,19 @@ class Store(Database):
                 (json.dumps(error), job.id),
             )
 
-    def ahead(self, job: Job) -> tuple[int, float | None]:
-        """Return (queued jobs before a queued one, seconds of work before it); None where not known yet."""
+    def outlooks(self, workers: int) -> dict[str, Outlook]:
+        """Return what lies before each job that is queued or running."""
         rows = self._reader.execute(
-            "SELECT id, status, estimate, step, total FROM jobs "
-            f"WHERE status IN ('queued', 'in_progress') AND NOT cancel ORDER BY status = 'queued', {ORDER}"
+            "SELECT id, seq, owner, status, model, priority, estimate, denoising, step, total, progress, claimed_at, "
+            "claimed_step, stepped_at FROM jobs WHERE status IN ('queued', 'in_progress') AND NOT cancel"
         ).fetchall()
-        count, seconds = 0, 0.0
-        known = True
-        for row in rows:
-            if row["id"] == job.id:
-                break
-            count += row["status"] == "queued"
-            known = known and row["estimate"] is not None
-            seconds += (row["estimate"] or 0.0) * (1 - row["step"] / max(row["total"], 1))
-        return count, seconds if known else None
+        shares = dict(self._reader.execute("SELECT name, share FROM owners").fetchall())
+        return forecast(rows, shares, self.paces(), workers, time.time())
 
-    def waiting(self) -> tuple[int, float | None]:
-        """Return (jobs that are queued, seconds of work before one that would come last); None where not known yet."""
-        rows = self._reader.execute(
-            "SELECT status, estimate, step, total FROM jobs WHERE status IN ('queued', 'in_progress') AND NOT cancel"
-        ).fetchall()
-        seconds = sum((row["estimate"] or 0.0) * (1 - row["step"] / max(row["total"], 1)) for row in rows)
-        known = all(row["estimate"] is not None for row in rows)
-        return sum(row["status"] == "queued" for row in rows), seconds if known else None
-
-    def soonest(self) -> float:
-        """Return the seconds until the first running job is done, as far as they are predicted."""
-        row = self._reader.execute(
-            "SELECT min(estimate * (1 - step * 1.0 / max(total, 1))) FROM jobs WHERE status = 'in_progress'"
-        ).fetchone()
-        return float(row[0] or 0.0)
+    def paces(self) -> dict[tuple[str, int], float]:
+        """Return what jobs took by what was predicted, per model and size."""
+        rows = self._reader.execute("SELECT model, size, pace FROM paces").fetchall()
+        return {(model, size): found for model, size, found in rows}
 
     def refuse(self, values: Mapping[str, Any]) -> None:
         """Keep what the operator's rules refused: columns of the table `refusals`."""
@@ -283,6 +271,17 @@ class Store(Database):
         for row in self._reader.execute(due, (time.time(), *TERMINAL)).fetchall():
             self._remove(row["id"])
 
+    def expire(self, keep: float) -> None:
+        """Remove the files of jobs that ended more than `keep` seconds ago."""
+        with self._write() as db:
+            rows = db.execute(
+                "UPDATE jobs SET expired = 1 "
+                "WHERE NOT expired AND completed_at < ? AND status IN (?, ?, ?) RETURNING id",
+                (time.time() - keep, *TERMINAL),
+            ).fetchall()
+        for row in rows:
+            shutil.rmtree(self.folder(row["id"]), ignore_errors=True)
+
     def reclaim(self, hung: str | None = None) -> int:
         """Take the jobs back of workers that are dead or whose lease is over; return how many. `hung` names a worker
         that was killed because it hung: its job is tried less often."""
@@ -324,21 +323,23 @@ class Store(Database):
         rows = self._reader.execute("SELECT * FROM jobs WHERE status = 'queued' AND estimate IS NULL ORDER BY seq")
         return [Job.of(row) for row in rows.fetchall()]
 
-    def estimate(self, job: Job, seconds: float) -> None:
-        """Keep a prediction."""
+    def estimate(self, job: Job, seconds: float, denoising: float = 0.0) -> None:
+        """Keep a prediction: seconds in all, and those of them that go to the steps."""
         with self._write() as db:
-            db.execute("UPDATE jobs SET estimate = ? WHERE id = ?", (seconds, job.id))
+            db.execute("UPDATE jobs SET estimate = ?, denoising = ? WHERE id = ?", (seconds, denoising, job.id))
 
     def claim(self, worker: str) -> Job | None:
         """Take the job whose turn it is; None where there is none."""
         if self._reader.execute("SELECT 1 FROM jobs WHERE status = 'queued' AND NOT cancel").fetchone() is None:
             return None
+        now = time.time()
         with self._write() as db:
             row = db.execute(
                 "UPDATE jobs SET status = 'in_progress', attempt = attempt + 1, worker = ?, lease_until = ?, "
-                "started_at = coalesce(started_at, ?) WHERE id = "
+                "started_at = coalesce(started_at, ?), claimed_at = ?, claimed_step = step, stepped_at = NULL "
+                "WHERE id = "
                 f"(SELECT id FROM jobs WHERE status = 'queued' AND NOT cancel ORDER BY {ORDER} LIMIT 1) RETURNING *",
-                (worker, uptime() + LEASE_SECONDS, time.time()),
+                (worker, uptime() + LEASE_SECONDS, now, now),
             ).fetchone()
             if row is None:
                 return None
@@ -350,12 +351,14 @@ class Store(Database):
 
         A step further than any before forgives the workers that died over it.
         """
+        now = time.time()
         with self._write() as db:
             row = db.execute(
                 "UPDATE jobs SET lease_until = ?, losses = CASE WHEN ? > step THEN 0 ELSE losses END, "
+                "stepped_at = CASE WHEN ? > step OR ? > progress THEN ? ELSE stepped_at END, "
                 "step = max(step, ?), total = ?, progress = max(progress, ?) "
                 "WHERE id = ? AND attempt = ? AND status = 'in_progress' RETURNING cancel",
-                (uptime() + LEASE_SECONDS, step, step, total, progress, job.id, job.attempt),
+                (uptime() + LEASE_SECONDS, step, step, progress, now, step, total, progress, job.id, job.attempt),
             ).fetchone()
         if row is None:
             raise LostLease(job.id)
@@ -372,8 +375,8 @@ class Store(Database):
     def pressing(self, job: Job, left: float) -> bool:
         """Tell whether a job of higher priority waits that takes at most a tenth of the `left` seconds of this one."""
         row = self._reader.execute(
-            "SELECT 1 FROM jobs WHERE status = 'queued' AND NOT cancel AND priority > ? AND estimate * 10 < ? LIMIT 1",
-            (job.priority, left),
+            "SELECT 1 FROM jobs WHERE status = 'queued' AND NOT cancel AND priority > ? AND estimate * ? < ? LIMIT 1",
+            (job.priority, PRESSING, left),
         ).fetchone()
         return row is not None
 
@@ -386,7 +389,10 @@ class Store(Database):
 
         A job that is to be cancelled by now ends so, whatever became of it.
         """
-        self._end(job, status, completed_at=time.time(), **values)
+        now = time.time()
+        self._end(job, status, completed_at=now, **values)
+        if status == "completed" and job.attempt == 1 and job.claimed_at is not None:
+            self._learn(job.id, now - job.claimed_at)
         for name, stage in (values.get("receipt") or {}).get("stages", {}).items():
             with self._write() as db:
                 db.execute(
@@ -394,6 +400,17 @@ class Store(Database):
                     "seconds = seconds + excluded.seconds, calls = calls + excluded.calls",
                     (name, stage["seconds"], stage["calls"]),
                 )
+
+    def _learn(self, job_id: str, seconds: float) -> None:
+        """Take note of what a job took that was made without a break."""
+        with self._write() as db:
+            row = db.execute("SELECT model, estimate FROM jobs WHERE id = ?", (job_id,)).fetchone()
+            if row is None or not row["estimate"]:
+                return
+            key = row["model"], size_of(row["estimate"])
+            old = db.execute("SELECT pace FROM paces WHERE model = ? AND size = ?", key).fetchone()
+            found = learned(None if old is None else old["pace"], seconds, row["estimate"])
+            db.execute("INSERT OR REPLACE INTO paces VALUES (?, ?, ?)", (*key, found))
 
     def _end(self, job: Job, status: str, **values: Any) -> None:
         plain = {k: json.dumps(v) if isinstance(v, dict) else v for k, v in values.items()}

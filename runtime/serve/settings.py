@@ -47,6 +47,7 @@ class Settings:
     moderation: tuple[Rule, ...] = ()  # [[moderation]] tables of the file, as moderation.Rule says
     exclusive: bool = False  # no other server may use the data folder
     move_damaged: bool = False  # a damaged store goes aside, and an empty one takes its place
+    keep: float = 0.0  # that results are kept after their end; 0: until they are deleted
     log: str = "text"  # or "json"
     expand_model: str | None = None  # who writes prompts out; None: the checkpoint's own rules
     expand_url: str | None = None
@@ -102,6 +103,7 @@ def read_settings(arguments: Sequence[str] | None = None) -> Settings:
     parser.add_argument(
         "--move-damaged", action="store_true", default=None, help="move a damaged store aside and begin with none"
     )
+    parser.add_argument("--keep", type=float, metavar="S", help="seconds that results are kept (default: for ever)")
     parser.add_argument("--log", choices=("text", "json"), help="how lines are written (default: text)")
     parser.add_argument(
         "--expand-model", metavar="NAME", help="writes prompts out, at the endpoint or in a folder here"

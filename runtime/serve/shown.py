@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from runtime.serve.jobs import Job
+from runtime.serve.forecast import Outlook
+from runtime.serve.jobs import ACTIVE, Job
 from runtime.serve.schema import Asked
 
 
@@ -27,20 +28,22 @@ def shown(asked: Asked) -> dict[str, Any]:
     }
 
 
-def video_object(job: Job, ahead: tuple[int, float | None] | None = None) -> dict[str, Any]:
-    """Return a job as the video object of the API, and more beside; `ahead` as from Store.ahead."""
+def video_object(job: Job, outlook: Outlook | None = None, keep: float = 0.0) -> dict[str, Any]:
+    """Return a job as the video object of the API, and more beside; results are kept for `keep` seconds, 0 is ever."""
     found = {
         "id": job.id,
         "object": "video",
         "created_at": int(job.created_at),
         "completed_at": None if job.completed_at is None else int(job.completed_at),
-        "expires_at": None,
+        "expires_at": int(job.completed_at + keep) if keep and job.completed_at is not None else None,
         "status": job.status,
         "progress": job.progress,
         "model": job.model,
         "prompt": job.prompt,
         "remixed_from_video_id": job.parent,
         "error": job.error,
+        "started_at": None if job.started_at is None else int(job.started_at),
+        "queue_seconds": None if job.started_at is None else round(job.started_at - job.created_at, 3),
         "step": job.step,
         "total_steps": job.total,
         "priority": job.priority,
@@ -49,12 +52,9 @@ def video_object(job: Job, ahead: tuple[int, float | None] | None = None) -> dic
         "warnings": [],
         **job.shown,
     }
-    if job.status in ("queued", "in_progress"):
-        left = None if job.estimate is None else job.estimate * (1 - job.step / max(job.total, 1))
-        if ahead is not None:
-            left = None if left is None or ahead[1] is None else left + ahead[1]
-            found["queue_position"] = ahead[0]
-        found["eta_seconds"] = None if left is None else round(left, 2)
+    if job.status in ACTIVE and outlook is not None:
+        found["queue_position"] = outlook.position
+        found["eta_seconds"] = None if outlook.done is None else round(outlook.done, 2)
     if job.receipt is not None:
         found["stages"], found["receipt"] = job.receipt["stages"], job.receipt
         found["warnings"] = job.receipt["notes"]

@@ -169,7 +169,7 @@ class Worker:
             self.store.estimate(job, 0.0)
         else:
             if found is not None:
-                self.store.estimate(job, found.seconds["total"])
+                self.store.estimate(job, found.seconds["total"], found.seconds["denoise"])
 
     def run(self, job: Job) -> None:
         """Make one job, and say what became of it."""

@@ -11,8 +11,9 @@ from fastapi import FastAPI
 from fastapi.responses import JSONResponse, Response
 from starlette.requests import Request
 
-from runtime.serve.api import Api, sync
+from runtime.serve.api import Api
 from runtime.serve.characters import Character
+from runtime.serve.database import sync
 from runtime.serve.errors import bad, missing
 from runtime.serve.fields import text
 from runtime.serve.jobs import new_id

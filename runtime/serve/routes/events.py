@@ -16,7 +16,6 @@ from starlette.requests import Request
 from runtime.serve.api import LOOK_SECONDS, Api
 from runtime.serve.jobs import TERMINAL, Job
 from runtime.serve.openapi import DESCRIPTIONS
-from runtime.serve.shown import video_object
 
 OPEN_SECONDS = 15.0  # of silence before a comment keeps the connection open
 VOLATILE = ("receipt", "stages")  # of the video object: long, and told when it is done
@@ -46,11 +45,11 @@ async def follow(api: Api, video_id: str, last: str) -> AsyncIterator[str]:
         if job is None:
             yield 'id: done\nevent: done\ndata: {"status": "deleted"}\n\n'
             return
-        text = state(api, job)
+        text, digest = state(api, job)
         if job.status in TERMINAL:
             yield f"id: done\nevent: done\ndata: {text}\n\n"
             return
-        if (digest := hashlib.sha256(text.encode()).hexdigest()[:16]) != seen:
+        if digest != seen:
             seen, told = digest, time.monotonic()
             yield f"id: {seen}.{shown}\nevent: progress\ndata: {text}\n\n"
         preview = api.store.folder(video_id) / "preview.gif"
@@ -64,7 +63,8 @@ async def follow(api: Api, video_id: str, last: str) -> AsyncIterator[str]:
         await asyncio.sleep(LOOK_SECONDS)
 
 
-def state(api: Api, job: Job) -> str:
-    """Return what an event says of a job."""
-    found = video_object(job, api.store.ahead(job) if job.status == "queued" else None)
-    return json.dumps({name: value for name, value in found.items() if name not in VOLATILE})
+def state(api: Api, job: Job) -> tuple[str, str]:
+    """Return what an event says of a job, and a hash of what is worth an event of its own."""
+    found = {name: value for name, value in api.object(job).items() if name not in VOLATILE}
+    steady = {name: value for name, value in found.items() if name != "eta_seconds"}
+    return json.dumps(found), hashlib.sha256(json.dumps(steady).encode()).hexdigest()[:16]

@@ -16,14 +16,13 @@ from runtime.serve.given import Given, finished, from_prompt, from_two, from_vid
 from runtime.serve.jobs import Job
 from runtime.serve.openapi import describe
 from runtime.serve.schema import EDIT_STRENGTH, Asked
-from runtime.serve.shown import video_object
 
 
 def add(app: FastAPI, api: Api) -> None:
     """Add what makes videos."""
 
     def told(job: Job) -> JSONResponse:
-        return JSONResponse(video_object(job, api.store.ahead(job) if job.status == "queued" else None))
+        return JSONResponse(api.object(job))
 
     async def make(request: Request, given: Given) -> Job:
         def verb(fields: dict[str, Any], own: Callable[[], Path]) -> tuple[str | None, Asked]:

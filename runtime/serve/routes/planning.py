@@ -6,6 +6,7 @@ import asyncio
 import dataclasses
 import shutil
 from pathlib import Path
+from typing import Any
 
 from fastapi import FastAPI
 from fastapi.responses import JSONResponse, Response
@@ -14,6 +15,7 @@ from starlette.requests import Request
 from runtime.serve.api import Api
 from runtime.serve.errors import bad
 from runtime.serve.fields import text
+from runtime.serve.forecast import pace
 from runtime.serve.given import anything
 from runtime.serve.jobs import new_id
 from runtime.serve.openapi import describe
@@ -44,16 +46,24 @@ def add(app: FastAPI, api: Api) -> None:
             found = await api.ask("plan", asked.model, record=asked.record, folder=str(folder))
         finally:
             shutil.rmtree(folder, ignore_errors=True)
-        waiting, seconds = api.store.waiting()
-        known = found["fits"] and seconds is not None
+        outlooks = api.outlooks().values()
         return JSONResponse(
             {
                 "object": "plan", "model": asked.model, **{k: v for k, v in shown(asked).items() if k != "seed"},
                 "predicted": found,
-                "queue_position": waiting,
-                "eta_seconds": round(found["seconds"]["total"] + seconds, 2) if known else None,
+                "queue_position": sum(each.wait != 0.0 for each in outlooks),
+                "eta_seconds": eta(found, [each.done for each in outlooks], asked.model),
             }
         )  # fmt: skip
+
+    def eta(found: dict[str, Any], ends: list[float | None], model: str) -> float | None:
+        """Return the seconds until a request would be done that came last; None where that is not known."""
+        known = sorted(end for end in ends if end is not None)
+        if not found["fits"] or len(known) < len(ends):
+            return None
+        seconds = found["seconds"]["total"]
+        before = known[-api.settings.workers] if len(known) >= api.settings.workers else 0.0
+        return round(before + seconds * pace(api.store.paces(), model, seconds), 2)
 
     @app.post("/v1/prompts/expand", openapi_extra=describe("expand"))
     async def expand(request: Request) -> Response:

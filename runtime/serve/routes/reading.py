@@ -14,7 +14,6 @@ from runtime.serve.errors import ApiError, bad, missing
 from runtime.serve.formats import FORMATS, converted
 from runtime.serve.jobs import ACTIVE, TERMINAL, Job
 from runtime.serve.openapi import DESCRIPTIONS
-from runtime.serve.shown import video_object
 
 VARIANTS = ("video", "thumbnail", "spritesheet")
 UNDO_SECONDS = 600.0  # that a deleted video can be kept for at most
@@ -24,7 +23,7 @@ def add(app: FastAPI, api: Api) -> None:
     """Add what tells of videos, gives their files out, and ends them."""
 
     def told(job: Job) -> JSONResponse:
-        found = video_object(job, api.store.ahead(job) if job.status == "queued" else None)
+        found = api.object(job)
         wait = min(max((found.get("eta_seconds") or 1.0) * 100, 250), 5000)
         return JSONResponse(found, headers={"openai-poll-after-ms": str(round(wait))})
 
@@ -46,7 +45,7 @@ def add(app: FastAPI, api: Api) -> None:
             request.state.owner, after=seq, limit=limit + 1, descending=order == "desc", statuses=statuses,
             search=search,
         )  # fmt: skip
-        data = [video_object(job) for job in jobs[:limit]]
+        data = [api.object(job) for job in jobs[:limit]]
         ends = {"first_id": data[0]["id"] if data else None, "last_id": data[-1]["id"] if data else None}
         return JSONResponse({"object": "list", "data": data, **ends, "has_more": len(jobs) > limit})
 
