@@ -14,6 +14,8 @@ KINDS: dict[str, Callable[[bytes], bool]] = {
     "webm": lambda head: head.startswith(b"\x1aE\xdf\xa3"),
     "gif": lambda head: head[:6] in (b"GIF87a", b"GIF89a"),
 }
+# What FFmpeg may open: a playlist could name other files and addresses, so only containers, only from disk.
+READING = {"format_whitelist": "mov,matroska,gif,png_pipe,jpeg_pipe,webp_pipe", "protocol_whitelist": "file"}
 MEDIA_TYPES = {kind: f"{'video' if kind in ('mp4', 'webm') else 'image'}/{kind}" for kind in KINDS}
 
 

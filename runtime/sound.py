@@ -9,6 +9,8 @@ from pathlib import Path
 import av
 import numpy as np
 
+from runtime.kinds import READING
+
 RATE = 48000  # samples per second of what is written, in two channels
 BLOCK = 1024  # samples that are encoded at once
 CODECS = {".mp4": "aac", ".webm": "libopus"}
@@ -60,7 +62,7 @@ def _samples(sound: Sound) -> Iterator[np.ndarray]:
     """Yield exactly the samples of a sound, float32 [2, n]; silence where the file ends before."""
     left, skip = round(sound.seconds * RATE), round(sound.start * RATE)
     resampler = av.AudioResampler(format="fltp", layout="stereo", rate=RATE)
-    with av.open(str(sound.path)) as container:
+    with av.open(str(sound.path), options=READING) as container:
         frames = (piece for frame in container.decode(audio=0) for piece in resampler.resample(frame))
         for frame in frames:
             piece = frame.to_ndarray()

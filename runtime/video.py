@@ -26,6 +26,7 @@ import numpy as np
 from av.container import InputContainer, OutputContainer
 from av.video.reformatter import ColorRange, Colorspace, VideoReformatter
 
+from runtime.kinds import READING
 from runtime.sound import BLOCK, CODECS, RATE, Sound, blocks
 
 if TYPE_CHECKING:
@@ -550,10 +551,8 @@ def numbered_files(folder: str | os.PathLike[str]) -> dict[int, Path]:
 def _open_for_reading(path: Path) -> Iterator[InputContainer]:
     if not path.is_file():
         raise FileNotFoundError(errno.ENOENT, f"{path} does not exist or is no file")
-    # a playlist could name other files and addresses: only containers, only from disk
-    options = {"format_whitelist": "mov,matroska,gif,png_pipe,jpeg_pipe,webp_pipe", "protocol_whitelist": "file"}
     try:
-        container = av.open(str(path.absolute()), options=options)
+        container = av.open(str(path.absolute()), options=READING)
     except av.FFmpegError as error:
         if isinstance(error, OSError):
             raise

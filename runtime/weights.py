@@ -23,6 +23,7 @@ from torch import nn
 # How much of a file is read between two openings: touched pages count as resident memory until the file is closed.
 WINDOW_BYTES = 8 << 20
 SAMPLE_BYTES = 1 << 16
+MAX_HEADER = 2**24  # of a safetensors file: room for a hundred times the tensors of the largest model
 WHOLE_FILE_BYTES = 64 << 20
 
 
@@ -232,6 +233,10 @@ def _open_pth(file: Path) -> dict[str, torch.Tensor]:
 
 def _open_safetensors(file: Path) -> Any:
     try:
+        with file.open("rb") as handle:
+            size = int.from_bytes(handle.read(8), "little")
+        if MAX_HEADER < size < file.stat().st_size:
+            raise ValueError(f"{file} has a header of {size} bytes, legal: up to {MAX_HEADER}; fetch it again")
         return safe_open(file, framework="pt")
     except SafetensorError as error:
         raise ValueError(f"{file} is damaged or truncated ({error}); fetch it again") from error

@@ -8,7 +8,8 @@ import shutil
 import struct
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -77,6 +78,25 @@ def deeper_config(folder: Path) -> None:
     edit(folder / "transformer/config.json", num_layers=3)
 
 
+def written(content: bytes, folder: Path) -> None:
+    (folder / SHARD).write_bytes(content)
+
+
+def header(kind: str = "F32", shape: Sequence[int] = (1,), b: Sequence[int] | None = None) -> bytes:
+    """Return a safetensors file of the tensor "a", which is right by default, and of "b" at given offsets."""
+    told = {"a": {"dtype": kind, "shape": list(shape), "data_offsets": [0, 4]}}
+    if b is not None:
+        told["b"] = {"dtype": kind, "shape": list(shape), "data_offsets": list(b)}
+    text = json.dumps(told).encode()
+    return len(text).to_bytes(8, "little") + text + bytes(4)
+
+
+def endless_header(folder: Path) -> None:
+    with (folder / SHARD).open("wb") as handle:
+        handle.write((2**26).to_bytes(8, "little"))
+        handle.truncate(2**27)
+
+
 DAMAGES: dict[str, tuple[Callable[[Path], None], type[Exception], str]] = {
     "truncated": (truncate, ValueError, "damaged or truncated"),
     "no shard": (lambda f: (f / SHARD).unlink(), FileNotFoundError, "lacks .*diffusion_pytorch_model.safetensors"),
@@ -88,6 +108,17 @@ DAMAGES: dict[str, tuple[Callable[[Path], None], type[Exception], str]] = {
     "shapes": (wrong_shapes, ValueError, r"(has shape \[3, 5, 7\].*){5} and 2 more"),
     "missing tensor": (without_tensor, ValueError, "unexpected surprise; missing proj_out.weight"),
     "config against weights": (deeper_config, ValueError, r"do not fit.*missing blocks\.2\."),
+    "endless header": (endless_header, ValueError, "header of .* bytes, legal"),
+    **{
+        f"safetensors with {name}": (partial(written, content), ValueError, "damaged or truncated")
+        for name, content in {
+            "nothing": b"", "7 bytes": b"1234567", "a cut header": (99).to_bytes(8, "little") + b"{",
+            "a header beyond all": (2**63).to_bytes(8, "little") + b"{}", "no JSON": b"\3" + bytes(7) + b"{a}",
+            "bytes behind": header() + bytes(8), "an overlap": header(b=[2, 6]) + bytes(2),
+            "another type": header(kind="F99"), "a shape too large": header(shape=[2**40, 2**40]),
+            "a shape of other bytes": header(shape=[3]), "a list": b"\2" + bytes(7) + b"[]",
+        }.items()
+    },
     "pickle": (pickled, ValueError, "is a pickle.*save_file"),
     "unknown pipeline": (
         lambda f: edit(f / "model_index.json", _class_name="FluxPipeline"), ValueError, "not a model of a known family"

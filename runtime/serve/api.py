@@ -25,6 +25,7 @@ from runtime.serve.forecast import Outlook
 from runtime.serve.forms import Upload, read_body
 from runtime.serve.inputs import Found, cut_of, linked, read_upload
 from runtime.serve.jobs import ACTIVE, TERMINAL, Job, Store, new_id
+from runtime.serve.keys import Pace
 from runtime.serve.moderation import Moderator, Refused, keep
 from runtime.serve.schema import Asked, Given, Offer, parse_request
 from runtime.serve.settings import Settings
@@ -41,6 +42,7 @@ class Api:
 
     def __init__(self, settings: Settings, store: Store, wake: Callable[[], None]) -> None:
         self.settings, self.store, self.wake = settings, store, wake
+        self.paces = Pace()
         self.moderator = Moderator(settings.moderation)
         self.characters = Characters(settings.data)
         self._outlooks: dict[str, Outlook] = {}
@@ -74,6 +76,14 @@ class Api:
             raise ApiError(
                 status, str(error), code=error.code, retry_after=1 if status in (429, 503) else None
             ) from error
+
+    def pace(self, owner: str) -> None:
+        """ApiError where a key asks for more jobs in a minute than it may."""
+        limit = self.settings.limits(owner).per_minute
+        if limit is not None and (seconds := self.paces.wait(owner, limit)):
+            raise ApiError(
+                429, f"this key may ask for {limit} jobs a minute", code="rate_limit_exceeded", retry_after=seconds
+            )
 
     def check_queue(self) -> None:
         """ApiError where the queue is full."""
@@ -116,6 +126,7 @@ class Api:
     async def create(self, request: Request, verb: Callable[..., Any], kind: str = "video") -> Job:
         """Take a job: its files and its row are durable when this returns."""
         self.accepting()
+        self.pace(request.state.owner)
         job_id = new_id("video" if kind == "video" else "image")
         folder = self.store.folder(job_id)
 
@@ -161,7 +172,8 @@ class Api:
         """Add a job to the store; ApiError where the queue is full."""
         folder.mkdir(exist_ok=True)
         sync(folder)
-        job = self.store.create(values, max_queue=self.settings.max_queue, max_owner=self.settings.max_per_key)
+        limit = self.settings.limits(values["owner"])
+        job = self.store.create(values, max_queue=self.settings.max_queue, max_owner=limit.jobs or 0)
         if job is None:
             raise self.full()
         return job

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import logging
+import re
 import time
 from collections import Counter
+from collections.abc import Iterable
 from typing import Any
 
 from fastapi.exceptions import RequestValidationError
@@ -14,18 +16,29 @@ from starlette.requests import ClientDisconnect, Request
 
 from runtime.serve.errors import ApiError, bad, disk_full, no_space
 from runtime.serve.jobs import new_id
-from runtime.serve.settings import owner_of
+from runtime.serve.keys import Key, key_of
+from runtime.serve.settings import loopback
 
 log = logging.getLogger("runtime.serve")
 
+# What a browser may do with an answer: nothing, but for the page, which loads what this server has and no other.
+HEADERS = [
+    (b"x-content-type-options", b"nosniff"), (b"referrer-policy", b"no-referrer"), (b"x-frame-options", b"DENY"),
+    (b"cross-origin-resource-policy", b"same-origin"),
+]  # fmt: skip
+NOTHING = b"default-src 'none'; frame-ancestors 'none'"
+PAGE = (
+    b"default-src 'self'; img-src 'self' data: blob:; media-src 'self' data: blob:; style-src 'self' 'unsafe-inline'; "
+    b"object-src 'none'; base-uri 'none'; form-action 'self'; frame-ancestors 'none'"
+)
 OPEN_PATHS = ("/health/live", "/health/ready", "/openapi.json")
 
 
 class Gate:
     """Every request passes: it gets an id, its key is checked, and what fails unforeseen is told as JSON."""
 
-    def __init__(self, app: Any, keys: dict[str, str], requests: Counter[str]) -> None:
-        self.app, self.keys, self.requests = app, keys, requests
+    def __init__(self, app: Any, keys: dict[str, Key], requests: Counter[str], host: str = "127.0.0.1") -> None:
+        self.app, self.keys, self.requests, self.host = app, keys, requests, host
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
         if scope["type"] != "http":
@@ -37,7 +50,7 @@ class Gate:
             nonlocal status
             if message["type"] == "http.response.start":
                 status = message["status"]
-                message["headers"] = [*message.get("headers", ()), (b"x-request-id", number.encode())]
+                message["headers"] = [*safe(message.get("headers", ())), (b"x-request-id", number.encode())]
             await send(message)
 
         try:
@@ -45,6 +58,10 @@ class Gate:
             if owner is None and scope["path"] not in OPEN_PATHS:
                 error = ApiError(401, "the API key is missing or not known", code="invalid_api_key")
                 await JSONResponse(error.body(), 401)(scope, receive, answering)
+                return
+            strange = None if self.keys else stranger(dict(scope["headers"]), self.host)
+            if strange is not None:
+                await JSONResponse(strange.body(), strange.status)(scope, receive, answering)
                 return
             scope.setdefault("state", {})["owner"] = owner
             await self.app(scope, receive, answering)
@@ -71,7 +88,30 @@ class Gate:
         if not self.keys:
             return "local"
         given = next((value for name, value in scope["headers"] if name == b"authorization"), b"").decode("latin-1")
-        return owner_of(self.keys, given.removeprefix("Bearer ").strip())
+        key = key_of(self.keys, given.removeprefix("Bearer ").strip())
+        return None if key is None else key.name
+
+
+def safe(headers: Iterable[tuple[bytes, bytes]]) -> list[tuple[bytes, bytes]]:
+    """Return an answer's headers with those that bind browsers; what a path says itself stays."""
+    found = list(headers)
+    there = {name.lower(): value for name, value in found}
+    policy = PAGE if there.get(b"content-type", b"").startswith(b"text/html") else NOTHING
+    return found + [each for each in (*HEADERS, (b"content-security-policy", policy)) if each[0] not in there]
+
+
+def stranger(headers: dict[bytes, bytes], bound: str) -> ApiError | None:
+    """Return the error of a request that another site's page makes to a server without keys; None where none does.
+
+    A page may post a form to any address, and a name of its own may stand for this machine.
+    """
+    host, origin = headers.get(b"host", b"").decode("latin-1"), headers.get(b"origin", b"").decode("latin-1")
+    if origin and origin.partition("://")[2] != host:
+        return ApiError(403, "another site's page asks, and this server has no keys", code="cross_origin")
+    name = host.rpartition(":")[0] if re.search(r":\d+$", host) else host
+    if loopback(bound) and name and name != bound and not loopback(name.strip("[]")):
+        return ApiError(403, f"{name[:80]!r} is no name of this server", code="unknown_host")
+    return None
 
 
 async def answer(_: Request, error: Exception) -> Response:

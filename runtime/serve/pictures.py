@@ -44,7 +44,7 @@ def look(path: Path, *, mask: bool) -> dict[str, Any]:
             upright = ImageOps.exif_transpose(picture)
             if mask and not upright.has_transparency_data:
                 raise ValueError("the mask has no transparent part; make it transparent where something is to change")
-            upright = clear(upright) if mask else upright.convert("RGB")
+            upright = clear(upright) if mask else eight_bits(upright).convert("RGB")
         target = path.with_suffix(".png")
         upright.save(target)
         return {"file": target.name, "width": upright.width, "height": upright.height, "num_frames": 1, "fps": None}
@@ -66,6 +66,11 @@ def look(path: Path, *, mask: bool) -> dict[str, Any]:
 def clear(picture: Image.Image) -> Image.Image:
     """Return a picture that is white where another is transparent, and black elsewhere."""
     return picture.convert("RGBA").getchannel("A").point(lambda alpha: 255 * (alpha < 128)).convert("RGB")
+
+
+def eight_bits(picture: Image.Image) -> Image.Image:
+    """Return a grey picture of 16 bits in 8; Pillow alone would cut it off at 255."""
+    return picture.point(lambda value: value / 257, "L") if picture.mode.startswith("I;16") else picture
 
 
 def write_sheets(path: Path) -> dict[str, Any]:

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import hashlib
-import hmac
 import ipaddress
 import tomllib
 from collections.abc import Sequence
@@ -16,6 +14,7 @@ from typing import Any
 from runtime.certificates import Signer, find_signer
 from runtime.expansion import Expansion
 from runtime.serve.fetching import Access
+from runtime.serve.keys import Key, read_keys
 from runtime.serve.moderation import Rule
 
 MAX_FETCH = 20 * 2**20  # bytes of one input
@@ -29,7 +28,7 @@ class Settings:
     port: int = 8000
     data: Path = Path("dit-runtime-data")
     model: tuple[str, ...] = ("demo",)
-    api_key: Path | None = None  # a file of lines NAME:KEY
+    api_key: Path | None = None  # a file of keys, as keys.read_keys says
     workers: int = 1
     device: str = "auto"
     insecure: bool = False  # another address than loopback without a key
@@ -51,7 +50,7 @@ class Settings:
     log: str = "text"  # or "json"
     expand_model: str | None = None  # who writes prompts out; None: the checkpoint's own rules
     expand_url: str | None = None
-    keys: dict[str, str] = field(default_factory=dict, repr=False)  # digest of a key -> its name
+    keys: dict[str, Key] = field(default_factory=dict, repr=False)  # by the digest of each
 
     def __post_init__(self) -> None:
         Expansion(model=self.expand_model, url=self.expand_url)  # raises for what cannot be
@@ -68,6 +67,11 @@ class Settings:
             return None
         return find_signer(self.certificate, self.private_key, self.data / "credentials")
 
+    def limits(self, owner: str) -> Key:
+        """What an owner may ask for; several keys of one name are one owner, with the first one's limits."""
+        found = next((key for key in self.keys.values() if key.name == owner), Key(owner))
+        return dataclasses.replace(found, jobs=self.max_per_key if found.jobs is None else found.jobs)
+
     @property
     def fetching(self) -> Access:
         """What inputs may be fetched."""
@@ -82,7 +86,7 @@ def read_settings(arguments: Sequence[str] | None = None) -> Settings:
     parser.add_argument("--port", type=int, help="port to listen on (default: 8000; 0: any that is free)")
     parser.add_argument("--data", type=Path, metavar="FOLDER", help="jobs and results (default: ./dit-runtime-data)")
     parser.add_argument("--model", action="append", metavar="NAME[=PLACE]", help="may be given again (default: demo)")
-    parser.add_argument("--api-key", type=Path, metavar="FILE", help="lines NAME:KEY, or KEY alone")
+    parser.add_argument("--api-key", type=Path, metavar="FILE", help="lines NAME:KEY [jobs=N] [per-minute=N]")
     parser.add_argument("--workers", type=int, metavar="N", help="worker processes (default: 1)")
     parser.add_argument("--device", help="auto, cpu, cuda, cuda:N (default: auto)")
     parser.add_argument("--insecure", action="store_true", default=None, help="no key on an address others can reach")
@@ -151,28 +155,3 @@ def loopback(host: str) -> bool:
         return ipaddress.ip_address(host).is_loopback
     except ValueError:
         return False
-
-
-def read_keys(path: Path) -> dict[str, str]:
-    """Return digest -> name of the keys in a file; ValueError where there is none, or one is short."""
-    found = {}
-    for index, line in enumerate(path.read_text().splitlines()):
-        if line.strip() and not line.startswith("#"):
-            name, colon, key = line.strip().partition(":")
-            name, key = (name, key) if colon else (f"key-{index}", name)
-            if len(key) < 16:
-                raise ValueError(f"{path} has a key of {len(key)} characters in line {index + 1}; legal: at least 16")
-            found[hashlib.sha256(key.encode()).hexdigest()] = name
-    if not found:
-        raise ValueError(f"{path} holds no key; legal: lines NAME:KEY")
-    return found
-
-
-def owner_of(keys: dict[str, str], given: str) -> str | None:
-    """Return whose key is given; None for nobody's. All are compared, in constant time each."""
-    digest = hashlib.sha256(given.encode()).hexdigest()
-    found = None
-    for known, name in keys.items():
-        if hmac.compare_digest(known, digest):
-            found = name
-    return found

@@ -91,7 +91,7 @@ def add(app: FastAPI, api: Api) -> None:
         path = api.output(job, variant)
         if kind is not None:
             path = await in_format(path, variant, kind)
-        headers = {"x-content-type-options": "nosniff", "cache-control": "private"}
+        headers = {"cache-control": "private"}
         return FileResponse(
             path, headers=headers, filename=f"{job.id}{path.suffix}",
             content_disposition_type="attachment" if download else "inline",
