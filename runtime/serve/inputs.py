@@ -112,7 +112,7 @@ def read_upload(value: Any, name: str, folder: Callable[[], Path], *, mask: bool
 
     A `mask` becomes white where it was transparent: there the picture is made anew.
     """
-    if isinstance(value, dict) and isinstance(value.get("image_url"), str):
+    if isinstance(value, dict) and isinstance(value.get("image_url"), str | Upload):
         value = value["image_url"]
     if isinstance(value, str):
         head, comma, data = value.partition(",")
