@@ -17,7 +17,8 @@ from typing import Any
 
 import torch
 
-from benchmarks import random_model, sides
+import runtime
+from benchmarks import quality, random_model, sides
 from benchmarks.machine import describe, installed, results_file
 from benchmarks.measure import Refused, alternate, check_equal, check_psnr, fresh_process, median_ratio, peak_growth
 from benchmarks.report import table
@@ -63,6 +64,11 @@ def add_command(commands: Any) -> None:
     parser.add_argument("--only", type=_stages, default=tuple(STAGES), help=f"some of {','.join(NAMES)}")
     parser.add_argument("--repeats", type=_count, default=9, help="samples of the whole request (default 9); "
                         "of step and text 4 times as many, of decode and encode twice, and half of memory")  # fmt: skip
+    parser.add_argument("--quality", action="store_true", help="instead: what each quality costs and keeps, beside "
+                        "plain TeaCache and EasyCache at the same speed")  # fmt: skip
+    parser.add_argument(
+        "--prompts", type=_count, default=32, help="with --quality: videos of each setting (default 32)"
+    )
     parser.add_argument("--threads", type=_count, help="threads on the CPU (default: as many as PyTorch takes)")
     parser.add_argument("--device", default="cpu", help="cpu (default), cuda, cuda:N")
     parser.add_argument("--width", type=_count, help="pixels, instead of the model's default; so the next four")
@@ -76,6 +82,9 @@ def add_command(commands: Any) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Measure, write the results as JSON and print the table; Refused where the sides' results differ."""
+    if args.quality:
+        measure_quality(args)
+        return
     compared: list[type[Side]] = [Ours, *sides.rival(args.against)]
     if args.model in ("random", "vae", None) and installed("diffusers") is None:
         raise ValueError("the random model is written by diffusers, which is not installed; take --model demo")
@@ -99,6 +108,15 @@ def run(args: argparse.Namespace) -> None:
     file.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
     _say(f"samples: {file}")
     print(table(record))
+
+
+def measure_quality(args: argparse.Namespace) -> None:
+    """Measure the qualities of one model, calibrated or not, by default the built-in one."""
+    threads = args.threads or torch.get_num_threads()
+    set_up(Settings(choose_device(args.device), threads, args.prompts, args.only))
+    model = runtime.load(args.model or "demo", device=args.device)
+    asked = Request(prompt="as the take says", seed=0, **{key: getattr(args, key) for key in OVERRIDES})
+    quality.run(args, model, asked.resolved(model.spec), _say)
 
 
 def cases(args: argparse.Namespace, scratch: Path) -> Iterator[Case]:
