@@ -5,20 +5,27 @@ from __future__ import annotations
 import base64
 import io
 import json
+import threading
 from collections.abc import Iterator
-from typing import Any
+from http.server import BaseHTTPRequestHandler, HTTPServer
+from time import time as time_time
+from typing import Any, ClassVar
 
 import av
 import numpy as np
 import pytest
 from PIL import Image
+from prometheus_client.parser import text_string_to_metric_families
 
 pytest.importorskip("fastapi")
 
 from runtime.expansion import by_rules
 from runtime.model import DEMO
 from runtime.models import open_checkpoint
+from runtime.serve import webhooks
+from runtime.serve.fetching import Access
 from runtime.serve.jobs import Store
+from runtime.serve.webhooks import read_secret
 from tests import published
 from tests.serving import LONG, TINY, Server
 
@@ -27,7 +34,17 @@ from tests.serving import LONG, TINY, Server
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     control = tmp_path_factory.mktemp("control")
     published.write(published.Tiny(), control, published.control_pipeline)
-    started = Server(tmp_path_factory.mktemp("data") / "served", "--model", "demo", "--model", f"control={control}")
+    started = Server(
+        tmp_path_factory.mktemp("data") / "served",
+        "--model",
+        "demo",
+        "--model",
+        f"control={control}",
+        "--webhook-host",
+        "127.0.0.1:*",
+        "--log",
+        "json",
+    )
     yield started
     assert started.stop() == 0
 
@@ -253,6 +270,62 @@ def test_pictures_come_along(server: Server) -> None:
         assert Image.open(io.BytesIO(base64.b64decode(each.b64_json))).size == (64, 64)
     for wrong in ({"n": 2, "stream": True}, {"partial_images": 4}, {"n": 0}, {"n": 11}, {"response_format": "url"}):
         assert server.http.post("/v1/images/generations", json={"prompt": "x"} | wrong).status_code == 400
+
+
+class Told(BaseHTTPRequestHandler):
+    """Who is told of ends: the first time it has no time."""
+
+    seen: ClassVar[list[tuple[bytes, Any]]] = []
+
+    def do_POST(self) -> None:
+        self.seen.append((self.rfile.read(int(self.headers["content-length"])), self.headers))
+        self.send_response(500 if len(self.seen) == 1 else 204)
+        self.end_headers()
+
+    def log_message(self, *_: Any) -> None:
+        return
+
+
+def test_who_asked_is_told_of_the_end(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    openai = pytest.importorskip("openai")
+    listening = HTTPServer(("127.0.0.1", 0), Told)
+    threading.Thread(target=listening.serve_forever, daemon=True).start()
+    job = server.done(server.create(TINY | {"webhook_url": f"http://127.0.0.1:{listening.server_port}/x?key=1"})["id"])
+    server.until(lambda: Told.seen)
+    monkeypatch.setattr(webhooks.time, "time", lambda: time_time() + webhooks.PAUSES[0])
+    hooks = webhooks.Webhooks(server.data, Access(("127.0.0.1:*",)), read_secret(server.data / "webhook-secret"))
+    while (row := hooks.due()) is not None:  # what the server does some seconds later
+        hooks.tell(row)
+    hooks.close()
+    listening.shutdown()
+    client = openai.OpenAI(api_key="none", webhook_secret=(server.data / "webhook-secret").read_text().strip())
+    (first, _), (second, headers) = Told.seen
+    event = client.webhooks.unwrap(second.decode(), headers)
+    assert first == second and event.type == "video.completed" and event.data.id == job["id"]
+    with pytest.raises(openai.InvalidWebhookSignatureError):
+        client.webhooks.unwrap(second.decode() + " ", headers)
+    for url in ("http://10.0.0.1/", "ftp://127.0.0.1/", "http://127.0.0.1:x/", "", 3):
+        answer = server.http.post("/v1/videos", json=TINY | {"webhook_url": url})
+        assert answer.status_code == 400 and answer.json()["error"]["param"] == "webhook_url", url
+
+
+def test_what_is_seen(server: Server, video: dict[str, Any]) -> None:
+    """Models, metrics, and log lines with the ids of requests and jobs."""
+    told = {each["id"]: each for each in server.http.get("/v1/models").json()["data"]}
+    assert told["demo"]["multiples"]["num_frames"] == 4 and told["demo"]["defaults"]["width"] and len(told) == 2
+    assert server.http.get("/v1/models/demo").json() == told["demo"]
+    assert server.http.get("/v1/models/none").status_code == 404
+    families = {each.name: each for each in text_string_to_metric_families(server.http.get("/metrics").text)}
+    samples = {(s.name, *s.labels.values()): s.value for each in families.values() for s in each.samples}
+    assert samples["dit_jobs", "completed"] >= 1 and samples["dit_workers_ready",] == 1
+    assert samples["dit_stage_seconds_count", "denoise/step"] >= 2 and samples["dit_queue_seconds_count", "video"] >= 1
+    assert samples["dit_requests_total", "POST", "200"] >= 1 and samples["dit_request_seconds_count", "GET"] >= 1
+    lines = [json.loads(line) for line in server.log().splitlines() if line.startswith("{")]
+    taken = next(line for line in lines if line["message"] == f"job {video['id']} is taken")
+    assert taken["request"].startswith("req_")
+    made = [line for line in lines if line.get("job") == video["id"]]
+    assert any("completed" in line["message"] for line in made)
+    assert video["queue_seconds"] >= 0 and video["created_at"] <= video["started_at"] <= video["completed_at"]
 
 
 def test_results_are_kept_for_their_time(server: Server) -> None:

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 import signal
 import socket
+import sqlite3
 import sys
 import threading
 import time
@@ -18,9 +18,11 @@ from runtime.serve.api import Api
 from runtime.serve.app import make_app
 from runtime.serve.connections import Connection, raise_limit
 from runtime.serve.jobs import Store
+from runtime.serve.logs import start_logging
 from runtime.serve.opening import open_store
 from runtime.serve.settings import Settings, model_place, read_settings
 from runtime.serve.supervisor import Supervisor
+from runtime.serve.webhooks import Webhooks
 
 log = logging.getLogger("runtime.serve")
 
@@ -52,24 +54,15 @@ class Server(uvicorn.Server):
         self.should_exit = True
 
 
-class JsonLines(logging.Formatter):
-    """A log line as a JSON object."""
-
-    def format(self, record: logging.LogRecord) -> str:
-        line = {"time": self.formatTime(record), "level": record.levelname, "logger": record.name}
-        line["message"] = record.getMessage()
-        if record.exc_info:
-            line["exception"] = self.formatException(record.exc_info)
-        return json.dumps(line)
-
-
 def main() -> int:
     """Serve until told to end; return the exit code."""
     try:
         settings = read_settings()
-        start_logging(settings)
+        start_logging(settings.log)
+        signal.signal(signal.SIGPIPE, signal.SIG_IGN)
         store, lock = open_store(settings)
         signer = settings.signer
+        hooks = Webhooks(settings.data, settings.webhooks, settings.read_secret()) if settings.webhook_host else None
         listener = listen(settings)
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
@@ -79,6 +72,7 @@ def main() -> int:
     supervisor = Supervisor(settings, store)
     api = Api(settings, store, supervisor.wake)
     api.ready, api.answer = lambda: bool(supervisor.ready), supervisor.ask
+    api.metrics.ready = lambda: len(supervisor.ready)
     api.anchors = None if signer is None else signer.anchor
     host, port = listener.getsockname()[:2]
     config = uvicorn.Config(
@@ -88,6 +82,8 @@ def main() -> int:
     server = Server(config, api, supervisor)
     supervisor.start()
     threading.Thread(target=tidy, args=(store, settings, supervisor.stopping), daemon=True).start()
+    if hooks is not None:
+        threading.Thread(target=hooks.run, args=(supervisor.stopping,), daemon=True).start()
     names = ", ".join(model_place(each)[0] for each in settings.model)
     print(f"serving {names} on http://{host}:{port} (data in {settings.data})", flush=True)
     try:
@@ -103,9 +99,12 @@ def tidy(store: Store, settings: Settings, stopping: threading.Event) -> None:
     """Remove what deaths have left, what is deleted once nobody can bring it back, and what was kept for its time."""
     store.sweep()
     while not stopping.wait(TIDY_SECONDS):
-        store.purge()
-        if settings.keep:
-            store.expire(settings.keep)
+        try:
+            store.purge()
+            if settings.keep:
+                store.expire(settings.keep)
+        except sqlite3.OperationalError as error:
+            log.warning("the store cannot be written: %s", error)
 
 
 def listen(settings: Settings) -> socket.socket:
@@ -122,15 +121,6 @@ def listen(settings: Settings) -> socket.socket:
         ) from error
     listener.listen(2048)
     return listener
-
-
-def start_logging(settings: Settings) -> None:
-    """Write log lines to standard error."""
-    handler = logging.StreamHandler()
-    plain = logging.Formatter("%(asctime)s %(levelname)s %(name)s %(message)s")
-    handler.setFormatter(JsonLines() if settings.log == "json" else plain)
-    logging.basicConfig(level=logging.INFO, handlers=[handler])
-    signal.signal(signal.SIGPIPE, signal.SIG_IGN)
 
 
 if __name__ == "__main__":

@@ -5,11 +5,11 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import json
+import logging
 import math
 import re
 import shutil
 import time
-from collections import Counter
 from collections.abc import Awaitable, Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -19,18 +19,21 @@ from starlette.requests import ClientDisconnect, Request
 from runtime.serve.characters import Characters
 from runtime.serve.database import sync
 from runtime.serve.errors import ApiError, bad, missing, no_space
-from runtime.serve.fetching import fetch_inputs
+from runtime.serve.fetching import check, fetch_inputs
 from runtime.serve.fields import structured
 from runtime.serve.forecast import Outlook
 from runtime.serve.forms import Upload, read_body
 from runtime.serve.inputs import Found, cut_of, linked, read_upload
 from runtime.serve.jobs import ACTIVE, TERMINAL, Job, Store, new_id
 from runtime.serve.keys import Pace
+from runtime.serve.metrics import Metrics
 from runtime.serve.moderation import Moderator, Refused, keep
 from runtime.serve.schema import Asked, Given, Offer, parse_request
 from runtime.serve.settings import Settings
 from runtime.serve.shown import shown, video_object
 from runtime.serve.supervisor import Unanswered
+
+log = logging.getLogger("runtime.serve.api")
 
 SHAPE = re.compile(r"video_[0-9a-f]{32}")
 OUTLOOK_SECONDS = 0.2  # how old a forecast may be
@@ -48,7 +51,7 @@ class Api:
         self._outlooks: dict[str, Outlook] = {}
         self._looked_at = -math.inf
         self.draining = False
-        self.requests: Counter[str] = Counter()
+        self.metrics = Metrics(store)
         self.ready: Callable[[], bool] = lambda: False
         self.answer: Callable[..., Awaitable[dict[str, Any]]] = nobody
         self.anchors: bytes | None = None  # certificates that vouch for what this server makes
@@ -139,11 +142,12 @@ class Api:
             fields = await read_body(request, own, self.settings.max_upload)
             digest = await asyncio.to_thread(fingerprint, request.url.path, fields)
             await fetch_inputs(fields, own, self.settings.fetching)
+            told = self.webhook(fields)
             parent, asked = await asyncio.to_thread(verb, fields, own)
             await self.moderate(
                 request.state.owner, [asked.request.prompt, *(c.prompt for c in asked.request.storyboard)]
             )
-            values = row(job_id, kind, request.state.owner, asked) | {"parent": parent}
+            values = row(job_id, kind, request.state.owner, asked) | {"parent": parent} | told
             if key := request.headers.get("idempotency-key"):
                 values |= {"idempotency": key[:256], "digest": digest}
             job = await asyncio.to_thread(self.keep, folder, values)
@@ -154,6 +158,7 @@ class Api:
         if not kept and job.digest != digest:
             raise ApiError(422, "this Idempotency-Key was used for another request", code="idempotency_key_reused")
         self.wake()
+        log.info("job %s is taken", job.id)
         return job
 
     async def moderate(self, owner: str, texts: list[str]) -> None:
@@ -167,6 +172,19 @@ class Api:
             if error.code == "moderation_unavailable":
                 raise ApiError(503, str(error), code=error.code, retry_after=5) from error
             raise bad(str(error), "prompt", error.code) from error
+
+    def webhook(self, fields: dict[str, Any]) -> dict[str, Any]:
+        """Take who is to be told of the end out of the fields; ApiError for whom the operator does not list."""
+        url = fields.pop("webhook_url", None)
+        if url is None:
+            return {}
+        if not self.settings.webhook_host:
+            raise bad("webhook_url is given, and this server tells nobody; ask for the video's events", "webhook_url")
+        try:
+            check(str(url), self.settings.webhooks)
+        except ValueError as error:
+            raise bad(f"webhook_url: {error}", "webhook_url") from error
+        return {"webhook_url": str(url), "webhook_due": 0.0}
 
     def keep(self, folder: Path, values: dict[str, Any]) -> Job:
         """Add a job to the store; ApiError where the queue is full."""

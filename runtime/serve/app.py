@@ -27,7 +27,7 @@ def make_app(api: Api) -> FastAPI:
     images.add(app, api)
     provenance.add(app, api)
     state.add(app, api)
-    app.add_middleware(Gate, keys=api.settings.keys, requests=api.requests, host=api.settings.host)
+    app.add_middleware(Gate, keys=api.settings.keys, metrics=api.metrics, host=api.settings.host)
     app.exception_handler(ApiError)(answer)
     app.exception_handler(HTTPException)(answer_http)
     app.exception_handler(RequestValidationError)(answer_invalid)

@@ -41,6 +41,10 @@ CREATE TABLE refusals (
     "ALTER TABLE jobs ADD COLUMN claimed_step INTEGER; ALTER TABLE jobs ADD COLUMN stepped_at REAL; "
     "ALTER TABLE jobs ADD COLUMN expired INTEGER NOT NULL DEFAULT 0; "
     "CREATE TABLE paces (model TEXT NOT NULL, size INTEGER NOT NULL, pace REAL NOT NULL, PRIMARY KEY (model, size))",
+    # who is to be told of a job's end: when the next try is due, None once it is told
+    "ALTER TABLE jobs ADD COLUMN webhook_url TEXT; ALTER TABLE jobs ADD COLUMN webhook_due REAL; "
+    "ALTER TABLE jobs ADD COLUMN webhook_tries INTEGER NOT NULL DEFAULT 0; "
+    "CREATE INDEX jobs_to_tell ON jobs (webhook_due) WHERE webhook_due IS NOT NULL",
 )
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import re
 import time
-from collections import Counter
 from collections.abc import Iterable
 from typing import Any
 
@@ -17,6 +16,8 @@ from starlette.requests import ClientDisconnect, Request
 from runtime.serve.errors import ApiError, bad, disk_full, no_space
 from runtime.serve.jobs import new_id
 from runtime.serve.keys import Key, key_of
+from runtime.serve.logs import request_id
+from runtime.serve.metrics import Metrics
 from runtime.serve.settings import loopback
 
 log = logging.getLogger("runtime.serve")
@@ -37,14 +38,15 @@ OPEN_PATHS = ("/health/live", "/health/ready", "/openapi.json")
 class Gate:
     """Every request passes: it gets an id, its key is checked, and what fails unforeseen is told as JSON."""
 
-    def __init__(self, app: Any, keys: dict[str, Key], requests: Counter[str], host: str = "127.0.0.1") -> None:
-        self.app, self.keys, self.requests, self.host = app, keys, requests, host
+    def __init__(self, app: Any, keys: dict[str, Key], metrics: Metrics, host: str = "127.0.0.1") -> None:
+        self.app, self.keys, self.metrics, self.host = app, keys, metrics, host
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
         number, began, status = new_id("req"), time.monotonic(), 0
+        request_id.set(number)
 
         async def answering(message: Any) -> None:
             nonlocal status
@@ -68,7 +70,7 @@ class Gate:
         except ClientDisconnect:
             status = 499
         except Exception as fault:
-            log.exception("%s failed", number)
+            log.exception("a request failed")
             if status == 0:
                 error = (
                     no_space()
@@ -79,9 +81,9 @@ class Gate:
                 )
                 await JSONResponse(error.body(), error.status, error.headers())(scope, receive, answering)
         finally:
-            self.requests[str(status)] += 1
             seconds = time.monotonic() - began
-            log.info("%s %s %d %.1f ms %s", scope["method"], scope["path"][:200], status, seconds * 1e3, number)
+            self.metrics.count(scope["method"], status, seconds)
+            log.info("%s %s %d %.1f ms", scope["method"], scope["path"][:200], status, seconds * 1e3)
 
     def owner(self, scope: Any) -> str | None:
         """Return the name of the key that a request carries; "local" where the server has no keys."""

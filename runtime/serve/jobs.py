@@ -74,6 +74,9 @@ class Job:
     claimed_step: int | None
     stepped_at: float | None
     expired: bool  # its files are gone
+    webhook_url: str | None
+    webhook_due: float | None
+    webhook_tries: int
 
     @classmethod
     def of(cls, row: sqlite3.Row) -> Job:
@@ -227,6 +230,13 @@ class Store(Database):
     def counts(self) -> dict[str, int]:
         """Return how many jobs are in each status."""
         return dict(self._reader.execute("SELECT status, count(*) FROM jobs GROUP BY status").fetchall())
+
+    def waits(self) -> list[tuple[str, float, int]]:
+        """Return (kind, seconds that jobs waited for a worker, jobs) of those that have begun."""
+        rows = self._reader.execute(
+            "SELECT kind, sum(started_at - created_at), count(*) FROM jobs WHERE started_at IS NOT NULL GROUP BY kind"
+        )
+        return [tuple(row) for row in rows.fetchall()]
 
     def stages(self) -> list[tuple[str, float, int]]:
         """Return (stage, seconds, calls) over all jobs."""

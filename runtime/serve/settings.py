@@ -16,8 +16,10 @@ from runtime.expansion import Expansion
 from runtime.serve.fetching import Access
 from runtime.serve.keys import Key, read_keys
 from runtime.serve.moderation import Rule
+from runtime.serve.webhooks import read_secret
 
 MAX_FETCH = 20 * 2**20  # bytes of one input
+MAX_WORDS = 2**16  # bytes of what is answered to a webhook
 
 
 @dataclass(frozen=True)
@@ -46,6 +48,8 @@ class Settings:
     moderation: tuple[Rule, ...] = ()  # [[moderation]] tables of the file, as moderation.Rule says
     exclusive: bool = False  # no other server may use the data folder
     move_damaged: bool = False  # a damaged store goes aside, and an empty one takes its place
+    webhook_host: tuple[str, ...] = ()  # who may be told of a video's end, as fetching.Access says; none: nobody is
+    webhook_secret: Path | None = None  # what that is signed with; None: a file in the data folder, made at first
     keep: float = 0.0  # that results are kept after their end; 0: until they are deleted
     log: str = "text"  # or "json"
     expand_model: str | None = None  # who writes prompts out; None: the checkpoint's own rules
@@ -71,6 +75,15 @@ class Settings:
         """What an owner may ask for; several keys of one name are one owner, with the first one's limits."""
         found = next((key for key in self.keys.values() if key.name == owner), Key(owner))
         return dataclasses.replace(found, jobs=self.max_per_key if found.jobs is None else found.jobs)
+
+    @property
+    def webhooks(self) -> Access:
+        """Who may be told."""
+        return Access(self.webhook_host, max_bytes=MAX_WORDS)
+
+    def read_secret(self) -> bytes:
+        """Return what webhooks are signed with."""
+        return read_secret(self.webhook_secret or self.data / "webhook-secret")
 
     @property
     def fetching(self) -> Access:
@@ -107,6 +120,11 @@ def read_settings(arguments: Sequence[str] | None = None) -> Settings:
     parser.add_argument(
         "--move-damaged", action="store_true", default=None, help="move a damaged store aside and begin with none"
     )
+    parser.add_argument(
+        "--webhook-host", action="append", metavar="HOST",
+        help="host that may be told of a video's end (webhook_url); may be given again (default: none)",
+    )  # fmt: skip
+    parser.add_argument("--webhook-secret", type=Path, metavar="FILE", help="whsec_... (default: made in --data)")
     parser.add_argument("--keep", type=float, metavar="S", help="seconds that results are kept (default: for ever)")
     parser.add_argument("--log", choices=("text", "json"), help="how lines are written (default: text)")
     parser.add_argument(

@@ -42,6 +42,7 @@ from runtime.serve.answers import answer, planned
 from runtime.serve.database import sync
 from runtime.serve.errors import disk_full
 from runtime.serve.jobs import Job, LostLease, Store
+from runtime.serve.logs import job_id, start_logging
 from runtime.serve.moderation import Moderator, Refused, Rule, keep
 from runtime.serve.pictures import write_sheets
 from runtime.serve.records import request_of
@@ -109,6 +110,7 @@ class Worker:
                 self.wake.wait(IDLE_SECONDS)
                 continue
             self.job = job
+            job_id.set(job.id)
             say("job")
             try:
                 self.run(job)
@@ -116,6 +118,7 @@ class Worker:
                 log.warning("another has job %s by now, or it is gone", job.id)
             finally:
                 self.job = None
+                job_id.set("")
                 say("idle")
 
     def next_job(self) -> Job | None:
@@ -396,8 +399,9 @@ def main() -> int:
     )
     parser.add_argument("--grace", type=float, default=20.0)
     parser.add_argument("--full-wait", type=float, default=60.0)
+    parser.add_argument("--log", default="text")
     options = parser.parse_args()
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s %(message)s")
+    start_logging(options.log)
     faulthandler.register(signal.SIGUSR1)  # the supervisor asks a hung worker where it stands
     signer = None
     if not options.no_credentials:

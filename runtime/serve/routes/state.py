@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from fastapi import FastAPI
-from fastapi.responses import JSONResponse, PlainTextResponse, Response
+from fastapi.responses import JSONResponse, Response
+from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 
 from runtime.serve.api import Api
-from runtime.serve.errors import ApiError
+from runtime.serve.errors import ApiError, missing
 from runtime.serve.openapi import DESCRIPTIONS
+from runtime.serve.schema import spec_of
 
 
 def add(app: FastAPI, api: Api) -> None:
@@ -15,9 +19,15 @@ def add(app: FastAPI, api: Api) -> None:
 
     @app.get("/v1/models", openapi_extra=DESCRIPTIONS)
     async def models() -> Response:
-        found = api.store.models()
-        data = [{"id": name, "object": "model", "created": 0, "owned_by": "dit-runtime"} for name in found]
+        data = [model_object(name, card) for name, card in api.store.models().items()]
         return JSONResponse({"object": "list", "data": data})
+
+    @app.get("/v1/models/{name}", openapi_extra=DESCRIPTIONS)
+    async def model(name: str) -> Response:
+        found = api.store.models().get(name)
+        if found is None:
+            raise missing(f"model {name[:80]!r}")
+        return JSONResponse(model_object(name, found))
 
     @app.get("/health/live", openapi_extra=DESCRIPTIONS)
     async def live() -> Response:
@@ -31,19 +41,27 @@ def add(app: FastAPI, api: Api) -> None:
 
     @app.get("/metrics", openapi_extra=DESCRIPTIONS)
     async def metrics() -> Response:
-        lines = ["# TYPE dit_requests_total counter"]
-        lines += [f'dit_requests_total{{status="{name}"}} {count}' for name, count in sorted(api.requests.items())]
-        lines.append("# TYPE dit_jobs gauge")
-        lines += [f'dit_jobs{{status="{name}"}} {count}' for name, count in sorted(api.store.counts().items())]
-        lines.append("# TYPE dit_refusals_total counter")
-        for (stage, code), count in sorted(api.store.refusals().items()):
-            lines.append(f'dit_refusals_total{{stage="{stage}",code="{code}"}} {count}')
-        lines.append("# TYPE dit_stage_seconds summary")
-        for name, seconds, calls in api.store.stages():
-            lines.append(f'dit_stage_seconds_sum{{stage="{name}"}} {seconds:.6f}')
-            lines.append(f'dit_stage_seconds_count{{stage="{name}"}} {calls}')
-        return PlainTextResponse("\n".join(lines) + "\n", media_type="text/plain; version=0.0.4")
+        return Response(generate_latest(api.metrics.registry), media_type=CONTENT_TYPE_LATEST)
 
     @app.get("/openapi.json", include_in_schema=False)
     async def openapi() -> Response:
         return JSONResponse(app.openapi())
+
+
+def model_object(name: str, card: dict[str, Any]) -> dict[str, Any]:
+    """Return a model as the API tells of it: what it makes where nothing is asked, and what may be asked."""
+    spec = spec_of(card)
+    down, across = spec.size_multiple
+    return {
+        "id": name,
+        "object": "model",
+        "created": 0,
+        "owned_by": "dit-runtime",
+        "fingerprint": card["fingerprint"],
+        "device": card["device"],
+        "conditioning": spec.conditioning,
+        "defaults": card["spec"]["defaults"],
+        "multiples": {"width": across, "height": down, "num_frames": spec.stride[0] * spec.patch[0]},
+        "prompt_tokens": spec.text_length,
+        "expands_prompts": spec.expansion is not None,
+    }
