@@ -1,4 +1,4 @@
-"""The command line: python -m runtime generate | ... | verify | plan | build | info | embed; making: verbs.py.
+"""The command line: python -m runtime generate | ... | remote | verify | plan | build | info | embed; making: verbs.py.
 
 Exit codes: 0 done, 2 the request or its surroundings cannot work (one sentence says what to do), 1 a fault of ours,
 130 interrupted; of verify also 3 no credentials, 4 tampered with, 5 not signed by whom --trust names. No traceback
@@ -15,6 +15,7 @@ import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
+from runtime.remote import add_remote
 from runtime.verbs import add_verbs, parse_size
 
 PACKAGE = Path(__file__).parent
@@ -49,6 +50,7 @@ def parser() -> argparse.ArgumentParser:
     shared.add_argument("--debug", action="store_true", help="show the traceback of an error")
 
     add_verbs(commands, shared)
+    add_remote(commands)
 
     view = commands.add_parser("decode", parents=[shared], help="make a video of kept latents")
     view.set_defaults(run=decode)

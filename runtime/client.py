@@ -2,17 +2,26 @@
 
 from __future__ import annotations
 
+import base64
+import json
 import time
-from collections.abc import Iterator
+import uuid
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 FAILED = ("failed", "cancelled")
+TRIES = 3
+LONGEST_WAIT = 60.0  # seconds that a server may ask to wait before another try
+Found = dict[str, Any]
+Many = list[Found]  # the method `list` hides the type of that name
+Names = list[str]
+Pictures = list[bytes]
 
 
 class ServerError(OSError):
-    """What the server answered instead of a success: `status`, `code`, and its message."""
+    """What the server answered instead of a success: `status` (0: no answer came), `code`, and its message."""
 
     def __init__(self, status: int, code: str | None, message: str) -> None:
         super().__init__(message)
@@ -25,14 +34,18 @@ class Client:
         client = runtime.Client("http://127.0.0.1:8000")
         client.save(client.wait(client.create("a red ball", num_inference_steps=25)), "ball.mp4")
 
-    Raises ServerError for what the server refuses, and httpx2's errors where it cannot be reached.
+    Videos are named by their ids or objects, or are files where a Path is given; `fields` are the API's, and a Path in
+    them is sent as a file. What is asked for is asked again where no answer came or the server is busy, and made once
+    all the same. Raises ServerError for what the server refuses, and where it cannot be reached.
     """
 
     def __init__(self, url: str = "http://127.0.0.1:8000", *, key: str | None = None, seconds: float = 600.0) -> None:
         import httpx2
 
         headers = {} if key is None else {"authorization": f"Bearer {key}"}
-        self.http = httpx2.Client(base_url=url, headers=headers, timeout=seconds)
+        if not url.startswith(("http://", "https://")):
+            raise ValueError(f"{url!r} is no address of a server; legal: such as http://127.0.0.1:8000")
+        self.http = httpx2.Client(base_url=url, headers=headers, timeout=httpx2.Timeout(seconds, connect=5.0))
 
     def __enter__(self) -> Client:
         return self
@@ -40,35 +53,56 @@ class Client:
     def __exit__(self, *_: object) -> None:
         self.http.close()
 
-    def create(self, prompt: str, **fields: Any) -> dict[str, Any]:
-        """Ask for a video, with any field of the API, and return its object at once; a Path is sent as a file."""
+    # What makes something: the object of it is returned at once.
+
+    def create(self, prompt: str, **fields: Any) -> Found:
+        """Ask for a video, with any field of the API."""
         return self._make("/v1/videos", {"prompt": prompt, **fields})
 
-    def remix(self, video: str, prompt: str, **fields: Any) -> dict[str, Any]:
-        """Ask for a finished video made anew, by its id."""
-        return self._make(f"/v1/videos/{video}/remix", {"prompt": prompt, **fields})
+    def loop(self, prompt: str, video: str | Path | Found | None = None, **fields: Any) -> Found:
+        """Ask for a seamless loop, of a prompt or of a clip that is closed."""
+        given = {} if video is None else {"video": _clip(video)}
+        return self.create(prompt, loop=True, **given, **fields)
 
-    def edit(self, video: str | Path, prompt: str, **fields: Any) -> dict[str, Any]:
-        """Ask for a clip made anew: a video by its id, or a file."""
+    def remix(self, video: str | Found, prompt: str, **fields: Any) -> Found:
+        """Ask for a finished video made anew."""
+        return self._make(f"/v1/videos/{_name(video)}/remix", {"prompt": prompt, **fields})
+
+    def finish(self, video: str | Found, **fields: Any) -> Found:
+        """Ask for the final video of a draft."""
+        return self._make(f"/v1/videos/{_name(video)}/finish", fields)
+
+    def edit(self, video: str | Path | Found, prompt: str, **fields: Any) -> Found:
+        """Ask for a clip made anew."""
         return self._make("/v1/videos/edits", {"video": _clip(video), "prompt": prompt, **fields})
 
-    def extend(self, video: str | Path, prompt: str, **fields: Any) -> dict[str, Any]:
-        """Ask for more of a clip: a video by its id, or a file."""
+    def extend(self, video: str | Path | Found, prompt: str, **fields: Any) -> Found:
+        """Ask for more of a clip."""
         return self._make("/v1/videos/extensions", {"video": _clip(video), "prompt": prompt, **fields})
 
-    def connect(self, first: str, second: str, prompt: str, **fields: Any) -> dict[str, Any]:
-        """Ask for what leads from one finished video to another, by their ids."""
+    def connect(self, first: str | Path | Found, second: str | Path | Found, prompt: str, **fields: Any) -> Found:
+        """Ask for what leads from one clip to another."""
         return self._make(
             "/v1/videos/connections", {"videos": [_clip(first), _clip(second)], "prompt": prompt, **fields}
         )
 
-    def get(self, video: str) -> dict[str, Any]:
-        """Return a video's object."""
-        return self._json("GET", f"/v1/videos/{video}")
+    def image(self, prompt: str, **fields: Any) -> Pictures:
+        """Return `n` pictures (one by default), as the files' bytes, when they are made."""
+        return _pictures(self._make("/v1/images/generations", {"prompt": prompt, **fields}))
 
-    def list(self, limit: int = 100) -> Iterator[dict[str, Any]]:
-        """Yield all videos, the newest first."""
-        after: dict[str, Any] = {}
+    def edit_image(self, image: Path, prompt: str, **fields: Any) -> Pictures:
+        """Return a picture made anew, where a `mask` is transparent or as far as `strength` says."""
+        return _pictures(self._make("/v1/images/edits", {"image": image, "prompt": prompt, **fields}))
+
+    # What tells of videos, and ends them.
+
+    def get(self, video: str | Found) -> Found:
+        """Return a video's object."""
+        return self._json("GET", f"/v1/videos/{_name(video)}")
+
+    def list(self, limit: int = 100) -> Iterator[Found]:
+        """Yield all videos, the newest first, asked for in pages of `limit`."""
+        after: Found = {}
         while True:
             page = self._json("GET", "/v1/videos", params={"limit": limit, **after})
             yield from page["data"]
@@ -76,28 +110,41 @@ class Client:
                 return
             after = {"after": page["last_id"]}
 
-    def wait(self, video: dict[str, Any] | str, seconds: float = 0.5) -> dict[str, Any]:
+    def events(self, video: str | Found) -> Iterator[tuple[str, Found]]:
+        """Yield (event, data) as they come: "progress", "preview", and "done" as the last; a lost connection is taken
+        up again where it was."""
+        last, tries = "", TRIES
+        while tries:
+            tries -= 1
+            headers = {"last-event-id": last} if last else {}
+            with self._stream("GET", f"/v1/videos/{_name(video)}/events", headers=headers) as lines:
+                for kind, data, number in _events(lines):
+                    last, tries = number, TRIES
+                    yield kind, data
+                    if kind == "done":
+                        return
+            time.sleep(1.0)
+        raise ServerError(0, "unreachable", f"the events of {_name(video)} end before it is done")
+
+    def wait(self, video: str | Found, seconds: float = 0.5) -> Found:
         """Return a video's object when it is completed; ServerError where it fails."""
-        name = video if isinstance(video, str) else video["id"]
-        while (found := self.get(name))["status"] != "completed":
+        while (found := self.get(video))["status"] != "completed":
             if found["status"] in FAILED:
-                error = found["error"] or {"code": found["status"], "message": f"{name} is {found['status']}"}
+                error = found["error"] or {"code": found["status"], "message": f"{found['id']} is {found['status']}"}
                 raise ServerError(200, error["code"], error["message"])
             time.sleep(seconds)
         return found
 
-    def save(self, video: dict[str, Any] | str, path: str | Path, *, variant: str = "video") -> Path:
-        """Write a video's file, thumbnail or sprite sheet; a file of that name is replaced when all is there."""
-        name, path = video if isinstance(video, str) else video["id"], Path(path)
-        partial = path.with_name(f".{path.name}.partial")
+    def save(self, video: str | Found, path: str | Path, *, variant: str = "video", format: str | None = None) -> Path:
+        """Write a video's file (as mp4, webm or gif), thumbnail or spritesheet; it appears when all of it is there."""
+        path = Path(path)
+        partial = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.partial")
+        params = {"variant": variant} | ({} if format is None else {"format": format})
         try:
             with (
-                self.http.stream("GET", f"/v1/videos/{name}/content", params={"variant": variant}) as answer,
+                self._stream("GET", f"/v1/videos/{_name(video)}/content", params=params) as answer,
                 partial.open("wb") as handle,
             ):
-                if answer.status_code != 200:
-                    answer.read()
-                self._check(answer)
                 for chunk in answer.iter_bytes():
                     handle.write(chunk)
             partial.replace(path)
@@ -105,37 +152,164 @@ class Client:
             partial.unlink(missing_ok=True)
         return path
 
-    def cancel(self, video: str) -> dict[str, Any]:
+    def cancel(self, video: str | Found) -> Found:
         """Stop a video at its next step."""
-        return self._json("POST", f"/v1/videos/{video}/cancel")
+        return self._json("POST", f"/v1/videos/{_name(video)}/cancel")
 
-    def delete(self, video: str) -> None:
+    def delete(self, video: str | Found) -> Found:
         """Remove a video and its files."""
-        self._json("DELETE", f"/v1/videos/{video}")
+        return self._json("DELETE", f"/v1/videos/{_name(video)}")
 
-    def _make(self, path: str, fields: dict[str, Any]) -> dict[str, Any]:
+    def restore(self, video: str | Found) -> Found:
+        """Take a deletion back, as long as the server keeps what was deleted."""
+        return self._json("POST", f"/v1/videos/{_name(video)}/restore")
+
+    def verify(self, video: str | Path | Found) -> Found:
+        """Return what the content credentials of a file, or of a video of the server, say."""
+        return self._make("/v1/provenance", {"video": _clip(video)})
+
+    # What tells of prompts, characters and the server.
+
+    def plan(self, **fields: Any) -> Found:
+        """Return what a request would take; no video is made."""
+        return self._make("/v1/plan", fields)
+
+    def expand(self, prompt: str, **fields: Any) -> Found:
+        """Return a prompt written out."""
+        return self._make("/v1/prompts/expand", {"prompt": prompt, **fields})
+
+    def create_character(self, name: str, video: str | Path | Found) -> Found:
+        """Keep who is seen in a clip or picture under a name."""
+        return self._make("/v1/videos/characters", {"name": name, "video": _clip(video)})
+
+    def characters(self) -> Many:
+        """Return the characters that are kept."""
+        return self._json("GET", "/v1/videos/characters")["data"]
+
+    def delete_character(self, character: str) -> Found:
+        """Remove a character, by its id."""
+        return self._json("DELETE", f"/v1/videos/characters/{character}")
+
+    def models(self) -> Names:
+        """Return the names of the server's models."""
+        return [each["id"] for each in self._json("GET", "/v1/models")["data"]]
+
+    def _make(self, path: str, fields: Mapping[str, Any]) -> Found:
+        headers = {"idempotency-key": uuid.uuid4().hex}
         files = {name: value for name, value in fields.items() if isinstance(value, Path)}
+        texts = {name: _enclosed(value) for name, value in fields.items() if name not in files and value is not None}
         if not files:
-            return self._json("POST", path, json=fields)
-        texts = {name: str(value) for name, value in fields.items() if name not in files}
+            return self._json("POST", path, json=texts, headers=headers)
+        plain = {name: value if isinstance(value, str) else json.dumps(value) for name, value in texts.items()}
         with ExitStack() as stack:
             opened = {name: stack.enter_context(file.open("rb")) for name, file in files.items()}
-            return self._json("POST", path, data=texts, files=opened)
+            return self._json("POST", path, data=plain, files=opened, headers=headers)
 
-    def _json(self, method: str, path: str, **more: Any) -> dict[str, Any]:
-        answer = self.http.request(method, path, **more)
-        self._check(answer)
-        return answer.json()
+    def _json(self, method: str, path: str, **more: Any) -> Found:
+        import httpx2
 
-    @staticmethod
-    def _check(answer: Any) -> None:
-        if answer.status_code >= 400:
+        left = TRIES
+        while True:
+            left -= 1
             try:
-                error = answer.json()["error"]
-            except (ValueError, KeyError, TypeError):
-                error = {"code": None, "message": f"the server answered {answer.status_code}"}
-            raise ServerError(answer.status_code, error["code"], error["message"])
+                answer = self.http.request(method, path, **more)
+            except httpx2.TransportError as error:
+                if not left:
+                    raise self._unreachable(error) from error
+                time.sleep(0.5)
+                continue
+            wait = _wait(answer)
+            if not left or wait is None:
+                _check(answer)
+                return answer.json()
+            time.sleep(wait)
+
+    def _stream(self, method: str, path: str, **more: Any) -> Any:
+        return _Stream(self, method, path, more)
+
+    def _unreachable(self, error: Exception) -> ServerError:
+        return ServerError(
+            0, "unreachable", f"{self.http.base_url} cannot be reached ({type(error).__name__}); is the server running?"
+        )
 
 
-def _clip(video: str | Path) -> Any:
-    return video if isinstance(video, Path) else {"id": video}
+class _Stream:
+    """An answer that is read as it comes; what fails is told as everywhere."""
+
+    def __init__(self, client: Client, method: str, path: str, more: Mapping[str, Any]) -> None:
+        self.client = client
+        self.opening = client.http.stream(method, path, **more)
+
+    def __enter__(self) -> Any:
+        import httpx2
+
+        try:
+            answer = self.opening.__enter__()
+        except httpx2.TransportError as error:
+            raise self.client._unreachable(error) from error
+        if answer.status_code >= 400:
+            with self.opening:
+                answer.read()
+            _check(answer)
+        return answer
+
+    def __exit__(self, kind: Any, error: Any, trace: Any) -> None:
+        import httpx2
+
+        self.opening.__exit__(kind, error, trace)
+        if isinstance(error, httpx2.TransportError):
+            raise self.client._unreachable(error) from error
+
+
+def _wait(answer: Any) -> float | None:
+    """Return the seconds after which a server that is busy wants to be asked again; None where it does not."""
+    if answer.status_code not in (429, 502, 503, 504) or answer.headers.get("x-should-retry") == "false":
+        return None
+    try:
+        seconds = float(answer.headers.get("retry-after", 1))
+    except ValueError:
+        return None
+    return seconds if 0 <= seconds <= LONGEST_WAIT else None
+
+
+def _check(answer: Any) -> None:
+    if answer.status_code >= 400:
+        try:
+            error = answer.json()["error"]
+            code, message = error["code"], error["message"]
+        except (ValueError, KeyError, TypeError):
+            code, message = None, f"the server answered {answer.status_code}"
+        raise ServerError(answer.status_code, code, message)
+
+
+def _events(answer: Any) -> Iterator[tuple[str, Found, str]]:
+    """Yield (event, data, id) of a stream of server-sent events."""
+    event: dict[str, str] = {}
+    for line in answer.iter_lines():
+        if line:
+            name, _, value = line.partition(": ")
+            event[name] = value
+        elif "data" in event:
+            yield event.get("event", "message"), json.loads(event["data"]), event.get("id", "")
+            event = {}
+
+
+def _name(video: str | Found) -> str:
+    return video if isinstance(video, str) else video["id"]
+
+
+def _clip(video: str | Path | Found) -> Any:
+    return video if isinstance(video, Path) else {"id": _name(video)}
+
+
+def _enclosed(value: Any) -> Any:
+    """Return a field with the files within lists and objects as data: URLs."""
+    if isinstance(value, Path):
+        return f"data:application/octet-stream;base64,{base64.b64encode(value.read_bytes()).decode()}"
+    if isinstance(value, Mapping):
+        return {name: _enclosed(each) for name, each in value.items()}
+    return [_enclosed(each) for each in value] if isinstance(value, list | tuple) else value
+
+
+def _pictures(answer: Found) -> Pictures:
+    return [base64.b64decode(each["b64_json"]) for each in answer["data"]]
