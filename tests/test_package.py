@@ -37,7 +37,11 @@ def test_only_one_name_at_the_top(built: Path) -> None:
 
 
 def test_everything_is_in(built: Path) -> None:
-    for source in [*ROOT.glob("runtime/**/*.py"), *ROOT.glob("runtime/demo/**/*.*")]:
+    for source in [
+        *ROOT.glob("runtime/**/*.py"),
+        *ROOT.glob("runtime/demo/**/*.*"),
+        *ROOT.glob("runtime/serve/page/*"),
+    ]:
         assert (built / source.relative_to(ROOT)).is_file()
     for source in ROOT.glob("kernels/*.py"):
         assert (built / "runtime" / source.relative_to(ROOT)).is_file()

@@ -13,7 +13,7 @@ from starlette.exceptions import HTTPException
 from runtime.serve.api import Api
 from runtime.serve.errors import ApiError
 from runtime.serve.gate import Gate, answer, answer_http, answer_invalid
-from runtime.serve.routes import characters, events, images, making, planning, provenance, reading, state
+from runtime.serve.routes import characters, events, images, making, page, planning, provenance, reading, state
 
 
 def make_app(api: Api) -> FastAPI:
@@ -27,6 +27,7 @@ def make_app(api: Api) -> FastAPI:
     images.add(app, api)
     provenance.add(app, api)
     state.add(app, api)
+    page.add(app)
     app.add_middleware(Gate, keys=api.settings.keys, metrics=api.metrics, host=api.settings.host)
     app.exception_handler(ApiError)(answer)
     app.exception_handler(HTTPException)(answer_http)

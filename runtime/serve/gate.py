@@ -22,17 +22,14 @@ from runtime.serve.settings import loopback
 
 log = logging.getLogger("runtime.serve")
 
-# What a browser may do with an answer: nothing, but for the page, which loads what this server has and no other.
+# What a browser may do with an answer: nothing; the page says for itself what it loads.
 HEADERS = [
     (b"x-content-type-options", b"nosniff"), (b"referrer-policy", b"no-referrer"), (b"x-frame-options", b"DENY"),
     (b"cross-origin-resource-policy", b"same-origin"),
+    (b"content-security-policy", b"default-src 'none'; frame-ancestors 'none'"),
 ]  # fmt: skip
-NOTHING = b"default-src 'none'; frame-ancestors 'none'"
-PAGE = (
-    b"default-src 'self'; img-src 'self' data: blob:; media-src 'self' data: blob:; style-src 'self' 'unsafe-inline'; "
-    b"object-src 'none'; base-uri 'none'; form-action 'self'; frame-ancestors 'none'"
-)
-OPEN_PATHS = ("/health/live", "/health/ready", "/openapi.json")
+OPEN_PATHS = ("/", "/health/live", "/health/ready", "/openapi.json")
+OPEN_FOLDER = "/page/"
 
 
 class Gate:
@@ -57,7 +54,7 @@ class Gate:
 
         try:
             owner = self.owner(scope)
-            if owner is None and scope["path"] not in OPEN_PATHS:
+            if owner is None and scope["path"] not in OPEN_PATHS and not scope["path"].startswith(OPEN_FOLDER):
                 error = ApiError(401, "the API key is missing or not known", code="invalid_api_key")
                 await JSONResponse(error.body(), 401)(scope, receive, answering)
                 return
@@ -97,9 +94,8 @@ class Gate:
 def safe(headers: Iterable[tuple[bytes, bytes]]) -> list[tuple[bytes, bytes]]:
     """Return an answer's headers with those that bind browsers; what a path says itself stays."""
     found = list(headers)
-    there = {name.lower(): value for name, value in found}
-    policy = PAGE if there.get(b"content-type", b"").startswith(b"text/html") else NOTHING
-    return found + [each for each in (*HEADERS, (b"content-security-policy", policy)) if each[0] not in there]
+    there = {name.lower() for name, _ in found}
+    return found + [each for each in HEADERS if each[0] not in there]
 
 
 def stranger(headers: dict[bytes, bytes], bound: str) -> ApiError | None:
