@@ -48,6 +48,11 @@ def find_signer(certificate: Path | None, private_key: Path | None, folder: Path
     return read_signer(certificate, private_key)
 
 
+def signer_files(certificate: Path | None, private_key: Path | None, folder: Path) -> tuple[Path, Path]:
+    """Return where the certificate and the key lie of the signer that `find_signer` returns."""
+    return certificate or folder / FILES[0], private_key or folder / FILES[1]
+
+
 def check_installed() -> None:
     """ValueError where the libraries for content credentials are not installed."""
     for name in ("c2pa", "cryptography"):

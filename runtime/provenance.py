@@ -7,6 +7,7 @@ it has some. Nothing is ever fetched: no remote manifests, no revocation lists, 
 
 from __future__ import annotations
 
+import datetime
 import hashlib
 import json
 import os
@@ -30,6 +31,7 @@ SEALED = (".mp4", ".png", ".gif")  # webm and folders of pictures can hold no cr
 SOURCE = "http://cv.iptc.org/newscodes/digitalsourcetype/"
 MADE, ALTERED = f"{SOURCE}trainedAlgorithmicMedia", f"{SOURCE}compositeWithTrainedAlgorithmicMedia"
 GENERATION = "dit-runtime.generation"  # the assertion with what only we say
+TRANSCODE = "transcode"  # the task of a file that shows another one in another format
 PARENTED = ("extend", "prepend", "loop", "edit")  # tasks that go on from one clip
 QUIET = {
     "verify": {"remote_manifest_fetch": False, "ocsp_fetch": False},
@@ -91,6 +93,12 @@ def generation(receipt: Receipt, request: Request) -> dict[str, Any]:
         "model": receipt.model, "model_hash": receipt.model_hash, "seed": receipt.seed, "task": request.task,
         "settings_hash": settings_hash(receipt.request), "created": receipt.created,
     }  # fmt: skip
+
+
+def transcoding(source: Path) -> tuple[dict[str, Any], list[Input]]:
+    """Return what `seal` takes for a file that shows another one in another format."""
+    now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+    return (read(source).made or {}) | {"task": TRANSCODE, "created": now}, [Input(source, "parentOf")]
 
 
 def settings_hash(settings: dict[str, Any]) -> str:
@@ -226,7 +234,9 @@ def _manifest(title: str, made: dict[str, Any], inputs: Sequence[Input]) -> dict
         return {"action": f"c2pa.{kind}", "softwareAgent": agent, "when": made["created"], **parameters, **more}
 
     relations = {each.relation for each in inputs}
-    if "parentOf" in relations:
+    if made["task"] == TRANSCODE:
+        actions = [action("opened", "parentOf"), action("transcoded", "")]
+    elif "parentOf" in relations:
         actions = [action("opened", "parentOf"), action("edited", "inputTo", digitalSourceType=ALTERED)]
     else:
         source = ALTERED if "componentOf" in relations else MADE

@@ -5,6 +5,8 @@ from __future__ import annotations
 import datetime
 import http.server
 import json
+import subprocess
+import sys
 import threading
 from pathlib import Path
 from typing import Any
@@ -181,6 +183,31 @@ def test_a_failed_signature_leaves_nothing(tmp_path: Path, signer: Signer) -> No
     for path in ("film.webm", "frames/", "frames"):
         with pytest.raises(ValueError, match="content credentials"):
             check_sealable(path)
+
+
+@pytest.mark.parametrize("moment", ["before it is signed", "before the signed one takes its place", "after that"])
+def test_killed_while_it_is_signed(tmp_path: Path, signer: Signer, moment: str) -> None:
+    """Whenever the process dies, no file has the name: an older one of it is still there, unchanged."""
+    (tmp_path / "film.mp4").write_bytes(b"older")
+    development_signer(tmp_path / "keys")
+    kill = {
+        "before it is signed": "os.kill(os.getpid(), 9); real(file)",
+        "before the signed one takes its place": "Path.replace = lambda *_: os.kill(os.getpid(), 9); real(file)",
+        "after that": "real(file); os.kill(os.getpid(), 9)",
+    }[moment]
+    code = (
+        "import os\nfrom pathlib import Path\nimport numpy as np\nfrom runtime.certificates import development_signer\n"
+        "from runtime.provenance import seal\nfrom runtime.video import Video\n"
+        f"os.chdir({str(tmp_path)!r})\nsigner = development_signer(Path('keys'))\n"
+        f"def real(file):\n    seal(file, 'film.mp4', {MADE!r}, [], signer)\n"
+        f"def dying(file):\n    {kill}\n"
+        "frames = np.zeros((2, 64, 64, 3), np.uint8)\n"
+        "Video(frames, fps=8, num_frames=2, height=64, width=64).save('film.mp4', seal=dying)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == -9, done.stderr
+    assert (tmp_path / "film.mp4").read_bytes() == b"older"
+    assert {path.name for path in tmp_path.iterdir() if not path.name.startswith(".")} == {"film.mp4", "keys"}
 
 
 def test_the_certificate_for_development(tmp_path: Path) -> None:

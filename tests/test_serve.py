@@ -305,6 +305,13 @@ def test_where_a_result_comes_from(server: Server, tmp_path: Path) -> None:
     for body in ({}, {"video": "x"}, {"video": {"id": "video_0"}}, {"video": {"id": longer}, "path": "/etc/passwd"}):
         answer = server.http.post("/v1/provenance", json=body)
         assert answer.status_code in (400, 404) and answer.json()["error"]["message"], answer.text
+    shown = server.http.get(f"/v1/videos/{longer}/content", params={"format": "gif"}).content
+    again = asked(shown)
+    assert (again["state"], again["actions"]) == ("valid", ["c2pa.opened", "c2pa.transcoded"])
+    assert (
+        again["made"]["seed"] == found["made"]["seed"]
+        and again["ingredients"][0]["ingredients"] == found["ingredients"]
+    )
     picture = base64.b64decode(
         server.create({"prompt": "a ball", "num_inference_steps": 1, "size": "64x64"}, "/v1/images/generations")[
             "data"

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from runtime.certificates import Signer, find_signer
+from runtime.certificates import Signer, find_signer, signer_files
 from runtime.expansion import Expansion
 from runtime.serve.fetching import Access
 from runtime.serve.keys import Key, read_keys
@@ -70,6 +70,11 @@ class Settings:
         if not self.credentials:
             return None
         return find_signer(self.certificate, self.private_key, self.data / "credentials")
+
+    @property
+    def signer_files(self) -> tuple[Path, Path] | None:
+        """Where the signer's certificate and key lie; None where nobody signs."""
+        return signer_files(self.certificate, self.private_key, self.data / "credentials") if self.credentials else None
 
     def limits(self, owner: str) -> Key:
         """What an owner may ask for; several keys of one name are one owner, with the first one's limits."""

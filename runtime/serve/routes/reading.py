@@ -104,7 +104,7 @@ def add(app: FastAPI, api: Api) -> None:
             raise bad(f"format is {kind[:40]!r}; legal for a video: {', '.join(FORMATS)}", "format")
         async with converting:
             try:
-                return await asyncio.to_thread(converted, path, kind)
+                return await asyncio.to_thread(converted, path, kind, api.settings.signer_files)
             except ValueError as error:
                 raise bad(str(error), "format") from error
             except OSError as error:
