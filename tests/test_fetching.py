@@ -6,6 +6,7 @@ import asyncio
 import ipaddress
 import json
 import socket
+import ssl
 import threading
 import time
 from collections.abc import Iterator
@@ -174,3 +175,28 @@ def test_an_address_inside_another_is_judged_by_itself(inner: ipaddress.IPv4Addr
     number = int(inner)
     outer = [(0xFFFF << 32) | number, (0x64FF9B << 96) | number, (0x2002 << 112) | (number << 80)]
     assert [public(ipaddress.IPv6Address(each)) for each in outer] == [public(inner)] * 3
+
+
+def test_a_certificate_that_nobody_vouches_for_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Over TLS the name in the address is proven, though the connection goes to the address that was checked."""
+    pytest.importorskip("cryptography")
+    from runtime.certificates import development_signer
+
+    development_signer(tmp_path / "keys")
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(tmp_path / "keys" / "certificate.pem", tmp_path / "keys" / "private-key.pem")
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Site)
+    names, port = list[str](), server.server_port
+    here = [(socket.AF_INET, socket.SOCK_STREAM, 6, "", ("127.0.0.1", port))]
+    monkeypatch.setattr(socket, "getaddrinfo", lambda *_, **__: here)
+    context.sni_callback = lambda _, name, __: names.append(name)
+    server.socket = context.wrap_socket(server.socket, server_side=True)
+    server.handle_error = lambda *_: None  # type: ignore[method-assign]
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    try:
+        with pytest.raises(OSError, match="cannot be asked"):
+            ask("GET", f"https://named.example:{port}/hello", Access((f"named.example:{port}", "127.0.0.1")))
+        assert names == ["named.example"]
+    finally:
+        server.shutdown()
+        server.server_close()
