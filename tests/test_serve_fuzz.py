@@ -21,7 +21,7 @@ WAITING = ("/v1/videos/sync", "/v1/images/generations", "/v1/images/edits")  # t
 
 @pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    started = Server(tmp_path_factory.mktemp("fuzz") / "served", "--max-queue", "2")
+    started = Server(tmp_path_factory.mktemp("fuzz") / "served", "--max-queue", "2", "--max-seconds", "60")
     yield started
     assert started.stop() == 0
 
@@ -48,3 +48,8 @@ def test_no_request_is_a_fault(server: Server, operations: list[Any], data: st.D
     if answer.status_code >= 400 and case.method != "HEAD":
         error = answer.json()["error"]
         assert error["message"] and error["type"] and error["code"], answer.content
+
+
+def test_what_would_take_too_long_is_refused(server: Server, operations: list[Any]) -> None:
+    answer = server.http.post("/v1/videos", json={"prompt": "a ball", "num_inference_steps": 1000, "num_frames": 397})
+    assert answer.status_code == 400 and answer.json()["error"]["code"] == "too_long", answer.text

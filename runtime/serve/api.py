@@ -21,7 +21,7 @@ from runtime.serve.database import sync
 from runtime.serve.errors import ApiError, bad, missing, no_space
 from runtime.serve.fetching import check, fetch_inputs
 from runtime.serve.fields import structured
-from runtime.serve.forecast import Outlook
+from runtime.serve.forecast import Outlook, pace
 from runtime.serve.forms import Upload, read_body
 from runtime.serve.inputs import Found, cut_of, linked, read_upload
 from runtime.serve.jobs import ACTIVE, TERMINAL, Job, Store, new_id
@@ -147,6 +147,7 @@ class Api:
             await self.moderate(
                 request.state.owner, [asked.request.prompt, *(c.prompt for c in asked.request.storyboard)]
             )
+            await self.admit(asked, folder)
             values = row(job_id, kind, request.state.owner, asked) | {"parent": parent} | told
             if key := request.headers.get("idempotency-key"):
                 values |= {"idempotency": key[:256], "digest": digest}
@@ -172,6 +173,25 @@ class Api:
             if error.code == "moderation_unavailable":
                 raise ApiError(503, str(error), code=error.code, retry_after=5) from error
             raise bad(str(error), "prompt", error.code) from error
+
+    async def admit(self, asked: Asked, folder: Path) -> None:
+        """ApiError for what takes longer than the operator lets one job take, or more memory than there is."""
+        if not self.settings.max_seconds:
+            return
+        try:
+            found = await self.answer("plan", asked.model, record=asked.record, folder=str(folder))
+        except Unanswered:
+            return  # nobody can tell yet
+        if not found["fits"]:
+            raise bad(found.get("reason", "this takes more memory than the server has"), code="does_not_fit")
+        seconds = found["seconds"]["total"]
+        seconds *= pace(self.store.paces(), asked.model, seconds)
+        if seconds > self.settings.max_seconds:
+            raise bad(
+                f"this would take {seconds:.0f} s; legal: up to {self.settings.max_seconds:g} s, so ask for a smaller "
+                "size, fewer frames or fewer steps",
+                code="too_long",
+            )
 
     def webhook(self, fields: dict[str, Any]) -> dict[str, Any]:
         """Take who is to be told of the end out of the fields; ApiError for whom the operator does not list."""
