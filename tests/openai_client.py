@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import sys
 import warnings
 
@@ -35,6 +36,8 @@ def main(url: str) -> None:
         for each in (longer, edited):
             assert client.videos.poll(each.id, poll_interval_ms=100).status == "completed", each
             client.videos.delete(each.id)
+        character = client.videos.create_character(name="Ada", video=("clip.mp4", data))
+        assert client.videos.get_character(character.id).name == "Ada"
     for each in (again, other):
         assert client.videos.poll(each.id, poll_interval_ms=100).status == "completed"
     sheets = [client.videos.download_content(each.id, variant="spritesheet").read() for each in (video, again)]
@@ -51,6 +54,9 @@ def main(url: str) -> None:
         assert error.code == "not_found", error  # noqa: PT017
     picture = client.images.generate(prompt="a ball", n=2, extra_body={"num_inference_steps": 2})
     assert len(picture.data) == 2 and picture.data[0].b64_json
+    drawn = base64.b64decode(picture.data[0].b64_json)
+    edited = client.images.edit(image=("a.png", drawn), prompt="a cube", extra_body={"num_inference_steps": 2})
+    assert edited.data[0].b64_json
     assert [model.id for model in client.models.list()] == ["demo"]
     for each in (video, again, other):
         assert client.videos.delete(each.id).deleted

@@ -126,6 +126,10 @@ def test_parts_of_clips(server: Server, video: dict[str, Any]) -> None:
     for count, (fields, path) in made.items():
         job = server.done(server.create(few | fields, path)["id"])
         assert job["num_frames"] == count == frames_in(server.content(job["id"]))
+    form = {"video[id]": video["id"], "clip[from]": "1", "prompt": "x", "extra_params": '{"num_inference_steps": 4}'}
+    job = server.http.post("/v1/videos/edits", data=form, files={"user": (None, "me")}).json()
+    assert (job["num_frames"], job["num_inference_steps"]) == (4, 4), job
+    server.http.delete(f"/v1/videos/{job['id']}")
     for part in ({"from": 5}, {"from": -1}, {"to": 6}, {"from": 3, "to": 3}, {"form": 1}, [1, 2], "2-3"):
         fields = few | {"video": own, "clip": part}
         answer = server.http.post("/v1/videos/edits", json=fields)

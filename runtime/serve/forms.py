@@ -17,6 +17,7 @@ from starlette.requests import Request
 
 from runtime.serve.errors import ApiError, bad
 
+EXTRA = ("extra_body", "extra_params")  # fields that hold more fields, as some clients write them
 MAX_JSON = 32 * 2**20
 MAX_FIELDS, MAX_FILES = 200, 8
 MAX_DEPTH = 16
@@ -58,14 +59,16 @@ async def read_body(request: Request, folder: Callable[[], Path], limit: int) ->
             raise bad(f"the body is a JSON {type(fields).__name__}; legal: an object")
     else:
         raise ApiError(415, "legal content types: application/json, multipart/form-data", code="unsupported_media_type")
-    extra = fields.pop("extra_body", None)
-    if isinstance(extra, str):
-        extra = parse_json(extra.encode())
-    if extra is not None:
+    for name in EXTRA:
+        extra = fields.pop(name, None)
+        if isinstance(extra, str):
+            extra = parse_json(extra.encode())
+        if extra is None:
+            continue
         if not isinstance(extra, dict):
-            raise bad("extra_body is no object", "extra_body")
+            raise bad(f"{name} is no object", name)
         if twice := sorted(fields.keys() & extra.keys()):
-            raise bad(f"{twice[0]} is given twice, in extra_body as well", twice[0])
+            raise bad(f"{twice[0]} is given twice, in {name} as well", twice[0])
         fields |= extra
     return fields
 
