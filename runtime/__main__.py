@@ -83,6 +83,9 @@ def parser() -> argparse.ArgumentParser:
     make.add_argument("--dtype", default="auto", help="auto, float32, bfloat16, float16 (default: auto)")
     make.add_argument("--refit", action="store_true", help="take the weights from the model when it is loaded")
     make.add_argument("--stream", action="store_true", help="weights may stay in the host's memory")
+    make.add_argument(
+        "--package", metavar="FOLDER", help="with inductor: a step and the decoder for C++ without Python"
+    )
     look = make.add_mutually_exclusive_group()
     look.add_argument("--list", action="store_true", help="say what the store holds")
     look.add_argument("--check", action="store_true", help="read all of the store and say what is damaged")
@@ -172,7 +175,7 @@ def build(options: argparse.Namespace) -> None:
     else:
         lines = builds.build(
             options.model, options.size, options.frames, engine=options.engine, gpu=options.gpu, dtype=options.dtype,
-            options=Options(refit=options.refit, stream=options.stream),
+            options=Options(refit=options.refit, stream=options.stream), package=options.package,
         )  # fmt: skip
     print("\n".join(lines))
 

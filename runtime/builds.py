@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
+from pathlib import Path
 from typing import cast
 
 import torch
 from torch import nn
 
 from runtime.denoising import prepare_context
-from runtime.engines import builder, inductor
+from runtime.engines import builder, inductor, packages
 from runtime.engines.store import Entry, Store, architecture
 from runtime.model import Model, load
 from runtime.models.spec import ModelSpec
@@ -21,14 +22,19 @@ BUILDABLE = ("inductor", "tensorrt")
 
 def build(
     name: str, sizes: Sequence[tuple[int, int]], frames: int | None, *,
-    engine: str, gpu: str | None, dtype: str, options: builder.Options,
+    engine: str, gpu: str | None, dtype: str, options: builder.Options, package: str | None = None,
 ) -> list[str]:  # fmt: skip
     """Make the engines of a model for sizes (width, height) in pixels and up to `frames` frames; return what was made.
 
-    Sizes and frames are the model's defaults where they are not given. Raises ValueError for what is not legal.
+    Sizes and frames are the model's defaults where they are not given. `package` is a folder for what programs without
+    Python run. Raises ValueError for what is not legal.
     """
     if engine not in BUILDABLE:
         raise ValueError(f"engine is {engine!r}; what can be built ahead: {', '.join(BUILDABLE)}")
+    if package is not None:
+        if engine != "inductor":
+            raise ValueError(f"engine is {engine!r}; packages for programs without Python are written by inductor")
+        return write_packages(load(name, dtype=dtype), sizes, frames, Path(package))
     if engine == "inductor":
         if gpu is not None:
             raise ValueError("engine 'inductor' compiles for the device that the model is on; leave --gpu out")
@@ -47,6 +53,19 @@ def build(
         size = (folder / builder.ENGINE).stat().st_size
         made.append(f"{folder}: {size / 2**20:.0f} MiB for {gpu} in {time.perf_counter() - began:.0f} s")
     return made
+
+
+def write_packages(model: Model, sizes: Sequence[tuple[int, int]], frames: int | None, folder: Path) -> list[str]:
+    """Write the packages of one size and number of frames into a folder; ValueError for several sizes."""
+    if len(sizes) > 1:
+        raise ValueError(f"{len(sizes)} sizes are given; a folder of packages is for one size")
+    own = model.spec.defaults
+    width, height = sizes[0] if sizes else (own.width, own.height)
+    request = Request(prompt="any", width=width, height=height, num_frames=frames).resolved(model.spec)
+    assert request.num_frames
+    shape = model.spec.latent_shape(request.num_frames, height, width)
+    files = packages.write_packages(model.transformers, model.vae, model.spec, shape, folder)
+    return [f"{file}: {file.stat().st_size / 2**20:.1f} MiB" for file in files]
 
 
 def this_gpu() -> str:

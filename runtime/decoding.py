@@ -13,6 +13,7 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
+from itertools import count
 from typing import Any
 
 import numpy as np
@@ -76,8 +77,8 @@ def decode(
 
 def timed(chunks: Iterator[np.ndarray], stages: Stages) -> Iterator[np.ndarray]:
     """Yield the chunks, each step taken in the span "decode" of `stages`."""
-    while True:
-        with recording(stages), span("decode", memory=True):
+    for number in count():
+        with recording(stages), span("decode", memory=True, number=number):
             chunk = next(chunks, None)
         if chunk is None:
             return

@@ -197,7 +197,7 @@ def denoise(
     for _ in range(min(state.step, total - 1) * (rounds - 1)):
         torch.randn(state.x.shape, generator=generator)  # as drawn before the state that was resumed
     for step in range(state.step, total):
-        with span("denoise/step"):
+        with span("denoise/step", number=step + 1):
             for left in reversed(range(rounds if step < total - 1 else 1)):
                 seen = state.x
                 velocity = denoiser(seen, sigmas[step : step + 1], context)

@@ -31,7 +31,7 @@ from runtime.sound import Sound, cut
 from runtime.splicing import Splicer
 from runtime.tasks import Given, Part, Plan, Window, plan_task
 from runtime.text import encode_prompt
-from runtime.trace import recording, span
+from runtime.trace import mark, recording, span
 from runtime.video import Video
 
 FINISH = 0.6  # sigma from which a draft is made into the final video
@@ -62,7 +62,8 @@ def generate(
         receipt.predicted = foreseen.to_dict()
     job = Job(model, request, plan, footage, receipt, on_step, checkpoints)
     given = given_frames(plan.windows[0], footage, before_first(job))
-    latents = sample(job, 0, given, noise)
+    with mark("request"):
+        latents = sample(job, 0, given, noise)
     video = decode_window(job, 0, latents)
     if plan.plain:
         return video

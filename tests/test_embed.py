@@ -9,9 +9,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 import runtime
 from runtime.__main__ import main
+from runtime.denoising import prepare_context
+from tests.published import Tiny, relative, write
 
 ROOT = Path(__file__).resolve().parent.parent
 EMBED = ROOT / "csrc" / "embed"
@@ -140,3 +143,50 @@ def test_the_thread_sanitizer_finds_nothing_in_our_code(package: Path, tmp_path:
     build = built(ROOT / "tests" / "embed", tmp_path, *settings, flags="-O1 -g -fsanitize=thread")
     told = ran("env", "TSAN_OPTIONS=ignore_noninstrumented_modules=1", build / "checks")
     assert "after shutdown: Error" in told and "ThreadSanitizer" not in told
+
+
+@pytest.mark.slow
+def test_packages_run_without_python(package: Path, tmp_path: Path) -> None:
+    """One step and the decoder, compiled ahead by the command, make the numbers of Python with libtorch alone."""
+    write(Tiny(seed=70), tmp_path / "model")
+    command = ["build", "--engine", "inductor", "--model", tmp_path / "model", "--frames", "9", "--package", tmp_path]
+    assert main([str(part) for part in command]) == 0
+    settings = f"-Ddit_runtime_DIR={package / 'cmake'}", f"-DPython3_EXECUTABLE={sys.executable}", "-DENGINE=ON"
+    engine = built(package / "examples", tmp_path / "build", *settings) / "engine"
+    assert "libtorch_cpu" in (linked := ran("ldd", engine)) and "libpython" not in linked
+
+    model = runtime.load(tmp_path / "model")
+    generator = torch.Generator().manual_seed(1)
+    x = torch.randn(1, *model.spec.latent_shape(9, 32, 32), generator=generator)
+    text = torch.zeros(1, model.spec.text_length, model.transformers[0].text_dim)
+    text[:, :7] = torch.randn(1, 7, text.shape[2], generator=generator)
+    x.numpy().tofile(tmp_path / "x.bin")
+    text.numpy().tofile(tmp_path / "text.bin")
+    ran(engine, tmp_path, tmp_path, tmp_path, 3)
+
+    context = prepare_context(model, [text[0, :7]], x.shape[1:])
+    with torch.inference_mode():
+        for sigma in (1.0, 2 / 3, 1 / 3):
+            x = x - model.transformers[0](x, torch.tensor([sigma], dtype=torch.float64), context.experts[0]) / 3
+    theirs = torch.from_numpy(np.fromfile(tmp_path / "latents.bin", np.float32)).view(x.shape)
+    assert relative(theirs, x) < 1e-4
+    frames = np.fromfile(tmp_path / "frames.rgb", np.uint8).reshape(9, 32, 32, 3)
+    assert np.abs(frames.astype(int) - runtime.decode(model, theirs).frames).max() <= 1
+
+    (tmp_path / "step-1.pt2").write_bytes(b"nothing")
+    assert "step-1.pt2 cannot be loaded" in ran(engine, tmp_path, tmp_path, tmp_path, status=2)
+
+
+@pytest.mark.parametrize(
+    ("given", "sentence"),
+    [
+        (["--engine", "tensorrt"], "are written by inductor"),
+        (["--engine", "inductor", "--size", "64x64,96x64"], "is for one size"),
+        (["--engine", "inductor", "--size", "63x64"], "take 48x64 or 64x64"),
+    ],
+)
+def test_packages_that_cannot_be_written(
+    given: list[str], sentence: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["build", *given, "--package", str(tmp_path)]) == 2
+    assert sentence in capsys.readouterr().err

@@ -132,13 +132,7 @@ def package(block: nn.Module, arguments: tuple[torch.Tensor | None, ...], file: 
     On a CPU our operations are traced into, so that their passes are fused; on a GPU they stay the nodes they are,
     which run our own kernels.
     """
-    from torch._inductor.cpp_builder import get_cpp_compiler
-    from torch._inductor.exc import InvalidCxxCompiler
-
-    try:
-        get_cpp_compiler()
-    except InvalidCxxCompiler as error:
-        raise ValueError("engine 'inductor' compiles C++ and finds no compiler; install g++, or take eager") from error
+    expect_compiler()
     parameters = [parameter.detach() for parameter in block.parameters()]
     sizes = {letter: torch.export.Dim(letter, min=2, max=most) for letter, most in BOUNDS.items()}
     free = [{axis: sizes[letter] for axis, letter in axes.items()} or None for axes in free_axes(block, arguments)]
@@ -154,6 +148,17 @@ def package(block: nn.Module, arguments: tuple[torch.Tensor | None, ...], file: 
         raise
     except Exception as error:  # of a compiler, whatever it is
         raise CannotPackage((str(error).splitlines() or [""])[0] or type(error).__name__) from error
+
+
+def expect_compiler() -> None:
+    """ValueError where there is no C++ compiler."""
+    from torch._inductor.cpp_builder import get_cpp_compiler
+    from torch._inductor.exc import InvalidCxxCompiler
+
+    try:
+        get_cpp_compiler()
+    except InvalidCxxCompiler as error:
+        raise ValueError("engine 'inductor' compiles C++ and finds no compiler; install g++, or take eager") from error
 
 
 def load_package(folder: Path) -> Callable[..., torch.Tensor]:

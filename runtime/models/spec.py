@@ -266,6 +266,19 @@ class Autoencoder(Protocol):
         """
         ...
 
+    def decode_chunk(
+        self, latent: torch.Tensor, kept: Sequence[torch.Tensor], first: bool
+    ) -> tuple[torch.Tensor, tuple[torch.Tensor, ...]]:
+        """Return pixels [B, 3, F, H, W] of one latent frame [B, C, 1, H, W], and what to keep for the next one.
+
+        Tensors in, tensors out, for a whole frame: what engines export.
+        """
+        ...
+
+    def kept_at_first(self, latent: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """Return the zeros that `decode_chunk` takes as `kept` for a clip's first latent frame [B, C, 1, H, W]."""
+        ...
+
     def encode_stream(
         self, chunks: Iterable[torch.Tensor], tile: tuple[int, int] | None = None
     ) -> Iterator[torch.Tensor]:

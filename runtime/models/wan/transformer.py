@@ -20,6 +20,7 @@ from torch import nn
 from runtime import kernels
 from runtime.models.layers import rotary_table, timestep_embedding
 from runtime.models.spec import Projected, RunBlock, Stretch, config_from, run_block
+from runtime.trace import mark
 
 Attention = Callable[..., torch.Tensor]
 
@@ -124,6 +125,7 @@ class WanTransformer(nn.Module):
         device, dtype = self.head.weight.device, self.head.weight.dtype
         folds = [fold_padding(text_length - len(text), dtype) for text in texts]
         length = max(len(text) + len(fold) for text, fold in zip(texts, folds, strict=True))
+        biased = any(any(fold) or len(text) + len(fold) < length for text, fold in zip(texts, folds, strict=True))
         padded = torch.zeros(len(texts), length, self.config.text_dim, device=device, dtype=dtype)
         bias = torch.full((len(texts), 1, 1, length), -math.inf, dtype=torch.float32)
         for row, (text, fold) in enumerate(zip(texts, folds, strict=True)):
@@ -139,7 +141,7 @@ class WanTransformer(nn.Module):
         return Projected(
             keys=tuple(k for k, _ in pairs),
             values=tuple(v for _, v in pairs),
-            bias=bias.to(device, dtype) if bias.any() else None,
+            bias=bias.to(device, dtype) if biased else None,
             rope=rope.to(device),
             images=() if pictures is None else self.project_pictures(pictures.to(device, dtype)),
             control=None
@@ -174,7 +176,8 @@ class WanTransformer(nn.Module):
         for i, block in enumerate(self.blocks):
             pair = projected.keys[i], projected.values[i]
             images = projected.images[i] if projected.images else ()
-            h = run(block, h, modulation[i], *pair, projected.bias, projected.rope, *images)
+            with mark("denoise/block", i):
+                h = run(block, h, modulation[i], *pair, projected.bias, projected.rope, *images)
             if i in added:
                 h = h + added.pop(i)
         shift, scale = head_modulation.unbind(2)
@@ -240,15 +243,18 @@ class Block(nn.Module):
         `images` are nothing, or keys and values [1, S, N, K] of pictures.
         """
         shift1, scale1, gate1, shift2, scale2, gate2 = modulation.unbind(2)
-        y = self.self_attention(kernels.modulate(h, scale1, shift1, eps=self.eps), rope)
-        h = kernels.gate_residual(h, y, gate1)
-        cross = h
-        if self.cross_norm is not None:
-            cross = kernels.modulate(h, weight=self.cross_norm.weight, bias=self.cross_norm.bias, eps=self.eps)
-        y = self.cross_attention(cross, keys, values, bias, *images)
-        h, x = kernels.gate_residual_modulate(h.expand_as(y), y, None, scale2, shift2, eps=self.eps)
-        weights = self.ffn_in.weight, self.ffn_in.bias, self.ffn_out.weight, self.ffn_out.bias
-        return kernels.mlp(x, *weights, residual=h, gate=gate2)
+        with mark("denoise/attention"):
+            y = self.self_attention(kernels.modulate(h, scale1, shift1, eps=self.eps), rope)
+            h = kernels.gate_residual(h, y, gate1)
+        with mark("denoise/cross_attention"):
+            cross = h
+            if self.cross_norm is not None:
+                cross = kernels.modulate(h, weight=self.cross_norm.weight, bias=self.cross_norm.bias, eps=self.eps)
+            y = self.cross_attention(cross, keys, values, bias, *images)
+            h, x = kernels.gate_residual_modulate(h.expand_as(y), y, None, scale2, shift2, eps=self.eps)
+        with mark("denoise/mlp"):
+            weights = self.ffn_in.weight, self.ffn_in.bias, self.ffn_out.weight, self.ffn_out.bias
+            return kernels.mlp(x, *weights, residual=h, gate=gate2)
 
 
 class SelfAttention(nn.Module):

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import itertools
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -129,24 +129,45 @@ class WanVAE(nn.Module):
 
     @torch.no_grad()
     def _decode_chunks(self, latents: torch.Tensor, cuts: list[Tile], start: int) -> Iterator[torch.Tensor]:
-        weight = self.post_quant_conv.weight
-        mean, std = self._statistics(weight.device)
         whole = self.decoder.empty_history()
         histories = [self.decoder.empty_history() for _ in cuts]
         at_once = self._at_once(cuts)
         for begin in range(max(start - self.decoder.memory(), 0), latents.shape[2], at_once):
-            trunks = []
-            for t in range(begin, min(begin + at_once, latents.shape[2])):
-                z = latents[:, :, t : t + 1].to(weight.device, torch.float32) * std + mean
-                z = pointwise(self.post_quant_conv, z.to(weight.dtype, memory_format=torch.channels_last_3d))
-                trunks.append(self.decoder.trunk(z, whole, t == 0))
+            times = range(begin, min(begin + at_once, latents.shape[2]))
+            trunks = [self._trunk(latents[:, :, t : t + 1], whole, t == 0) for t in times]
             scales = (self.decoder.scale, self.stride[1])
             made = over_tiles(self._pixels, trunks, cuts, histories, scales, torch.device("cpu"), begin == 0)
             yield from made[max(start - begin, 0) :]
 
+    def _trunk(self, latent: torch.Tensor, history: History, first: bool) -> torch.Tensor:
+        weight = self.post_quant_conv.weight
+        mean, std = self._statistics(weight.device)
+        z = latent.to(weight.device, torch.float32) * std + mean
+        z = pointwise(self.post_quant_conv, z.to(weight.dtype, memory_format=torch.channels_last_3d))
+        return self.decoder.trunk(z, history, first)
+
     def _pixels(self, x: torch.Tensor, history: History, first: bool) -> torch.Tensor:
         made = self.decoder.branch(x, history, first)
         return unpatchify(made, self.config.patch_size or 1).float().clamp_(-1.0, 1.0)
+
+    def decode_chunk(
+        self, latent: torch.Tensor, kept: Sequence[torch.Tensor], first: bool
+    ) -> tuple[torch.Tensor, tuple[torch.Tensor, ...]]:
+        """Return pixels [B, 3, F, height, width] in [-1, 1] of one latent frame [B, C, 1, H, W], and what to keep.
+
+        `kept` are the frames that the convolutions remember, from the call before or `kept_at_first`.
+        """
+        history = [Ring.of(frames) for frames in kept]
+        pixels = self._pixels(self._trunk(latent, history, first), history, first)
+        return pixels, tuple(ring.all() for ring in history)
+
+    @torch.no_grad()
+    def kept_at_first(self, latent: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """Return zeros in the shapes of all that is remembered; two frames are decoded to learn these."""
+        history = self.decoder.empty_history()
+        for first in (True, False):
+            self._pixels(self._trunk(latent, history, first), history, first)
+        return tuple(torch.zeros_like(ring.all(), memory_format=torch.contiguous_format) for ring in history)
 
     def _at_once(self, cuts: list[Tile]) -> int:
         """Return how many latent frames a tile takes in its turn; on a CPU its history is not moved."""

@@ -30,6 +30,18 @@ class Ring:
         self.frames: torch.Tensor | None = None  # [B, C, size, H, W], the newest last
         self.parked: torch.Tensor | None = None  # where they lie in the host's memory meanwhile
 
+    @classmethod
+    def of(cls, frames: torch.Tensor) -> Ring:
+        """Return a full ring that holds a copy of frames [B, C, size, H, W]."""
+        ring = cls(frames.shape[2])
+        ring.frames, ring.filled = frames.clone(), ring.size
+        return ring
+
+    def all(self) -> torch.Tensor:
+        """Return all its frames, [B, C, size, H, W]."""
+        assert self.frames is not None
+        return self.frames
+
     def newest(self) -> torch.Tensor | None:
         """Return the frames that are there, [B, C, filled, H, W]; None for none."""
         return self.frames[:, :, self.size - self.filled :] if self.frames is not None and self.filled else None
