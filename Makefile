@@ -1,5 +1,5 @@
 # demo: a video from the built-in checkpoint.  test: all tests.  Both create .venv and install at first use.
-# gpu: tests and speeds on an NVIDIA GPU, with PYTHON as it is, nothing installed; ONLY=kernels, tests or demo, BUDGET=540.
+# gpu: tests and speeds on an NVIDIA GPU, with PYTHON as it is, nothing installed; ONLY=kernels, tests, latency or demo, BUDGET=540.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin

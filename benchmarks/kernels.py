@@ -24,7 +24,7 @@ import torch
 
 from benchmarks import compile_report
 from benchmarks.baselines import BARS, Baseline, baselines
-from benchmarks.machine import describe, results_file
+from benchmarks.machine import describe, keep, results_file
 from benchmarks.measure import Refused
 from runtime.kernels.backend import recorded, triton
 from runtime.kernels.cases import CASES, Case, cases
@@ -330,10 +330,7 @@ def save(record: dict[str, Any], file: Path | None) -> None:
     """Write a record as JSON, whole or not at all."""
     if file is None:
         return
-    file.parent.mkdir(parents=True, exist_ok=True)
-    partial = file.with_name(file.name + ".partial")
-    partial.write_text(json.dumps(record, indent=1) + "\n")
-    partial.replace(file)
+    keep(record, file)
 
 
 def first_line(error: BaseException) -> str:

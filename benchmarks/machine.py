@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import platform
 import re
@@ -13,7 +14,8 @@ from typing import Any
 
 import torch
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).resolve().parent.parent
+RESULTS = ROOT / "benchmarks" / "results"
 PACKAGES = ("torch", "diffusers", "transformers", "numpy")
 
 
@@ -30,7 +32,20 @@ def describe(device: torch.device) -> dict[str, Any]:
         "versions": {name: found for name in PACKAGES if (found := installed(name))},
         "commit": commit(),
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "clocks": gpu_state() if cuda else None,
+        "load": os.getloadavg()[0] if hasattr(os, "getloadavg") else None,  # processes that wanted a core before
     }
+
+
+def gpu_state() -> dict[str, str] | None:
+    """Return the GPU's driver, clocks, power limit and temperature now; None where the driver does not tell."""
+    asked = ("driver_version", "clocks.sm", "clocks.max.sm", "clocks.mem", "power.limit", "temperature.gpu")
+    command = ["nvidia-smi", f"--query-gpu={','.join(asked)}", "--format=csv,noheader", "--id=0"]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, check=True)
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return dict(zip(asked, (value.strip() for value in done.stdout.strip().split(",")), strict=True))
 
 
 def results_file(machine: dict[str, Any]) -> Path:
@@ -38,13 +53,45 @@ def results_file(machine: dict[str, Any]) -> Path:
     name = machine["name"]
     if machine["device"] == "cpu":
         name = f"cpu {name} {machine['logical_cores']} cores"
-    folder = ROOT / "benchmarks" / "results" / slug(name)
+    folder = RESULTS / slug(name)
     stem = f"{machine['date'][:10]}-{machine['commit']}"
     file, count = folder / f"{stem}.json", 1
     while file.exists():
         count += 1
         file = folder / f"{stem}-{count}.json"
     return file
+
+
+def keep(record: dict[str, Any], file: Path) -> None:
+    """Write results, whole or not at all; the listing of those in the repository follows."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    partial = file.with_name(file.name + ".partial")
+    partial.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    partial.replace(file)
+    if file.resolve().is_relative_to(RESULTS):
+        (RESULTS / "README.md").write_text(listing(), encoding="utf-8")
+
+
+def listing() -> str:
+    """Return the table of the results in the repository, the newest first."""
+    found = []
+    for file in RESULTS.glob("*/*.json"):
+        record = json.loads(file.read_text(encoding="utf-8"))
+        about = record.get("machine", {})
+        cells = [
+            about.get("date", "")[:10],
+            record.get("benchmark", ""),
+            about.get("name", ""),
+            about.get("commit", ""),
+        ]
+        name = file.relative_to(RESULTS).as_posix()
+        found.append((about.get("date", ""), f"| {' | '.join(map(str, cells))} | [{name}]({name}) |"))
+    lines = [line for _, line in sorted(found, reverse=True)]
+    head = ["| date | benchmark | machine | commit | file |", "| --- | --- | --- | --- | --- |"]
+    intro = (
+        "Written by `python -m benchmarks`; `python -m benchmarks compare A.json B.json` says what changed between two."
+    )
+    return "\n".join(["# Results", "", intro, "", *head, *lines]) + "\n"
 
 
 def slug(name: str) -> str:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import statistics
 import sys
@@ -15,7 +14,7 @@ from typing import Any
 import torch
 
 from benchmarks import random_model
-from benchmarks.machine import describe, installed, results_file
+from benchmarks.machine import describe, installed, keep, results_file
 from benchmarks.measure import fresh_process
 from runtime.calibration import calibration
 from runtime.model import DEMO
@@ -85,8 +84,7 @@ def run(args: argparse.Namespace) -> int:
     machine = describe(torch.device("cpu"))
     record = {"benchmark": "planner", "machine": machine, "repeats": args.repeats, "cases": found}
     file = args.json or results_file(machine)
-    file.parent.mkdir(parents=True, exist_ok=True)
-    file.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    keep(record, file)
     print(f"samples: {file}", file=sys.stderr)
     print(table(found))
     return int(any(case["total"] > SECONDS_BAR or case["memory"] > MEMORY_BAR for case in found))

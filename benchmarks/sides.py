@@ -16,14 +16,17 @@ import numpy as np
 import torch
 
 import runtime
+from benchmarks import true_size
 from benchmarks.machine import installed
 from runtime.denoising import compose, prepare_context
 from runtime.latents import draw_noise
+from runtime.model import choose_dtype
 from runtime.models.spec import ModelSpec
 from runtime.request import Request
 from runtime.schedules import make_schedule
 from runtime.tasks import plan_task
 from runtime.text import encode_prompt
+from runtime.weights import read_json
 
 
 @dataclass(frozen=True)
@@ -33,6 +36,9 @@ class Case:
     folder: Path
     spec: ModelSpec
     request: Request
+    dtype: str = "float32"
+    engine: str = "eager"  # this runtime's
+    random: bool = False  # the folder holds configs alone, see true_size
 
     def take(self, number: int) -> Request:
         """Return the request with a prompt and a negative prompt of its own, so that no cache has them."""
@@ -92,7 +98,10 @@ class Ours:
     def __init__(self, case: Case, device: torch.device) -> None:
         self.case, self.device = case, device
         self.latents, self.frames = case.inputs()
-        self.model = runtime.load(case.folder, device=device, dtype="float32")
+        if case.random:
+            self.model = true_size.load(case.folder, device, case.dtype, case.engine)
+        else:
+            self.model = runtime.load(case.folder, device=device, dtype=case.dtype, engine=case.engine)
         _ = self.model.text_encoder, self.model.tokenizer  # else read at the first prompt; diffusers reads them here
 
     @property
@@ -149,16 +158,14 @@ class Diffusers:
 
     def __init__(self, case: Case, device: torch.device) -> None:
         import transformers
-        from diffusers import WanPipeline
         from diffusers.utils import logging
 
         logging.disable_progress_bar()
         transformers.utils.logging.disable_progress_bar()
         self.case, self.device = case, device
         self.latents, self.frames = case.inputs()
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", FutureWarning)  # the argument's newer name is unknown to older versions
-            self.pipe: Any = WanPipeline.from_pretrained(case.folder, torch_dtype=torch.float32).to(device)
+        self.dtype = choose_dtype(case.dtype, device)
+        self.pipe: Any = random_pipeline(case, device) if case.random else saved_pipeline(case, device, self.dtype)
         self.pipe.set_progress_bar_config(disable=True)
         statistics = torch.tensor([self.pipe.vae.config.latents_mean, self.pipe.vae.config.latents_std], device=device)
         self.mean, self.std = statistics.view(2, 1, -1, 1, 1, 1)
@@ -196,6 +203,7 @@ class Diffusers:
     @torch.no_grad()
     def step(self, take: int) -> torch.Tensor:
         x, time, negative, prompt = self._step
+        x = x.to(self.dtype)
         scale, network = self.case.request.guidance or 0.0, self.pipe.transformer
         conditional = network(x, time, prompt, return_dict=False)[0]
         if scale <= 1:
@@ -232,6 +240,39 @@ class Diffusers:
     def _to_bytes(self, video: torch.Tensor) -> np.ndarray:
         """[F, 3, H, W] in [0, 1] -> uint8 [F, H, W, 3]."""
         return video.mul(255).round_().to(torch.uint8).permute(0, 2, 3, 1).contiguous().cpu().numpy()
+
+
+def saved_pipeline(case: Case, device: torch.device, dtype: torch.dtype) -> Any:
+    """Return diffusers' pipeline of a checkpoint, its VAE in float32 as its documentation has it."""
+    from diffusers import AutoencoderKLWan, WanPipeline
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # the argument's newer name is unknown to older versions
+        vae = AutoencoderKLWan.from_pretrained(case.folder, subfolder="vae", torch_dtype=torch.float32)
+        return WanPipeline.from_pretrained(case.folder, vae=vae, torch_dtype=dtype).to(device)
+
+
+def random_pipeline(case: Case, device: torch.device) -> Any:
+    """Return diffusers' pipeline of a folder of configs, with the weights that this runtime has there."""
+    from diffusers import AutoencoderKLWan, UniPCMultistepScheduler, WanPipeline, WanTransformer3DModel
+    from transformers import AutoTokenizer, UMT5Config, UMT5EncoderModel
+
+    def build(name: str) -> torch.nn.Module:
+        config = read_json(case.folder / name / "config.json")
+        with device:
+            if name == "text_encoder":
+                return UMT5EncoderModel(UMT5Config(**config))
+            return AutoencoderKLWan(**config) if name == "vae" else WanTransformer3DModel(**config)
+
+    networks = true_size.fill_peer(case.folder, device, case.dtype, build)
+    index = read_json(case.folder / "model_index.json")
+    return WanPipeline(
+        tokenizer=AutoTokenizer.from_pretrained(case.folder / "tokenizer"),
+        scheduler=UniPCMultistepScheduler.from_config(read_json(case.folder / "scheduler" / "scheduler_config.json")),
+        boundary_ratio=index["boundary_ratio"],
+        expand_timesteps=index["expand_timesteps"],
+        **networks,
+    )
 
 
 def rival(name: str | None) -> list[type[Side]]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import itertools
-import json
 import math
 import os
 import statistics
@@ -19,7 +18,7 @@ import torch
 
 import runtime
 from benchmarks import quality, random_model, sides
-from benchmarks.machine import describe, installed, results_file
+from benchmarks.machine import describe, installed, keep, results_file
 from benchmarks.measure import Refused, alternate, check_equal, check_psnr, fresh_process, median_ratio, peak_growth
 from benchmarks.report import table
 from benchmarks.sides import Case, Ours, Side
@@ -104,8 +103,7 @@ def run(args: argparse.Namespace) -> None:
         "models": models,
     }
     file = args.json or results_file(machine)
-    file.parent.mkdir(parents=True, exist_ok=True)
-    file.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    keep(record, file)
     _say(f"samples: {file}")
     print(table(record))
 

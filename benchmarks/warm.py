@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import statistics
 import tempfile
@@ -13,7 +12,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.machine import describe, results_file
+from benchmarks.machine import describe, keep, results_file
 from benchmarks.measure import fresh_process
 
 REQUESTS = 10
@@ -41,9 +40,7 @@ def run(args: argparse.Namespace) -> None:
             for kind, samples in kinds.items():
                 samples.append(fresh_process(requests, args.model, args.device, args.engine, kind == "warm"))
     file = args.json or results_file(machine)
-    file.parent.mkdir(parents=True, exist_ok=True)
-    record = {"benchmark": "warm", "machine": machine, "model": args.model, "engine": args.engine, "seconds": kinds}
-    file.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    keep({"benchmark": "warm", "machine": machine, "model": args.model, "engine": args.engine, "seconds": kinds}, file)
     print("| start | first request | tenth | first / tenth |\n| --- | ---: | ---: | ---: |")
     for kind, samples in kinds.items():
         first, last = (statistics.median(run[i] for run in samples) for i in (0, -1))

@@ -24,7 +24,7 @@ RESULTS = ROOT / "benchmarks" / "results"
 LINKED = ROOT / "build" / "gpu"
 DEMO = Path(os.environ.get("OUT", ROOT / "out")) / "demo-model"
 PARTS = ("tests", "kernels")
-LONG = ("demo",)  # run only where asked for
+LONG = ("latency", "demo")  # run only where asked for
 TEST_PROCESSES = 6
 TEST_SHARE = 0.5  # of the time that is left when they begin, at most
 LAST = 20.0  # seconds kept for printing the table
@@ -53,6 +53,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         notes.append(tests(environment, time.time() + TEST_SHARE * (end - time.time())))
     if "kernels" in parts:
         notes.append(speeds(environment, began, end))
+    if "latency" in parts:
+        left = end - time.time() - LAST
+        command = [
+            sys.executable, "-m", "benchmarks", "latency", "--model", "wan2.1-t2v-1.3b@random", "--device", "cuda",
+            "--sizes", "480p,vertical,1024x1024,720p,1080p", "--frames", "1,17,81", "--engines", "eager,cuda_graph",
+            "--steps", "4", "--budget", f"{max(left - LAST, 0):.0f}", *against(),
+        ]  # fmt: skip
+        notes.append(failed("benchmarks latency", command, environment, end))
     if "demo" in parts:  # goes on with what an earlier run left in the folder
         train = [sys.executable, "-m", "tools.demo_model", "train", "--size", "gpu", "--out", str(DEMO)]
         notes.append(failed("training the demo model", train, environment, end))
@@ -125,6 +133,12 @@ def speeds(environment: dict[str, str], began: float, end: float) -> str:
             show = [sys.executable, "-m", "benchmarks", "kernels", "--show", str(newest)]
             failed("the table", show, environment, time.time() + LAST)
     return note
+
+
+def against() -> list[str]:
+    """Return the option that measures diffusers as well, where it is installed."""
+    found = output(sys.executable, "-c", "import diffusers, accelerate")
+    return [] if found is None else ["--against", "diffusers"]
 
 
 def failed(what: str, command: list[str], environment: dict[str, str], end: float, log: Path | None = None) -> str:

@@ -85,9 +85,9 @@ def write_packages(
     kept = {f"kept.{index}": each for index, each in enumerate(vae.kept_at_first(x[:, :, :1]))}
     for name in ("first", "next"):
         facts = {"part": f"decode_{name}", "model": spec.name}
-        module = Chunk(vae, name == "first").eval()
+        chunk = Chunk(vae, name == "first").eval()
         files.append(
-            write(module, {"latent": x[:, :, :1]} | kept, ["pixels", *kept], facts, folder / f"decode-{name}.pt2")
+            write(chunk, {"latent": x[:, :, :1]} | kept, ["pixels", *kept], facts, folder / f"decode-{name}.pt2")
         )
     return files
 

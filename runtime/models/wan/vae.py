@@ -22,7 +22,7 @@ from torch import nn
 
 from runtime.models.spec import config_from
 from runtime.models.tiles import Tile, tiles
-from runtime.models.wan.vae_blocks import CausalConv3d, History, UpsamplingConv2d, fetch, park, pointwise
+from runtime.models.wan.vae_blocks import CausalConv3d, History, Ring, UpsamplingConv2d, fetch, park, pointwise
 from runtime.models.wan.vae_networks import Decoder, Encoder
 
 FRAMES_PER_TILE = 8  # latent frames that a tile decodes in its turn on a GPU: its history is moved once for all

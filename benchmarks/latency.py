@@ -1,0 +1,283 @@
+"""Latency per resolution: cold and warm, stage by stage, beside the floor and beside diffusers.
+
+Every row is a process of its own: load, first request, some more, then each stage. What was measured is on disk after
+each row; what cannot be made, or does not fit, is a row with the reason.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import os
+import shutil
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from benchmarks import plot, sides, true_size
+from benchmarks.latency_report import bars, table
+from benchmarks.machine import describe, keep, results_file
+from benchmarks.measure import Refused, alternate, check_equal, fresh_process, peak_growth
+from benchmarks.sides import Case, Diffusers, Ours, Side
+from runtime.engines.store import cache_root
+from runtime.machine import GPUS
+from runtime.model import choose_device, locate
+from runtime.models import open_checkpoint
+from runtime.planner import plan_request
+from runtime.request import Request
+
+SIZES = {"480p": (832, 480), "720p": (1280, 720), "1080p": (1920, 1080), "vertical": (480, 832)}
+STAGES = ("text", "step", "decode", "encode")
+SEEN = 32  # every so many pixels of three frames are compared between the sides
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What holds for all rows of a run; `folder` is the model's."""
+
+    model: str
+    folder: Path
+    device: torch.device
+    dtype: str
+    steps: int | None
+    repeats: int
+    threads: int
+
+    @property
+    def random(self) -> bool:
+        """Whether the weights are random ones."""
+        return self.model.endswith(true_size.SUFFIX)
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One row: a size by its name, a number of frames, and who makes it."""
+
+    size: str
+    frames: int
+    side: str
+    engine: str
+
+    @property
+    def name(self) -> str:
+        """What it is called in the table."""
+        who = self.engine if self.side == Ours.name else self.side
+        return f"{self.size} x {self.frames}, {who}"
+
+
+def add_command(commands: Any) -> None:
+    """Add `latency` to the command line."""
+    parser = commands.add_parser("latency", help="requests of many sizes, cold and warm, beside floor and diffusers")
+    parser.set_defaults(run=run)
+    parser.add_argument(
+        "--model", default="demo", help="demo (default), a folder, a published name, or a published name with random "
+        f"weights of its true size, such as wan2.1-t2v-1.3b{true_size.SUFFIX}",
+    )  # fmt: skip
+    parser.add_argument(
+        "--sizes", type=_sizes, help=f"some of {','.join(SIZES)}, or WIDTHxHEIGHT (default: the model's)"
+    )
+    parser.add_argument("--frames", type=_numbers, help="such as 1,17,81 (default: the model's)")
+    parser.add_argument("--engines", default="eager", help="some of eager,cuda_graph,inductor,tensorrt (default eager)")
+    parser.add_argument("--against", choices=["diffusers"], help="measure it behind each size")
+    parser.add_argument("--steps", type=int, help="denoising steps (default: the model's)")
+    parser.add_argument("--dtype", default="auto", help="auto (default), float32, bfloat16, float16")
+    parser.add_argument("--device", default="auto", help="auto (default), cpu, cuda, cuda:N")
+    parser.add_argument("--threads", type=int, help="threads on the CPU (default: as many as PyTorch takes)")
+    parser.add_argument("--repeats", type=int, default=3, help="warm samples of each number (default 3)")
+    parser.add_argument("--budget", type=float, metavar="SECONDS", help="begin no row after so long")
+    parser.add_argument("--resume", type=Path, metavar="FILE", help="go on with the rows that this file lacks")
+    parser.add_argument("--json", type=Path, help="file of results (default: benchmarks/results/<device>/"
+                        "<date>-<commit>.json); the plot lies beside it")  # fmt: skip
+
+
+def run(args: argparse.Namespace) -> int:
+    """Measure row after row, keep each, print the table; 130 where it was interrupted."""
+    began, device = time.monotonic(), choose_device(args.device)
+    torch.set_num_threads(args.threads or torch.get_num_threads())
+    record, file = opened(args, describe(device))
+    with tempfile.TemporaryDirectory(prefix="benchmarks-") as scratch:
+        if (calibrated := cache_root() / "machine").is_dir():
+            shutil.copytree(calibrated, Path(scratch) / "cache" / "machine")
+        os.environ["DIT_RUNTIME_CACHE"] = str(Path(scratch) / "cache")  # else a known prompt is not encoded
+        folder = model_folder(args.model, Path(scratch) / "model")
+        settings = Settings(
+            args.model, folder, device, _dtype(args.dtype, device), args.steps, args.repeats, torch.get_num_threads()
+        )
+        status = 0
+        try:
+            for cell in remaining(cells(args, folder), record):
+                if args.budget is not None and time.monotonic() - began > args.budget:
+                    print("out of time; go on with --resume", file=sys.stderr)
+                    break
+                print(cell.name, file=sys.stderr, flush=True)
+                record["rows"].append(compared(row(cell, settings), record["rows"]))
+                keep(record, file)
+        except KeyboardInterrupt:
+            print("interrupted; what was measured is kept, go on with --resume", file=sys.stderr)
+            status = 130
+    print(table(record))
+    if found := bars(record):
+        picture = plot.stacked(f"{args.model}, {record['machine']['name']}: seconds per request, floor in black", found)
+        print(f"\nsamples: {file}\nplot: {plot.save(file.with_suffix('.svg'), picture)}", file=sys.stderr)
+    return status
+
+
+def opened(args: argparse.Namespace, machine: dict[str, Any]) -> tuple[dict[str, Any], Path]:
+    """Return the record, as far as an earlier run came, and its file; ValueError where that measured something else."""
+    asked = {"model": args.model, "steps": args.steps, "dtype": args.dtype, "repeats": args.repeats}
+    if args.resume is None:
+        return {"benchmark": "latency", "machine": machine, "asked": asked, "rows": []}, args.json or results_file(
+            machine
+        )
+    record = json.loads(args.resume.read_text(encoding="utf-8"))
+    then = record.get("machine", {})
+    same = {key: then.get(key) == machine[key] for key in ("name", "commit", "versions")}
+    same["settings"] = record.get("asked") == asked
+    if differing := [key for key, equal in same.items() if not equal]:
+        raise ValueError(f"{args.resume} was measured with another {', '.join(differing)}; begin anew without --resume")
+    return record, args.json or args.resume
+
+
+def model_folder(name: str, scratch: Path) -> Path:
+    """Return the folder of a model; of one with random weights, its configs are written there."""
+    if not name.endswith(true_size.SUFFIX):
+        return locate(name)
+    true_size.write_configs(scratch, name.removesuffix(true_size.SUFFIX))
+    return scratch
+
+
+def cells(args: argparse.Namespace, folder: Path) -> Iterator[Cell]:
+    """Yield the rows: for each size and number of frames our engines, then the peer."""
+    own = open_checkpoint(folder).spec.defaults
+    peers = [Cell("", 0, side.name, "") for side in sides.rival(args.against)]
+    who = [*(Cell("", 0, Ours.name, engine) for engine in args.engines.split(",")), *peers]
+    sizes, frames = args.sizes or [f"{own.width}x{own.height}"], args.frames or [own.num_frames]
+    for size, count, each in itertools.product(sizes, frames, who):
+        yield Cell(size, count, each.side, each.engine)
+
+
+def remaining(wanted: Iterator[Cell], record: dict[str, Any]) -> Iterator[Cell]:
+    """Yield the rows that a record lacks."""
+    done = {key(each) for each in record["rows"]}
+    return (cell for cell in wanted if key(vars(cell)) not in done)
+
+
+def row(cell: Cell, settings: Settings) -> dict[str, Any]:
+    """Measure one row in a new process; a row that cannot be has a reason instead."""
+    found = {**vars(cell), "dtype": settings.dtype}
+    spec = open_checkpoint(settings.folder).spec
+    width, height = pixels(cell.size)
+    asked = {"width": width, "height": height, "num_frames": cell.frames, "steps": settings.steps}
+    try:
+        request = Request(prompt="as the take says", seed=7, **asked).resolved(spec)
+        found["floor"] = floor(settings, request)
+    except ValueError as refused:  # by the request's checks, or by the planner where it cannot fit
+        return found | {"reason": str(refused)}
+    case = Case(settings.folder, spec, request, settings.dtype, cell.engine or "eager", settings.random)
+    kind: type[Side] = Ours if cell.side == Ours.name else Diffusers
+    try:
+        return found | {"steps": request.steps} | fresh_process(measured, kind, case, settings)
+    except Exception as error:  # of a process of its own: out of memory, no such engine here, a peer that cannot
+        return found | {"reason": (str(error).splitlines() or [""])[0] or type(error).__name__}
+
+
+def floor(settings: Settings, request: Request) -> dict[str, Any] | None:
+    """Return the planner's seconds per stage: at a known GPU's peaks, or by this CPU's calibration; None otherwise."""
+    gpu = None
+    if settings.device.type == "cuda":
+        name = torch.cuda.get_device_name(settings.device).lower()
+        gpu = next((known for known in GPUS if known in name), None)
+        if gpu is None:
+            return None
+    name = settings.model.removesuffix(true_size.SUFFIX) if settings.random else str(settings.folder)
+    keys = ("width", "height", "num_frames", "steps", "guidance")
+    planned = plan_request(name, gpu=gpu, dtype=settings.dtype, **{key: getattr(request, key) for key in keys})
+    return {"basis": planned.basis, "machine": planned.machine, "predicted": planned.seconds}
+
+
+def measured(kind: type[Side], case: Case, settings: Settings) -> dict[str, Any]:
+    """Return the seconds and bytes of one side in a process that has done nothing else."""
+    torch.set_num_threads(settings.threads)
+    if settings.device.type == "cuda":
+        torch.cuda.set_device(settings.device)
+    began = time.perf_counter()
+    side = kind(case, settings.device)
+    loaded = time.perf_counter() - began
+    frames: list[np.ndarray] = []
+    takes = itertools.count(1)
+
+    def first() -> None:
+        frames.append(side.request(next(takes)))
+
+    began = time.perf_counter()
+    memory = peak_growth(first, settings.device)
+    cold = time.perf_counter() - began
+    seconds: dict[str, list[float]] = {"load": [loaded], "cold": [cold]}
+    [seconds["total"]] = alternate([side.request], list(itertools.islice(takes, settings.repeats)))
+    missing = {}
+    for stage in STAGES:
+        try:
+            getattr(side, stage)(next(takes))  # unmeasured
+            [seconds[stage]] = alternate([getattr(side, stage)], list(itertools.islice(takes, settings.repeats)))
+        except (RuntimeError, MemoryError) as error:  # a stage by itself may take more memory than in a request
+            missing[stage] = (str(error).splitlines() or [""])[0]
+    count = len(frames[0])
+    shown = frames[0][[0, count // 2, count - 1], ::SEEN, ::SEEN]
+    return {"seconds": seconds, "memory": memory, "missing": missing, "shown": shown.tobytes().hex()}
+
+
+def compared(row: dict[str, Any], rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Return a row with how far its frames are from those of our first row of that size, in 255 on average.
+
+    In float32 a row whose frames are not equal up to rounding loses its numbers.
+    """
+    ours = next((each for each in rows if "shown" in each and key(each)[:2] == key(row)[:2]), None)
+    if ours is None or "shown" not in row:
+        return row
+    a, b = (np.frombuffer(bytes.fromhex(each["shown"]), np.uint8) for each in (ours, row))
+    if row["dtype"] == "float32":
+        try:
+            check_equal("video", a, b)
+        except Refused as refused:
+            return {name: row[name] for name in (*vars(Cell("", 0, "", "")), "dtype")} | {"reason": str(refused)}
+    return row | {"difference": float(np.abs(a.astype(int) - b.astype(int)).mean())}
+
+
+def key(row: dict[str, Any]) -> tuple[str, int, str, str]:
+    """Return what a row is of."""
+    return row["size"], row["frames"], row["side"], row["engine"]
+
+
+def pixels(size: str) -> tuple[int, int]:
+    """Return (width, height) of a size by its name or its numbers."""
+    if size in SIZES:
+        return SIZES[size]
+    width, _, height = size.partition("x")
+    return int(width), int(height)
+
+
+def _sizes(given: str) -> Sequence[str]:
+    for size in given.split(","):
+        width, _, height = size.partition("x")
+        if size not in SIZES and not (width.isdecimal() and height.isdecimal()):
+            raise argparse.ArgumentTypeError(f"{size!r}: legal are {', '.join(SIZES)}, or numbers such as 1024x1024")
+    return given.split(",")
+
+
+def _numbers(given: str) -> list[int]:
+    try:
+        return [int(number) for number in given.split(",")]
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{given!r}: legal are numbers of frames such as 1,17,81") from None
+
+
+def _dtype(given: str, device: torch.device) -> str:
+    return given if given != "auto" else ("bfloat16" if device.type == "cuda" else "float32")

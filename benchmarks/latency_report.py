@@ -1,0 +1,89 @@
+"""Latency per resolution as a table."""
+
+from __future__ import annotations
+
+import statistics
+from typing import Any
+
+from benchmarks.measure import median_ratio
+from benchmarks.plot import Bar
+
+COLUMNS = ("load", "cold", "total", "text", "step", "decode", "encode")
+
+
+def table(record: dict[str, Any]) -> str:
+    """Return the rows of `latency` as Markdown, the machine above, how to read them below."""
+    machine, asked = record["machine"], record["asked"]
+    packages = ", ".join(f"{name} {version}" for name, version in machine["versions"].items())
+    clocks = ", ".join(f"{name} {value}" for name, value in (machine.get("clocks") or {}).items())
+    where = ", ".join(filter(None, [machine["name"], packages, f"commit {machine['commit']}", clocks]))
+    head = ["size x frames", "by", "steps", *COLUMNS, "peak memory", "of the floor", "peer / ours"]
+    lines = [f"**{asked['model']} on {where}**", "", _row(head), _row(["---", "---", *["---:"] * (len(head) - 2)])]
+    lines += [_row(cells(each, record["rows"])) for each in record["rows"]]
+    return "\n".join([*lines, "", method(record["rows"])])
+
+
+def cells(row: dict[str, Any], rows: list[dict[str, Any]]) -> list[str]:
+    """Return one row: medians, or the reason why there is none."""
+    first = [f"{row['size']} x {row['frames']}", row["engine"] or row["side"]]
+    if "seconds" not in row:
+        return [*first, f"not measured: {row['reason']}", *[""] * (len(COLUMNS) + 3)]
+    times = [duration(row["seconds"].get(name)) for name in COLUMNS]
+    memory = row["memory"] and f"{(row['memory']['before'] + row['memory']['growth']) / 2**30:.2f} GiB"
+    floor = row["floor"] and f"{row['floor']['predicted']['total'] / statistics.median(row['seconds']['total']):.0%}"
+    return [*first, str(row["steps"]), *times, memory or "-", floor or "-", ratio(row, rows)]
+
+
+def ratio(row: dict[str, Any], rows: list[dict[str, Any]]) -> str:
+    """Return how often ours fits into the peer's whole request at the same size; empty without one."""
+    peers = [
+        each["seconds"]["total"]
+        for each in rows
+        if not each["engine"] and "seconds" in each and (each["size"], each["frames"]) == (row["size"], row["frames"])
+    ]
+    return f"{median_ratio(row['seconds']['total'], peers[0]):.2f}" if peers and row["engine"] else ""
+
+
+def duration(samples: list[float] | None) -> str:
+    """Return the median of samples, in ms below a second; - for none."""
+    if not samples:
+        return "-"
+    middle = statistics.median(samples)
+    return f"{middle:.2f} s" if middle >= 1 else f"{middle * 1e3:.1f} ms"
+
+
+def method(rows: list[dict[str, Any]]) -> str:
+    """Return how to read the numbers."""
+    bases = {each["floor"]["basis"] for each in rows if each.get("floor")}
+    floor = {
+        frozenset(): "no floor is known for this device",
+        frozenset({"ideal"}): "floor: published arithmetic and traffic at the device's peaks",
+        frozenset({"measured"}): "floor: what the planner predicts from this machine's calibration, no ideal",
+    }[frozenset(bases)]
+    return (
+        "Medians. Each row is a new process: load, then cold, its first request, then total, further ones with new "
+        "prompts, then the stages by themselves (step: one guided step; encode: the clip back to latents). Peak memory "
+        f"is that of the first request, weights included; {floor}. Peer / ours: of whole requests."
+    )
+
+
+def bars(record: dict[str, Any]) -> list[Bar]:
+    """Return a bar per measured row: text, steps, decoding, and the rest of the request."""
+    found = []
+    for each in record["rows"]:
+        if "seconds" not in each:
+            continue
+        middle = {name: statistics.median(times) for name, times in each["seconds"].items()}
+        parts = {
+            "text": middle.get("text", 0.0),
+            "steps": middle.get("step", 0.0) * each["steps"],
+            "decode": middle.get("decode", 0.0),
+        }
+        parts["rest"] = max(middle["total"] - sum(parts.values()), 0.0)
+        label = f"{each['size']} x {each['frames']} {each['engine'] or each['side']}"
+        found.append(Bar(label, parts, each["floor"] and each["floor"]["predicted"]["total"]))
+    return found
+
+
+def _row(cells: list[str]) -> str:
+    return f"| {' | '.join(cells)} |"
