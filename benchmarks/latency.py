@@ -175,7 +175,7 @@ def row(cell: Cell, settings: Settings) -> dict[str, Any]:
     found = {**vars(cell), "dtype": settings.dtype}
     spec = open_checkpoint(settings.folder).spec
     width, height = pixels(cell.size)
-    asked = {"width": width, "height": height, "num_frames": cell.frames, "steps": settings.steps}
+    asked: dict[str, Any] = {"width": width, "height": height, "num_frames": cell.frames, "steps": settings.steps}
     try:
         request = Request(prompt="as the take says", seed=7, **asked).resolved(spec)
         found["floor"] = floor(settings, request)

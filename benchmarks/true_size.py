@@ -93,9 +93,7 @@ def made(component: Component, device: torch.device, dtype: torch.dtype) -> nn.M
     return module
 
 
-def fill_peer(
-    folder: Path, device: torch.device, dtype: str, build: Callable[[str], nn.Module]
-) -> dict[str, nn.Module]:
+def fill_peer(folder: Path, device: torch.device, dtype: str, build: Callable[[str], Any]) -> dict[str, Any]:
     """Return the networks that `build(name)` makes, with the same weights under their published names."""
     checkpoint, kind = open_checkpoint(folder), choose_dtype(dtype, device)
     found = {}
