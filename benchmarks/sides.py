@@ -255,13 +255,11 @@ def saved_pipeline(case: Case, device: torch.device, dtype: torch.dtype) -> Any:
 def random_pipeline(case: Case, device: torch.device) -> Any:
     """Return diffusers' pipeline of a folder of configs, with the weights that this runtime has there."""
     from diffusers import AutoencoderKLWan, UniPCMultistepScheduler, WanPipeline, WanTransformer3DModel
-    from transformers import AutoTokenizer, UMT5Config, UMT5EncoderModel
+    from transformers import AutoTokenizer
 
     def build(name: str) -> Any:
         config = read_json(case.folder / name / "config.json")
         with device:
-            if name == "text_encoder":
-                return UMT5EncoderModel(UMT5Config(**config))
             return AutoencoderKLWan(**config) if name == "vae" else WanTransformer3DModel(**config)
 
     networks = true_size.fill_peer(case.folder, device, case.dtype, build)

@@ -94,19 +94,19 @@ def made(component: Component, device: torch.device, dtype: torch.dtype) -> nn.M
 
 
 def fill_peer(folder: Path, device: torch.device, dtype: str, build: Callable[[str], Any]) -> dict[str, Any]:
-    """Return the networks that `build(name)` makes, with the same weights under their published names."""
+    """Return the pipeline's networks: the text encoder, and those that `build(name)` makes, with the same weights under their published names."""
     checkpoint, kind = open_checkpoint(folder), choose_dtype(dtype, device)
     found = {}
     for component in checkpoint.components:
         ours = made(component, device, torch.float32 if component.name == "vae" else kind)
+        if component.name == "text_encoder":  # of one library, transformers
+            found[component.name] = ours
+            continue
         places, theirs = dict(ours.named_parameters(remove_duplicate=False)), build(component.name)
         tensors = {}
         shapes = {name: tensor.shape for name, tensor in theirs.state_dict().items()}
         for name, slot in component.keys(ours).items():
             tensors[name] = slot.within(places[slot.name]).reshape(shapes[name])
-        lacking = theirs.load_state_dict(tensors, strict=False, assign=True).missing_keys
-        assert set(lacking) <= component.ignored, lacking
-        if hasattr(theirs, "tie_weights"):
-            theirs.tie_weights()
+        theirs.load_state_dict(tensors, assign=True)
         found[component.name] = theirs.requires_grad_(False).eval()
     return found
