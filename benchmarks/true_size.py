@@ -94,7 +94,7 @@ def made(component: Component, device: torch.device, dtype: torch.dtype) -> nn.M
 
 
 def fill_peer(folder: Path, device: torch.device, dtype: str, build: Callable[[str], Any]) -> dict[str, Any]:
-    """Return the pipeline's networks: the text encoder, and those that `build(name)` makes, with the same weights under their published names."""
+    """Return a pipeline's networks, most made by `build(name)`, with our weights under their published names."""
     checkpoint, kind = open_checkpoint(folder), choose_dtype(dtype, device)
     found = {}
     for component in checkpoint.components:
