@@ -40,6 +40,12 @@ $(VENV)/installed: $(VENV)/bin/python pyproject.toml setup.py constraints.txt
 
 $(VENV)/installed-tests: $(VENV)/installed
 	$(BIN)/pip install --disable-pip-version-check -q -c constraints.txt --no-build-isolation -e ".[test]"
+	@for version in 2.2.0 2.54.0; do \
+	  $(BIN)/pip install --disable-pip-version-check -q --target $(VENV)/clients/openai-$$version openai==$$version \
+	    || echo "the Python client openai $$version could not be had; its test is skipped"; done
+	@for version in 6.49.0 7.57.0; do \
+	  npm install --silent --no-audit --no-fund --prefix $(VENV)/clients/openai-js-$$version openai@$$version \
+	    || echo "the JavaScript client openai $$version could not be had; its test is skipped"; done
 	touch $@
 
 clean:

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import base64
 import sys
+import threading
+import urllib.request
 import warnings
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import openai
 
@@ -13,8 +16,28 @@ warnings.simplefilter("ignore", DeprecationWarning)
 TINY = {"num_frames": 5, "num_inference_steps": 2, "seed": 3}
 
 
+def refusing_once(url: str) -> tuple[str, list[int]]:
+    """Return the address of what stands before a server, answers 503 once, and what it answered."""
+    answers: list[int] = []
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            answers.append(200 if answers else 503)
+            body = urllib.request.urlopen(url + self.path).read() if answers[-1] == 200 else b"{}"
+            self.send_response(answers[-1])
+            self.send_header("retry-after", "1")
+            self.send_header("content-type", "application/json")
+            self.send_header("content-length", str(len(body)))
+            self.end_headers()
+            self.wfile.write(body)
+
+    gate = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    threading.Thread(target=gate.serve_forever, daemon=True).start()
+    return f"http://127.0.0.1:{gate.server_address[1]}", answers
+
+
 def main(url: str) -> None:
-    """Create, poll, list with paging, download, remix, extend, edit, errors, delete."""
+    """Create, poll, list with paging, download, remix, extend, edit, errors, retries, delete."""
     client = openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=1)
     video = client.videos.create_and_poll(prompt="a red ball", size="64x64", extra_body=TINY, poll_interval_ms=100)
     assert video.status == "completed" and video.progress == 100 and video.size == "64x64", video
@@ -52,6 +75,9 @@ def main(url: str) -> None:
         raise AssertionError("there is no such video")
     except openai.NotFoundError as error:
         assert error.code == "not_found", error  # noqa: PT017
+    gate, answers = refusing_once(url)
+    patient = openai.OpenAI(base_url=f"{gate}/v1", api_key="none", max_retries=2)
+    assert patient.videos.retrieve(video.id).id == video.id and answers == [503, 200], answers
     picture = client.images.generate(prompt="a ball", n=2, extra_body={"num_inference_steps": 2})
     assert len(picture.data) == 2 and picture.data[0].b64_json
     drawn = base64.b64decode(picture.data[0].b64_json)

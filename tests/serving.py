@@ -28,6 +28,15 @@ def frames_of(content: bytes) -> np.ndarray:
         return np.stack([frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)])
 
 
+def raw(method: str, path: str, body: bytes = b"", *more: str, kind: str = "application/json") -> bytes:
+    """Return the bytes of a request, with `more` lines of headers; a length among them is that of the body."""
+    lines = [f"{method} {path} HTTP/1.1", "host: localhost", *more]
+    if body:
+        lines += [f"content-type: {kind}"]
+        lines += [] if any(line.startswith("content-length") for line in more) else [f"content-length: {len(body)}"]
+    return "\r\n".join([*lines, "", ""]).encode() + body
+
+
 class Server:
     """python -m runtime.serve on a free port, with its data in a folder.
 

@@ -5,8 +5,6 @@ from __future__ import annotations
 import base64
 import io
 import json
-import subprocess
-import sys
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -270,13 +268,6 @@ def test_our_own_client(server: Server, tmp_path: Path) -> None:
         with pytest.raises(ServerError, match="no video") as caught:
             client.save(video, tmp_path / "none.mp4")
         assert caught.value.status == 404 and [file.name for file in tmp_path.iterdir()] == ["ball.mp4"]
-
-
-def test_the_openai_client(server: Server) -> None:
-    pytest.importorskip("openai")
-    script = Path(__file__).with_name("openai_client.py")
-    done = subprocess.run([sys.executable, str(script), server.url], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-3000:]
 
 
 def test_where_a_result_comes_from(server: Server, tmp_path: Path) -> None:

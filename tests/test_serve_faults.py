@@ -17,7 +17,7 @@ pytest.importorskip("fastapi")
 from runtime.serve import forms
 from runtime.serve.errors import ApiError
 from runtime.serve.settings import read_settings
-from tests.serving import LONG, TINY, Server, frames_of
+from tests.serving import LONG, TINY, Server, frames_of, raw
 
 
 @pytest.mark.fault(27, 28, 31)
@@ -102,13 +102,13 @@ def test_a_client_that_goes_away_while_it_creates(server: Server) -> None:
     """Half a body leaves nothing; a whole one whose answer nobody reads is a job that can be found."""
     folders = set((server.data / "jobs").iterdir())
     part = b'--b\r\nContent-Disposition: form-data; name="input_reference"; filename="x.png"\r\n\r\n' + b"x" * 10_000
-    head = "POST /v1/videos HTTP/1.1\r\nHost: x\r\nContent-Type: {}\r\nContent-Length: {}\r\n\r\n"
-    client = connect(server, head.format("multipart/form-data; boundary=b", 10**6).encode() + part)
+    form = "multipart/form-data; boundary=b"
+    client = connect(server, raw("POST", "/v1/videos", part, "content-length: 1000000", kind=form))
     server.until(lambda: set((server.data / "jobs").iterdir()) > folders)
     client.close()
     server.until(lambda: set((server.data / "jobs").iterdir()) == folders)
     body = json.dumps(TINY | {"seed": 77}).encode()
-    connect(server, head.format("application/json", len(body)).encode() + body).close()
+    connect(server, raw("POST", "/v1/videos", body)).close()
     found = server.until(lambda: server.http.get("/v1/videos").json()["data"])
     assert [each["seed"] for each in found] == [77]
     server.done(found[0]["id"])
@@ -141,7 +141,7 @@ def test_downloads_that_are_broken_off_leave_nothing_open(server: Server) -> Non
 
     def break_off(count: int) -> None:
         for _ in range(count):
-            client = connect(server, f"GET /v1/videos/{job}/content HTTP/1.1\r\nHost: x\r\n\r\n".encode())
+            client = connect(server, raw("GET", f"/v1/videos/{job}/content"))
             client.recv(10)
             client.close()
 

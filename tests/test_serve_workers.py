@@ -15,7 +15,7 @@ import pytest
 pytest.importorskip("fastapi")
 
 from runtime.serve.watchdog import TIMES, Pulse
-from tests.serving import LONG, TINY, Server
+from tests.serving import LONG, TINY, Server, raw
 
 SLOW = TINY | {"num_inference_steps": 8}
 
@@ -149,7 +149,7 @@ def test_a_slow_reader_does_not_keep_it_from_ending_and_a_second_signal_ends_it_
     host, port = server.url.removeprefix("http://").split(":")
     with socket.create_connection((host, int(port))) as slow:
         slow.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1024)
-        slow.sendall(f"GET /v1/videos/{job}/content HTTP/1.1\r\nHost: x\r\n\r\nPOST /v1/videos HTTP/1.1\r\n".encode())
+        slow.sendall(raw("GET", f"/v1/videos/{job}/content") + b"POST /v1/videos HTTP/1.1\r\n")
         assert server.stop(seconds=30) == 0, "it waits no longer than its grace time"
     server.start()
     server.create(LONG)

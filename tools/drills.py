@@ -19,7 +19,8 @@ import httpx2
 import numpy as np
 import psutil
 
-from tests.serving import LONG, TINY, Server, frames_of
+from runtime.serve.jobs import Store
+from tests.serving import LONG, TINY, Server, frames_of, raw
 
 JOB = {"prompt": "a red ball", "num_frames": 9, "num_inference_steps": 12}
 SEEDS = 3
@@ -106,13 +107,14 @@ def creates(sizes: Sizes) -> tuple[str, bool]:
     """Send all creates at once, each on a connection of its own, while a job runs and health is asked."""
     most = 100
     with tempfile.TemporaryDirectory() as folder:
-        server = Server(Path(folder) / "data", "--max-queue", str(most))
+        port = free_port()
+        server = Server(Path(folder) / "data", "--max-queue", str(most), "--health-port", str(port))
         try:
             server.create(LONG)
             before = psutil.Process(server.process.pid).memory_info().rss
-            statuses, health, seconds = asyncio.run(flood(server, sizes.creates))
+            statuses, health, seconds = asyncio.run(flood(server, sizes.creates, port))
             after = psutil.Process(server.process.pid).memory_info().rss
-            counts = server.http.get("/v1/videos", params={"limit": 100}).json()["data"]
+            kept = sum(Store(server.data).counts().values())
         finally:
             server.kill("both")
     unforeseen = {name: count for name, count in statuses.items() if name not in ("200", "429")}
@@ -121,39 +123,43 @@ def creates(sizes: Sizes) -> tuple[str, bool]:
         f"{unforeseen or 'none'}; health at most {max(health):.2f} s over {len(health)} samples; memory "
         f"{before / 2**20:.0f} to {after / 2**20:.0f} MiB"
     )
-    good = not unforeseen and statuses["200"] == most - 1 and len(counts) == most
-    return told, good and max(health) < HEALTH_SECONDS and after - before < 256 * 2**20
+    good = not unforeseen and statuses["200"] == kept - 1 >= most - 1  # more where jobs were done meanwhile
+    return told, good and max(health) < HEALTH_SECONDS and after - before < 2**29
 
 
-async def flood(server: Server, count: int) -> tuple[Counter[str], list[float], float]:
+async def flood(server: Server, count: int, port: int) -> tuple[Counter[str], list[float], float]:
     """Return (how often each status, seconds of each look at health, seconds of all)."""
-    body = json.dumps(TINY).encode()
-    head = f"POST /v1/videos HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\ncontent-length: {len(body)}\r\n"
-    request = head.encode() + b"connection: close\r\n\r\n" + body
+    request = raw("POST", "/v1/videos", json.dumps(TINY).encode(), "connection: close")
+    own = int(server.url.rpartition(":")[2])
     health: list[float] = []
     ended = asyncio.Event()
 
     async def look() -> None:
         while not ended.is_set():
             began = time.monotonic()
-            status = await exchange(server, b"GET /health/live HTTP/1.1\r\nhost: x\r\nconnection: close\r\n\r\n")
+            status = await exchange(port, raw("GET", "/health/live", b"", "connection: close"))
             health.append(time.monotonic() - began if status == "200" else float("inf"))
             await asyncio.sleep(0.05)
 
     looking = asyncio.create_task(look())
     began = time.monotonic()
-    statuses = Counter(await asyncio.gather(*(exchange(server, request) for _ in range(count))))
+    statuses = Counter(await asyncio.gather(*(exchange(own, request) for _ in range(count))))
     seconds = time.monotonic() - began
     ended.set()
     await looking
     return statuses, health, seconds
 
 
-async def exchange(server: Server, request: bytes) -> str:
+def free_port() -> int:
+    """Return a port that nobody listens on."""
+    with socket.create_server(("127.0.0.1", 0)) as held:
+        return int(held.getsockname()[1])
+
+
+async def exchange(port: int, request: bytes) -> str:
     """Return the status of an answer; the kind of error where there is none."""
-    host, port = server.url.removeprefix("http://").split(":")
     try:
-        reader, writer = await asyncio.open_connection(host, int(port))
+        reader, writer = await asyncio.open_connection("127.0.0.1", port)
         writer.write(request)
         line = await reader.readline()
         await reader.read()
@@ -168,7 +174,7 @@ def halves(sizes: Sizes) -> tuple[str, bool]:
     with tempfile.TemporaryDirectory() as folder:
         server = Server(Path(folder) / "data")
         host, port = server.url.removeprefix("http://").split(":")
-        half = b"POST /v1/videos HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\ncontent-length: 100\r\n\r\n{"
+        half = raw("POST", "/v1/videos", b"{", "content-length: 100")
         opened = []
         try:
             for _ in range(sizes.halves):
@@ -223,7 +229,7 @@ def break_off(server: Server, job: str, count: int) -> None:
     host, port = server.url.removeprefix("http://").split(":")
     for _ in range(count):
         with socket.create_connection((host, int(port))) as client:
-            client.sendall(f"GET /v1/videos/{job}/content HTTP/1.1\r\nhost: x\r\n\r\n".encode())
+            client.sendall(raw("GET", f"/v1/videos/{job}/content"))
             client.recv(1000)
 
 

@@ -17,6 +17,7 @@ import uvicorn
 from runtime.serve.api import Api
 from runtime.serve.app import make_app
 from runtime.serve.connections import Connection, raise_limit
+from runtime.serve.health import serve_health
 from runtime.serve.jobs import Store
 from runtime.serve.logs import start_logging
 from runtime.serve.opening import open_store
@@ -80,6 +81,8 @@ def main() -> int:
         timeout_keep_alive=30,
     )  # fmt: skip
     server = Server(config, api, supervisor)
+    if settings.health_port is not None:
+        serve_health(settings.host, settings.health_port, api.well)
     supervisor.start()
     threading.Thread(target=tidy, args=(store, settings, supervisor.stopping), daemon=True).start()
     if hooks is not None:

@@ -60,10 +60,18 @@ class Api:
         """ApiError where nothing new can be taken now."""
         if self.draining:
             raise ApiError(503, "the server is ending", code="shutting_down", retry_after=5)
-        if shutil.disk_usage(self.settings.data).free < self.settings.min_free:
+        if self.short():
             raise no_space()
         self.loaded()
         self.check_queue()
+
+    def well(self) -> bool:
+        """Tell whether new jobs can be taken and made: a worker lives, the disk has space, and this is not the end."""
+        return not self.draining and self.ready() and not self.short()
+
+    def short(self) -> bool:
+        """Tell whether the disk has less space than jobs are taken with."""
+        return shutil.disk_usage(self.settings.data).free < self.settings.min_free
 
     def loaded(self) -> None:
         """ApiError where no worker has told of a model yet."""
@@ -90,8 +98,7 @@ class Api:
 
     def check_queue(self) -> None:
         """ApiError where the queue is full."""
-        counts = self.store.counts()
-        if counts.get("queued", 0) + counts.get("in_progress", 0) >= self.settings.max_queue:
+        if self.store.active() >= self.settings.max_queue:
             raise self.full()
 
     def full(self) -> ApiError:

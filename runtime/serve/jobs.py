@@ -227,6 +227,13 @@ class Store(Database):
         rows = self._reader.execute("SELECT stage, code, count(*) FROM refusals GROUP BY stage, code").fetchall()
         return {(stage, code): count for stage, code, count in rows}
 
+    def active(self) -> int:
+        """Return how many jobs wait or are being made."""
+        (count,) = self._reader.execute(
+            "SELECT count(*) FROM jobs WHERE status IN ('queued', 'in_progress')"
+        ).fetchone()
+        return int(count)
+
     def counts(self) -> dict[str, int]:
         """Return how many jobs are in each status."""
         return dict(self._reader.execute("SELECT status, count(*) FROM jobs GROUP BY status").fetchall())

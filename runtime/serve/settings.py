@@ -47,6 +47,7 @@ class Settings:
     certificate: Path | None = None  # whose they are; none: one for development, kept in the data folder
     private_key: Path | None = None
     moderation: tuple[Rule, ...] = ()  # [[moderation]] tables of the file, as moderation.Rule says
+    health_port: int | None = None  # health on a port of its own, which no flood of requests can fill
     exclusive: bool = False  # no other server may use the data folder
     move_damaged: bool = False  # a damaged store goes aside, and an empty one takes its place
     webhook_host: tuple[str, ...] = ()  # who may be told of a video's end, as fetching.Access says; none: nobody is
@@ -122,6 +123,7 @@ def read_settings(arguments: Sequence[str] | None = None) -> Settings:
     )  # fmt: skip
     parser.add_argument("--certificate", type=Path, metavar="FILE", help="whose name they bear (PEM; default: our own)")
     parser.add_argument("--private-key", type=Path, metavar="FILE", help="the certificate's key (PEM)")
+    parser.add_argument("--health-port", type=int, metavar="N", help="answers health alone, at once (default: none)")
     parser.add_argument("--exclusive", action="store_true", default=None, help="no other server on this data folder")
     parser.add_argument(
         "--move-damaged", action="store_true", default=None, help="move a damaged store aside and begin with none"

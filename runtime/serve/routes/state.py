@@ -35,7 +35,7 @@ def add(app: FastAPI, api: Api) -> None:
 
     @app.get("/health/ready", openapi_extra=DESCRIPTIONS)
     async def ready() -> Response:
-        if api.draining or not api.ready():
+        if not api.well():
             raise ApiError(503, "no worker is ready", code="not_ready", retry_after=1)
         return JSONResponse({"status": "ready"})
 
