@@ -152,16 +152,6 @@ def test_downloads_that_are_broken_off_leave_nothing_open(server: Server) -> Non
     server.until(lambda: process.num_fds() <= before, 20)
 
 
-@pytest.mark.fault(25)
-def test_a_result_whose_file_is_gone(server: Server) -> None:
-    job = server.done(server.create()["id"])["id"]
-    (server.data / "jobs" / job / "output-1.mp4").unlink()
-    answer = server.http.get(f"/v1/videos/{job}/content")
-    assert answer.status_code == 404 and answer.json()["error"]["code"] == "output_missing"
-    found = server.video(job)
-    assert found["status"] == "failed" and found["error"]["code"] == "output_missing"
-
-
 @pytest.mark.fault(26)
 def test_a_deleted_job_gives_its_memory_back(server: Server) -> None:
     """A film of many more pixels than what came before it; memory is as before within 64 MiB."""

@@ -90,6 +90,7 @@ def folders(server: Server) -> set[str]:
     return {path.name for path in (server.data / "jobs").iterdir()}
 
 
+@pytest.mark.fault(9)
 def test_more_than_is_taken_is_told_while_it_comes(server: Server) -> None:
     """Said in advance, said wrongly, or not said at all: and nothing of it stays on the disk."""
     before = folders(server)
@@ -105,6 +106,7 @@ def test_more_than_is_taken_is_told_while_it_comes(server: Server) -> None:
     assert folders(server) == before
 
 
+@pytest.mark.fault(13)
 @pytest.mark.parametrize("name", ["../../x", "/etc/cron.d/x", "a\0b", "x" * 5000, "CON", "ü\u202egnp.exe", "..", ""])
 def test_the_name_of_an_upload_is_never_used(server: Server, name: str) -> None:
     before = set(server.data.rglob("*"))
@@ -113,6 +115,7 @@ def test_the_name_of_an_upload_is_never_used(server: Server, name: str) -> None:
     assert set(server.data.rglob("*")) == before
 
 
+@pytest.mark.fault(12)
 def test_addresses_are_fetched_from_the_list_alone(server: Server, site: ThreadingHTTPServer) -> None:
     url = f"http://127.0.0.1:{site.server_port}"
     made = server.create(TINY | {"input_reference": {"image_url": f"{url}/red.png"}})
@@ -129,6 +132,7 @@ def test_addresses_are_fetched_from_the_list_alone(server: Server, site: Threadi
             assert answer.status_code == 400 and answer.json()["error"]["code"] in ("not_fetched", "invalid_request")
 
 
+@pytest.mark.fault(18)
 def test_bodies(server: Server) -> None:
     """Bombs, half bodies and lies: 400 or 413 or 415 in the shape of all errors, never 500."""
     json_type = {"content-type": "application/json"}
@@ -149,6 +153,7 @@ def test_bodies(server: Server) -> None:
         assert set(answer.json()["error"]) == {"message", "type", "param", "code"}
 
 
+@pytest.mark.fault(17)
 @pytest.mark.parametrize(
     "prompt", ["a\0ball", "\ud800ball", "\u202eball\u202c", "כדור אדום", "ball " * 900, "🏀" * 300]
 )
@@ -185,6 +190,7 @@ def test_each_key_has_its_own_limits(server: Server) -> None:
     assert "a" * LEAST not in server.log() and "b" * LEAST not in server.log()
 
 
+@pytest.mark.fault(25)
 def test_a_file_that_is_gone(server: Server) -> None:
     video = server.create()["id"]
     server.done(video)
@@ -243,6 +249,7 @@ def picture(path: Path, image: Image.Image, kind: str = "PNG", **how: Any) -> di
     return look(path, mask=False)
 
 
+@pytest.mark.fault(8)
 def test_pictures_of_every_kind(tmp_path: Path) -> None:
     """16 bits, alpha, palette, grey, CMYK, turned, animated, with a page behind it: upright RGB, or refused."""
     turned = Image.Exif()
@@ -265,6 +272,7 @@ def test_pictures_of_every_kind(tmp_path: Path) -> None:
 FTYP = b"\0\0\0\x18ftypisom\0\0\0\0isomiso2"
 
 
+@pytest.mark.fault(10, 11)
 @pytest.mark.parametrize(
     "content",
     [
@@ -287,6 +295,7 @@ def film(path: Path, count: int, *, fps: int = 24, size: int = 16) -> Path:
     return Video(frames, fps=fps, num_frames=count, height=size, width=size).save(path)
 
 
+@pytest.mark.fault(10)
 def test_films_beyond_the_limits(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=f"at most {MAX_FRAMES}"):
         look(film(tmp_path / "long.mp4", MAX_FRAMES + 1, fps=1).rename(tmp_path / "upload-1"), mask=False)
@@ -315,6 +324,7 @@ def test_films_beyond_the_limits(tmp_path: Path) -> None:
         look(tmp_path / "upload-4", mask=False)
 
 
+@pytest.mark.fault(7, 10)
 @pytest.mark.parametrize(
     ("hog", "says"),
     [
