@@ -567,7 +567,9 @@ def _open_for_reading(path: Path) -> Iterator[InputContainer]:
 
 def _frame_size(path: Path, container: InputContainer, max_pixels: int) -> tuple[int, int]:
     context = container.streams.video[0].codec_context
-    if not 0 < context.width * context.height <= max_pixels:
+    if not context.width * context.height:
+        raise ValueError(f"{path} says no size that can be read; at most {max_pixels} pixels of a frame are read")
+    if context.width * context.height > max_pixels:
         raise ValueError(f"{path} has frames of {context.width}x{context.height}; at most {max_pixels} pixels are read")
     return context.width, context.height
 

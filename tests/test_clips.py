@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import resource
+import io
 import struct
 import subprocess
 import sys
@@ -17,8 +17,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image, ImageOps
 
+import runtime
 from runtime.clips import Clip, conformed, fit_frame, natural_size
+from runtime.request import Request
 from runtime.video import Video, read_video
+
+RANDOM = np.random.default_rng(0)
 
 
 def numbered(count: int, fps: float = 8) -> Video:
@@ -124,6 +128,54 @@ def test_transparency_is_dropped(tmp_path: Path) -> None:
     assert read_video(tmp_path / "a.png").frames[0, 0, 0].tolist() == [200, 10, 10]
 
 
+def test_a_clip_that_breaks_off(tmp_path: Path) -> None:
+    """A file that was cut off while it was fetched: said when it is opened, or at the frame that lacks."""
+    Video(RANDOM.integers(0, 256, (24, 64, 64, 3), dtype=np.uint8), fps=8, num_frames=24, height=64, width=64).save(
+        tmp_path / "a.mp4"
+    )
+    whole = (tmp_path / "a.mp4").read_bytes()
+    for share in (0.1, 0.5, 0.95):
+        (tmp_path / "b.mp4").write_bytes(whole[: int(len(whole) * share)])
+        with pytest.raises(ValueError, match=r"b\.mp4"):
+            Clip(tmp_path / "b.mp4").video.frames  # noqa: B018
+
+
+@pytest.mark.parametrize("fit", ["crop", "pad", "stretch"])
+def test_clips_whose_sizes_and_rates_disagree(fit: str) -> None:
+    """The first clip says size and rate; the second is brought to them, and stands in the result as that."""
+    first = Video(RANDOM.integers(0, 256, (9, 64, 64, 3), dtype=np.uint8), fps=8, num_frames=9, height=64, width=64)
+    second = Video(RANDOM.integers(0, 256, (10, 50, 90, 3), dtype=np.uint8), fps=20, num_frames=10, height=50, width=90)
+    request = Request(
+        prompt="a", clips=(Clip(first), Clip(second)), direction="between", num_frames=4, steps=1, guidance=1, fit=fit
+    )
+    video = runtime.generate(runtime.load("demo"), request)
+    expected = conformed(Clip(second), 64, 64, 8, fit).frames
+    assert (video.fps, len(expected)) == (8, 4)
+    assert np.array_equal(video.frames, np.concatenate([first.frames, video.frames[9:13], expected]))
+
+
+@pytest.mark.parametrize(("frames", "fps"), [(1, 8), (6, 30), (40, 12)])
+@pytest.mark.parametrize("strength", [0.05, 1.0])
+def test_editing_clips_of_any_length_and_rate(frames: int, fps: float, strength: float) -> None:
+    clip = Video(
+        RANDOM.integers(0, 256, (frames, 50, 70, 3), dtype=np.uint8), fps=fps, num_frames=frames, height=50, width=70
+    )
+    request = Request(
+        prompt="a", clips=(Clip(clip),), strength=strength, fps=8, width=64, height=48, steps=2, guidance=1, seed=1
+    )
+    edited = runtime.generate(runtime.load("demo"), request).frames
+    fitted = conformed(Clip(clip), 64, 48, 8 if frames > 1 else fps, "crop").frames
+    assert edited.shape == fitted.shape
+    again = runtime.decode(runtime.load("demo"), runtime.encode(runtime.load("demo"), whole_latents(fitted))).frames
+    near = np.abs(edited.astype(float) - again[: len(edited)]).mean()
+    assert near < 12 if strength < 0.1 else near > 12
+
+
+def whole_latents(frames: np.ndarray) -> np.ndarray:
+    """Return frames with the last repeated until they fill whole latent frames."""
+    return np.concatenate([frames, frames[-1:].repeat(-(len(frames) - 1) % 4, axis=0)])
+
+
 def test_sound_alone(tmp_path: Path) -> None:
     with av.open(str(tmp_path / "a.mp4"), "w") as container:
         stream = container.add_stream("aac", rate=8000)
@@ -144,22 +196,46 @@ def test_files_that_are_none(tmp_path: Path, content: bytes) -> None:
         read_video(tmp_path / "a.png").frames  # noqa: B018
 
 
-def test_a_picture_that_would_fill_the_memory(tmp_path: Path) -> None:
-    """The header says 60000x60000: refused before anything of that size is made."""
+def large_png() -> bytes:
+    """A picture of 60000x60000 pixels that is small as a file."""
 
     def chunk(kind: bytes, data: bytes) -> bytes:
         return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
 
     header = chunk(b"IHDR", struct.pack(">IIBBBBB", 60000, 60000, 8, 6, 0, 0, 0))
     body = chunk(b"IDAT", zlib.compress(bytes(10_000_000))) + chunk(b"IEND", b"")
-    (tmp_path / "bomb.png").write_bytes(b"\x89PNG\r\n\x1a\n" + header + body)
+    return b"\x89PNG\r\n\x1a\n" + header + body
+
+
+def enlarged(kind: str, mark: bytes, skip: int, layout: str, size: int) -> bytes:
+    """A picture of 16x16 pixels whose header says size x size."""
+    buffer = io.BytesIO()
+    Image.fromarray(np.zeros((16, 16, 3), np.uint8)).save(buffer, kind)
+    data = bytearray(buffer.getvalue())
+    place = data.index(mark) + skip
+    data[place : place + 4] = struct.pack(layout, size, size)
+    return bytes(data)
+
+
+BOMBS = {
+    "a.png": large_png,
+    "a.jpg": lambda: enlarged("JPEG", b"\xff\xc0", 5, ">HH", 65000),
+    "a.gif": lambda: enlarged("GIF", b"GIF", 6, "<HH", 65000),
+    "a.webp": lambda: enlarged("WEBP", b"\x9d\x01\x2a", 3, "<HH", 16383),
+}
+
+
+@pytest.mark.parametrize("name", BOMBS)
+def test_a_picture_that_would_fill_the_memory(tmp_path: Path, name: str) -> None:
+    """What the header says is refused before anything of that size is made."""
+    (tmp_path / name).write_bytes(BOMBS[name]())
     code = (
-        "import resource, sys; from runtime.video import read_video\n"
-        f"try: read_video({str(tmp_path / 'bomb.png')!r})\n"
-        "except ValueError as error: print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, error)"
+        "from runtime.video import read_video\n"
+        f"try: print(read_video({str(tmp_path / name)!r}))\n"
+        "except ValueError as error:\n"
+        "    print(next(line for line in open('/proc/self/status') if 'VmHWM' in line).split()[1], error)"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     peak, sentence = done.stdout.split(" ", 1)
-    assert "pixels are read" in sentence or "can be read" in sentence
-    assert int(peak) < 2**20  # KiB
-    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss > 0
+    assert "pixels" in sentence or "can be read" in sentence
+    assert int(peak) < 2**19  # KiB
