@@ -1,7 +1,7 @@
-"""Videos in and out: a lazy iterator of frames, written to mp4, webm, gif or png as the frames arrive.
+"""Videos in and out: a lazy iterator of frames, saved to mp4, webm, gif or png as the frames arrive; and reading them.
 
-Every writer takes one frame at a time and publishes its file in one step: it writes beside the final name and renames
-when all is on disk, so a reader sees the whole video or none. The same frames give the same bytes.
+A file is published in one step: it is written beside the final name and renamed when all is on disk, so a reader sees
+the whole video or none.
 """
 
 from __future__ import annotations
@@ -15,19 +15,19 @@ import tempfile
 import warnings
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from contextlib import closing, contextmanager, suppress
-from fractions import Fraction
 from functools import partial
-from itertools import chain, pairwise
+from itertools import pairwise
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple, cast
+from typing import TYPE_CHECKING, Any
 
 import av
 import numpy as np
-from av.container import InputContainer, OutputContainer
+from av.container import InputContainer
 from av.video.reformatter import ColorRange, Colorspace, VideoReformatter
 
 from runtime.kinds import READING
-from runtime.sound import BLOCK, CODECS, RATE, Sound, blocks
+from runtime.sound import Sound
+from runtime.writing import ENCODINGS, write_encoded, write_gif, write_png
 
 if TYPE_CHECKING:
     import torch
@@ -36,32 +36,12 @@ Frames = Generator[np.ndarray, None, None]  # uint8 [H, W, 3] each
 
 KEEP_BYTES = 512 * 2**20  # a clip up to this size stays in memory after its first whole iteration
 MAX_PIXELS = 2**25  # of one frame that is read: 8K (7680x4320) just fits
-THREADS = 8  # fixed, because x264's output depends on the number of threads
-PQ, HLG = 16, 18  # codes of high dynamic range in the same table as the next
-BT709 = 1  # the code for matrix, primaries and transfer in ITU-T H.273
-# swscale's flags (PyAV names them only from version 18): bicubic, accurate rounding, full chroma input or output
-RGB_TO_YUV, YUV_TO_RGB = 0x4 | 0x40000 | 0x4000, 0x4 | 0x40000 | 0x2000
+PQ, HLG = 16, 18  # codes of high dynamic range in ITU-T H.273
+# swscale's flags (PyAV names them only from version 18): bicubic, accurate rounding, full chroma output
+YUV_TO_RGB = 0x4 | 0x40000 | 0x2000
 GIF_MAX_FPS = 50  # viewers slow frames shorter than 20 ms down to 100 ms
 
 
-class Encoding(NamedTuple):
-    """How a format with 4:2:0 colour is encoded; a higher quality number gives a smaller file."""
-
-    codec: str
-    container: str
-    quality: int
-    worst_quality: int
-    codec_options: dict[str, str]
-    container_options: dict[str, str]
-
-
-# no mbtree: with x264's AVX-512 code it gives other bytes from run to run (seen with PyAV 18; not up to AVX2)
-X264_OPTIONS = {"preset": "medium", "mbtree": "0"}
-VP9_OPTIONS = {"b": "0", "deadline": "good", "cpu-used": "4", "row-mt": "1"}
-ENCODINGS = {
-    ".mp4": Encoding("libx264", "mp4", 18, 51, X264_OPTIONS, {"movflags": "+faststart"}),
-    ".webm": Encoding("libvpx-vp9", "webm", 24, 63, VP9_OPTIONS, {}),
-}
 SUFFIXES = (*ENCODINGS, ".gif", ".png")
 
 
@@ -147,11 +127,11 @@ class Video:
         reported = closing(self._reporting(on_frame))
         with _explained_disk_full(target), _published(target) as unfinished, reported as frames:
             if kind in ENCODINGS:
-                _write_encoded(unfinished, frames, self, ENCODINGS[kind], quality)
+                write_encoded(unfinished, frames, self, ENCODINGS[kind], quality)
             elif kind == ".gif":
-                _write_gif(unfinished, frames, self)
+                write_gif(unfinished, frames, self)
             else:
-                _write_png(unfinished, frames, numbered=kind == "folder")
+                write_png(unfinished, frames, numbered=kind == "folder")
             if seal is not None:
                 seal(unfinished)
         return Path(path)
@@ -306,149 +286,6 @@ def _explained_disk_full(target: Path) -> Iterator[None]:
             f"no space left on the disk: {target} needs more than the {free:.1f} MB free in {folder}; "
             "make room there, or write to another disk",
         ) from error
-
-
-def _write_encoded(
-    path: Path, frames: Iterable[np.ndarray], video: Video, encoding: Encoding, quality: int | None
-) -> None:
-    crf = encoding.quality if quality is None else quality
-    rate = exact_rate(video.fps)
-    reformatter = VideoReformatter()
-    with _open_for_writing(path, encoding.container, encoding.container_options) as container:
-        options = {"crf": str(crf), **encoding.codec_options}
-        stream = cast(av.VideoStream, container.add_stream(encoding.codec, rate=rate, options=options))
-        stream.width, stream.height, stream.pix_fmt = video.width, video.height, "yuv420p"
-        context = stream.codec_context
-        context.time_base, context.thread_count = 1 / rate, THREADS
-        context.colorspace = context.color_primaries = context.color_trc = BT709
-        context.color_range = ColorRange.MPEG
-        sound = None
-        if video.sounds:
-            sound = cast(av.AudioStream, container.add_stream(CODECS[path.suffix.lower()], rate=RATE, layout="stereo"))
-        container.start_encoding()
-        for index, array in enumerate(frames):
-            frame = reformatter.reformat(
-                _rgb_frame(array),
-                format="yuv420p",
-                dst_colorspace=Colorspace.ITU709,
-                dst_color_range=ColorRange.MPEG,
-                interpolation=RGB_TO_YUV,
-            )
-            frame.pts, frame.time_base, frame.duration = index, 1 / rate, 1
-            container.mux(stream.encode(frame))
-        container.mux(stream.encode(None))
-        if sound is not None:
-            _write_sound(container, sound, video)
-
-
-def _write_sound(container: OutputContainer, stream: av.AudioStream, video: Video) -> None:
-    fifo = av.AudioFifo()  # encoders take blocks of their own size
-    for index, block in enumerate(blocks(video.sounds, video.num_frames / video.fps)):
-        piece = av.AudioFrame.from_ndarray(np.ascontiguousarray(block), format="fltp", layout="stereo")
-        piece.sample_rate, piece.pts, piece.time_base = RATE, index * BLOCK, Fraction(1, RATE)
-        fifo.write(piece)
-        for frame in fifo.read_many(stream.codec_context.frame_size or BLOCK):
-            container.mux(stream.encode(_as_taken(frame, stream)))
-    if (rest := fifo.read()) is not None:
-        container.mux(stream.encode(_as_taken(rest, stream)))
-    container.mux(stream.encode(None))
-
-
-def _as_taken(frame: av.AudioFrame, stream: av.AudioStream) -> av.AudioFrame:
-    """Return the same samples in the encoder's own format."""
-    wanted = stream.codec_context.format.name
-    if frame.format.name == wanted:
-        return frame
-    (found,) = av.AudioResampler(format=wanted, layout="stereo", rate=RATE).resample(frame)
-    return found
-
-
-def _write_gif(path: Path, frames: Iterable[np.ndarray], video: Video) -> None:
-    rate, tick = exact_rate(video.fps), Fraction(1, 100)
-    starts = [round(index / rate / tick) for index in range(video.num_frames + 1)]
-    options = {"loop": "0", "final_delay": str(starts[-1] - starts[-2])}
-    graph = _palette_graph(video.width, video.height)
-    with _open_for_writing(path, "gif", options) as container:
-        stream = cast(av.VideoStream, container.add_stream("gif", rate=100))
-        stream.width, stream.height, stream.pix_fmt = video.width, video.height, "pal8"
-        stream.codec_context.time_base, stream.codec_context.thread_count = tick, 1
-        container.start_encoding()
-        for index, array in enumerate(chain(frames, [None])):
-            frame = None if array is None else _rgb_frame(array)
-            if frame is not None:
-                frame.pts, frame.time_base = starts[index], tick
-            graph.vpush(frame)
-            for painted in _pull(graph):
-                painted.time_base = tick
-                container.mux(stream.encode(painted))
-        container.mux(stream.encode(None))
-
-
-def _palette_graph(width: int, height: int) -> av.filter.Graph:
-    """Reduce each frame to a palette of its own: a common one would need every frame before the first is written."""
-    graph = av.filter.Graph()
-    source = graph.add("buffer", f"video_size={width}x{height}:pix_fmt=rgb24:time_base=1/100:pixel_aspect=1/1")
-    split, sink = graph.add("split"), graph.add("buffersink")
-    palette = graph.add("palettegen", "stats_mode=single:reserve_transparent=0")
-    paint = graph.add("paletteuse", "new=1:dither=bayer:bayer_scale=3")  # a fixed pattern: it does not crawl over time
-    source.link_to(split)
-    split.link_to(palette, 0, 0)
-    split.link_to(paint, 1, 0)
-    palette.link_to(paint, 0, 1)
-    paint.link_to(sink)
-    graph.configure()
-    return graph
-
-
-def _pull(graph: av.filter.Graph) -> Iterator[av.VideoFrame]:
-    while True:
-        try:
-            frame = graph.vpull()
-        except (av.BlockingIOError, av.EOFError):  # it wants more input, or has given all
-            return
-        yield frame
-
-
-def _write_png(path: Path, frames: Iterable[np.ndarray], numbered: bool) -> None:
-    if numbered:
-        path.mkdir()
-    for index, array in enumerate(frames):
-        context = av.CodecContext.create("png", "w")
-        context.width, context.height, context.pix_fmt = array.shape[1], array.shape[0], "rgb24"
-        context.time_base, context.thread_count = Fraction(1), 1
-        context.sample_aspect_ratio = Fraction(1)
-        context.options = {"pred": "mixed"}
-        data = b"".join(bytes(packet) for frame in (_rgb_frame(array), None) for packet in context.encode(frame))
-        with open(path / f"{index:05d}.png" if numbered else path, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-
-
-@contextmanager
-def _open_for_writing(path: Path, container_format: str, options: dict[str, str]) -> Iterator[OutputContainer]:
-    options = {"fflags": "+bitexact", **options}  # leaves out the library's version and random identifiers
-    container = av.open(str(path), "w", format=container_format, options=options)
-    try:
-        yield container
-    except BaseException:
-        with suppress(av.FFmpegError):  # closing a file that is being given up; the first exception is the cause
-            container.close()
-        raise
-    container.close()  # writes what is buffered: a full disk may show only here
-
-
-def _rgb_frame(array: np.ndarray) -> av.VideoFrame:
-    return av.VideoFrame.from_ndarray(np.ascontiguousarray(array), format="rgb24")
-
-
-def exact_rate(fps: float) -> Fraction:
-    """The exact frame rate that a rounded one stands for: 23.976 and 23.98 are 24000/1001, 12.5 is 25/2."""
-    for nominal in (24, 30, 48, 60, 120):
-        broadcast = Fraction(nominal * 1000, 1001)
-        if abs(fps - broadcast) < 0.005:
-            return broadcast
-    return Fraction(fps).limit_denominator(1001)
 
 
 def read_video(path: str | os.PathLike[str], *, fps: float = 24.0, max_pixels: int = MAX_PIXELS) -> Video:
