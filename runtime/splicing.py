@@ -1,9 +1,10 @@
 """Made frames and given frames -> one clip: given ones in their places unchanged, made ones led up to them.
 
 Three things make a step where made frames meet given ones: the autoencoder loses detail of the given ones, guidance
-shifts the colour of the made ones, and the decoder moves more between two latent frames than inside one. So what the
-decoder lost of the nearest given frame is added to the made ones, and of the step that is left, what is more than a
-step inside the clip is taken off; both fade with distance. What was measured and done stands in `seams`.
+shifts the colour of the made ones, and the decoder moves more between two latent frames than inside one. So where the
+picture stands still, a made frame begins as the given one is; where things move, it is left alone, for a correction
+would be seen as their ghost. What is left of the step and is more than usual inside the clip is taken off: of the mean
+colour evenly, of the rest by letting the given frame last a little. All fades with distance, and stands in `seams`.
 """
 
 from __future__ import annotations
@@ -13,9 +14,15 @@ from collections.abc import Generator, Iterable, Mapping
 from dataclasses import dataclass
 
 import numpy as np
+import torch
+import torch.nn.functional as F
 
 FADE = 8  # frames over which a correction fades
+LAST = 3  # frames over which what lasts of the given frame fades
+EVEN = 1.2  # a step is as usual up to so many medians
 LEAST = 0.1, 0.5  # levels of 255 below which a step of the pixels, of their mean colour, is none
+MOVING = 16.0  # levels by which a place differs from the given frame where something moved
+AROUND = 32  # a place is a square of the frame's height divided by this, to each side
 
 
 @dataclass(frozen=True)
@@ -30,16 +37,27 @@ class Seam:
     detail: float  # root mean square of given less decoded
     step: float  # what the decoder made of the two frames: their mean absolute difference
     colour_step: float  # and that of their mean colours, in the channel where it is largest
-    kept: float  # share of the step that was left
-    fade: int  # frames over which both corrections fade
+    shift: tuple[float, float, float]  # added to all of the made frame
+    lasting: float  # share of the rest of the step that was taken off by letting the given frame last
+    fade: int  # frames over which the corrections fade
 
 
 @dataclass(frozen=True)
 class _Edge:
-    """A given frame next to made ones: its place, and what is added to the made frame beside it, [H, W, 3]."""
+    """A given frame next to made ones: its place, what the decoder made of it, and what is added to made frames."""
 
     place: int
-    correction: np.ndarray
+    decoded: np.ndarray
+    still: np.ndarray  # where a frame is as the given one was [H, W, 3]
+    shift: np.ndarray  # everywhere [3]
+    lasting: np.ndarray  # what lasts of the given frame [H, W, 3]
+
+    def correction(self, frame: np.ndarray, far: int, length: int) -> np.ndarray:
+        """Return what is added to a made frame `far` frames from the first, where corrections fade over `length`."""
+        share, short = (max(0.0, 1 - far / n) if n else 0.5 for n in (length, min(LAST, length)))
+        if not share:
+            return np.zeros(3, np.float32)
+        return share * (stillness(frame - self.decoded) * self.still + self.shift) + short * self.lasting
 
 
 class Splicer:
@@ -98,27 +116,54 @@ class Splicer:
             length = min(FADE, edges[1].place - edges[0].place - 2)
         total = frame.astype(np.float32)
         for edge in edges:
-            far = abs(place - edge.place) - 1
-            share = max(0.0, 1 - far / length) if length else 1 / len(edges)
-            total += share * edge.correction
+            total = total + edge.correction(frame, abs(place - edge.place) - 1, length)
         return np.clip(np.rint(total), 0, 255).astype(np.uint8)
 
     def _edge(self, place: int, decoded: np.ndarray, beside: tuple[int, np.ndarray]) -> _Edge:
         """Measure the seam between a given frame and the made one `beside` it, and say what evens it out."""
-        given = self.given[place].astype(np.float32)
-        lost, jump = given - decoded, beside[1].astype(np.float32) - decoded
+        given, decoded = self.given[place].astype(np.float32), decoded.astype(np.float32)
+        lost, jump = given - decoded, beside[1] - decoded
         sides = [np.median(side, axis=0) for side in (self._given_steps, self._made_steps) if side]
-        typical = np.maximum(np.min(sides, axis=0) if sides else np.inf, LEAST)  # of the calmer side
-        found = np.maximum(step(jump), LEAST)
-        kept = float(min(1.0, *(typical / found)))
-        red, green, blue = (round(float(v), 3) for v in lost.mean(axis=(0, 1)))
-        detail = float(np.sqrt(np.square(lost).mean()))
-        size, colour = (round(float(v), 3) for v in np.where(np.isinf(typical), 0, found / typical))
-        frame = max(place, beside[0]) + self.offset
-        self.seams.append(Seam(frame, (red, green, blue), round(detail, 3), size, colour, round(kept, 3), FADE))
-        return _Edge(place, lost - (1 - kept) * jump)
+        usual = np.maximum(np.min(sides, axis=0) if sides else np.inf, LEAST)  # of the calmer side
+        stands = stillness(jump)
+        still = lost - stands * jump  # what moves now may stand as it did later on
+        rest = beside[1] + stands * still - given
+        mean = rest.mean(axis=(0, 1))
+        shift = -mean * (1 - min(1.0, usual[1] / max(np.abs(mean).max(), 1e-9)))
+        rest = rest + shift
+        lasting = 1 - min(1.0, *(EVEN * usual / np.maximum(step(rest), LEAST)))
+        size, colour = np.where(np.isinf(usual), 0, np.maximum(step(jump), LEAST) / usual)
+        self.seams.append(
+            Seam(
+                frame=max(place, beside[0]) + self.offset,
+                colour=levels(lost.mean(axis=(0, 1))),
+                detail=round(float(np.sqrt(np.square(lost).mean())), 3),
+                step=round(float(size), 3),
+                colour_step=round(float(colour), 3),
+                shift=levels(shift),
+                lasting=round(float(lasting), 3),
+                fade=FADE,
+            )
+        )
+        return _Edge(place, decoded, still, shift, -lasting * rest)
 
 
 def step(difference: np.ndarray) -> tuple[float, float]:
     """Return the mean absolute difference of two frames, and that of their mean colours in the largest channel."""
     return float(np.abs(difference).mean()), float(np.abs(difference.mean(axis=(0, 1))).max())
+
+
+def stillness(difference: np.ndarray) -> np.ndarray:
+    """Return [H, W, 1] by how much the places of a frame that differs [H, W, 3] from another stand still, 0 to 1."""
+    size = torch.from_numpy(np.abs(difference).max(axis=2))[None, None]
+    around = 2 * (difference.shape[0] // AROUND) + 1
+    for kernel in ((around, 1), (1, around)):
+        padding = (kernel[0] // 2, kernel[1] // 2)
+        size = F.avg_pool2d(size, kernel, stride=1, padding=padding, count_include_pad=False)
+    return (1 / (1 + (size[0, 0, :, :, None] / MOVING) ** 4)).numpy()
+
+
+def levels(colour: np.ndarray) -> tuple[float, float, float]:
+    """Return a colour [3] rounded to thousandths of a level."""
+    red, green, blue = (round(float(value), 3) for value in colour)
+    return red, green, blue
