@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+import itertools
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -13,6 +14,7 @@ import torch
 
 from runtime import weights
 from runtime.engines import engine as find_engine
+from runtime.lora import Lora, merge
 from runtime.models import open_checkpoint, repository
 from runtime.models.costs import Costs
 from runtime.models.spec import Autoencoder, Checkpoint, ModelSpec, Transformer
@@ -36,6 +38,7 @@ class Model:
     load_stages: Stages = field(default_factory=dict)
     offload: Offload = field(default_factory=Offload)
     memory: int | None = None  # bytes that may be used; None: what the device has
+    loras: tuple[Lora, ...] = ()  # merged into the transformers
     tile: tuple[int, int] | None = None  # (height, width) in pixels decoded at once; None: the whole frame
     _other_vae: tuple[torch.device, torch.dtype, Autoencoder] | None = field(default=None, repr=False)
 
@@ -95,10 +98,11 @@ class Model:
 
     @cached_property
     def fingerprint(self) -> str:
-        """A hash of the weights that make the video: transformers and VAE."""
-        return weights.fingerprint(
+        """A hash of the weights that make the video: transformers and VAE, and what was merged into them."""
+        found = weights.fingerprint(
             tuple(file for part in (*self.checkpoint.transformers, self.checkpoint.vae) for file in part.files)
         )
+        return ":".join([found, *(lora.fingerprint for lora in self.loras)])
 
     @cached_property
     def text_fingerprint(self) -> str:
@@ -172,11 +176,13 @@ def load(
     dtype: str | torch.dtype = "auto",
     engine: str = "eager",
     offload: Offload | None = None,
+    loras: Sequence[Lora] = (),
 ) -> Model:
     """Load a model: "demo", a folder in a published layout, or a repository id in the local Hugging Face cache.
 
     `dtype` is the transformer's and the text encoder's; the VAE computes in float32, as published. `offload` says which
-    weights stay on the device (None: all). Raises ValueError or FileNotFoundError with what is wrong and what to do.
+    weights stay on the device (None: all). `loras` are merged into the transformers, in turn. Raises ValueError or
+    FileNotFoundError with what is wrong and what to do.
     """
     place = choose_device(device)
     kind = choose_dtype(dtype, place)
@@ -185,6 +191,11 @@ def load(
         raise ValueError(
             f"engine is {engine!r} and {offload.blocks} transformer blocks are to stay on the device; blocks that come "
             "and go are run by the engine 'eager': take it, or keep all blocks"
+        )
+    if offload is not None and offload.blocks is not None and loras:
+        raise ValueError(
+            f"{len(loras)} LoRAs are given, and {offload.blocks} transformer blocks are to stay on the device; blocks "
+            "that come and go are read from the published files: keep all blocks, or leave the LoRAs out"
         )
     checkpoint = open_checkpoint(locate(name_or_path))
     if checkpoint.missing:
@@ -195,8 +206,11 @@ def load(
     stages: Stages = {}
     with recording(stages), span("load", memory=True):
         transformers = tuple(load_transformers(checkpoint, place, kind, offload or Offload()))
+        for lora, (number, network) in itertools.product(loras, enumerate(transformers)):
+            part = checkpoint.transformers[number]
+            merge(lora, part, cast(torch.nn.Module, network), number, len(transformers))
         vae = cast(Autoencoder, weights.load(checkpoint.vae, place, torch.float32))
-    return Model(checkpoint, transformers, vae, place, kind, engine, stages, offload or Offload())
+    return Model(checkpoint, transformers, vae, place, kind, engine, stages, offload or Offload(), loras=tuple(loras))
 
 
 def load_transformers(

@@ -320,5 +320,6 @@ def start_receipt(model: Model, request: Request) -> Receipt:
         device=str(model.device),
         dtype=str(model.dtype).removeprefix("torch."),
         offload=model.offload,
+        loras=[lora.told() for lora in model.loras],
         stages=dict(model.load_stages),
     )

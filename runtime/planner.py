@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -15,6 +16,7 @@ import torch
 
 from runtime.calibration import local
 from runtime.kernels.attention import Call, choose
+from runtime.lora import Lora
 from runtime.machine import GPUS, Machine
 from runtime.model import Model, choose_device, choose_dtype, load, locate
 from runtime.models import open_checkpoint, published, published_names
@@ -122,6 +124,7 @@ def load_within(
     dtype: str = "auto",
     engine: str = "eager",
     offload: Offload | None = None,
+    loras: Sequence[Lora] = (),
 ) -> Model:
     """Load a model so that a request, and all smaller ones, keep a budget of memory such as "12GiB".
 
@@ -139,7 +142,7 @@ def load_within(
     setting = replace(setting, memory=parse_bytes(memory), offload=offload)
     found = predict(spec, costs, resolved, machine, setting).choices
     chosen = Offload(found["offload"]["text_encoder"], found["offload"]["blocks"])
-    model = load(name, device=place, dtype=kind, engine=engine, offload=chosen)
+    model = load(name, device=place, dtype=kind, engine=engine, offload=chosen, loras=loras)
     return replace(model, memory=setting.memory, tile=found["tiles"])
 
 

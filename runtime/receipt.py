@@ -28,6 +28,7 @@ class Receipt:
     device: str
     dtype: str
     offload: Offload = field(default_factory=Offload)  # which weights stay on the device
+    loras: list[str] = field(default_factory=list)  # merged into the weights: file:strength
     approximations: list[str] = field(default_factory=list)  # empty: exact, reordered at most
     quality: dict[str, Any] | None = (
         None  # what was skipped for speed, by what right, and what that is estimated to cost

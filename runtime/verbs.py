@@ -216,6 +216,10 @@ def add_output(parser: Parser, output: str) -> None:
     )
     parser.add_argument("--blocks", type=int, metavar="N", help="transformer blocks that stay on the device")
     parser.add_argument("--text-encoder", choices=("resident", "released", "streamed"), help="where its weights are")
+    parser.add_argument(
+        "--lora", action="append", default=[], metavar="[high=|low=]FILE[:STRENGTH]",
+        help="a LoRA to merge into the weights, of one of two experts or all; may be given again",
+    )  # fmt: skip
     parser.add_argument("--warm", metavar="SIZES", help="sizes to warm at first, such as 832x480x81,480x832x49")
     parser.add_argument("--receipt", metavar="FILE", help="write what was done as JSON")
     parser.add_argument(
@@ -353,6 +357,10 @@ def open_model(options: Options, request: Request) -> Model:
         if options.blocks is not None and options.blocks < 0:
             raise ValueError(f"--blocks is {options.blocks}; legal: 0 or more blocks that stay on the device")
         how["offload"] = Offload(options.text_encoder or "resident", options.blocks)
+    if options.lora:
+        from runtime.lora import Lora
+
+        how["loras"] = [Lora.parse(text) for text in options.lora]
     if options.memory is not None:
         model = load_within(options.model, request, memory=options.memory, **how)
     else:

@@ -52,7 +52,12 @@ class Component:
     keep_float32: Callable[[str], bool] = lambda name: False  # parameters that stay float32 in any dtype
     ignored: frozenset[str] = frozenset()  # published names with nothing to hold (duplicates of tied weights)
     prepare: Callable[[nn.Module], None] = lambda module: None  # once, after loading: memory layouts
+    other_keys: Callable[[nn.Module], Mapping[str, Slot]] = lambda module: {}  # what other layouts call the same
     blocks: str = ""  # the list of equal blocks, by its place in the module, where it has one
+
+    def all_keys(self, module: nn.Module) -> dict[str, Slot]:
+        """Return where each tensor belongs by any name that a layout gives it."""
+        return {**self.other_keys(module), **self.keys(module)}
 
 
 def load(component: Component, device: torch.device, dtype: torch.dtype, *, without_blocks: bool = False) -> nn.Module:

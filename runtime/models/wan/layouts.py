@@ -49,6 +49,7 @@ def open_diffusers(folder: Path) -> Checkpoint:
                     build=partial(WanTransformer, config, integer_time=schedule == "flow_linear"),
                     files=files,
                     keys=names.transformer_keys,
+                    other_keys=names.original_transformer_keys,
                     keep_float32=WanTransformer.keep_float32,
                     blocks="blocks",
                 ),

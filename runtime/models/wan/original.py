@@ -151,6 +151,7 @@ def open_original(folder: Path) -> Checkpoint:
                 build=partial(WanTransformer, config),
                 files=files,
                 keys=names.original_transformer_keys,
+                other_keys=names.transformer_keys,
                 keep_float32=WanTransformer.keep_float32,
                 blocks="blocks",
             )
