@@ -166,7 +166,10 @@ def sample(job: Job, index: int, given: Mapping[int, np.ndarray], noise: torch.T
             kept = None if job.checkpoints is None else job.checkpoints.find(index)
             total = len(sigmas) - 1
             choice = choose(
-                model, request, sigmas, plain=not window.periodic and visits(model, request, told.known) == 1
+                model,
+                request,
+                sigmas,
+                plain=window.start == 1 and not window.periodic and visits(model, request, told.known) == 1,
             )
             if choice is not None and kept is not None and kept.step == total:
                 account(job.receipt, choice, kept.past)

@@ -71,6 +71,15 @@ def test_a_line_is_continued_and_a_bend_is_noticed() -> None:
     assert bent != pytest.approx([2 - sigma for sigma in sigmas[:-1]], rel=1e-2)
 
 
+def test_where_all_frames_are_shown_clean_the_network_is_asked() -> None:
+    sigmas = flow_linear(20, 3.0).tolist()
+    skips = Skips(frozenset({0}), Line(sigmas, 0.05), order=2, bound=1.0)
+    denoiser = cached(lambda x, sigma, context: x + 1, skips, sigmas)
+    clean = torch.zeros(1, 3, dtype=torch.float64)
+    assert float(denoiser(torch.ones(3), clean, None)[0]) == 2  # type: ignore[arg-type]
+    assert denoiser.past.count == 0
+
+
 def moments_of(rows: np.ndarray, order: int) -> Moments:
     """Moments of trajectories [steps, numbers]."""
     return Moments(rows @ rows.T / rows.shape[1], order)
