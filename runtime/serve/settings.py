@@ -8,6 +8,7 @@ import ipaddress
 import tomllib
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -174,6 +175,7 @@ def model_place(text: str) -> tuple[str, str]:
     return name, place or name
 
 
+@lru_cache(maxsize=256)
 def loopback(host: str) -> bool:
     """Tell whether only this machine can reach an address."""
     if host == "localhost":
