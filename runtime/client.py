@@ -100,11 +100,11 @@ class Client:
         """Return a video's object."""
         return self._json("GET", f"/v1/videos/{_name(video)}")
 
-    def list(self, limit: int = 100) -> Iterator[Found]:
-        """Yield all videos, the newest first, asked for in pages of `limit`."""
+    def list(self, limit: int = 100, **filters: Any) -> Iterator[Found]:
+        """Yield all videos, the newest first, asked for in pages of `limit`; filters are `status` and `search`."""
         after: Found = {}
         while True:
-            page = self._json("GET", "/v1/videos", params={"limit": limit, **after})
+            page = self._json("GET", "/v1/videos", params={"limit": limit, **filters, **after})
             yield from page["data"]
             if not page["has_more"]:
                 return
@@ -156,9 +156,9 @@ class Client:
         """Stop a video at its next step."""
         return self._json("POST", f"/v1/videos/{_name(video)}/cancel")
 
-    def delete(self, video: str | Found) -> Found:
-        """Remove a video and its files."""
-        return self._json("DELETE", f"/v1/videos/{_name(video)}")
+    def delete(self, video: str | Found, *, undo: float = 0.0) -> Found:
+        """Remove a video and its files; for `undo` seconds it can be restored."""
+        return self._json("DELETE", f"/v1/videos/{_name(video)}", params={"undo": undo} if undo else {})
 
     def restore(self, video: str | Found) -> Found:
         """Take a deletion back, as long as the server keeps what was deleted."""

@@ -124,6 +124,9 @@ def test_the_rest_of_the_surface(server: Server, tmp_path: Path) -> None:
         character = client.create_character("Ball", path)
         assert character["id"] in [each["id"] for each in client.characters()]
         client.delete_character(character["id"])
+        client.delete(framed, undo=60)
+        assert client.restore(framed)["id"] == framed["id"]
+        assert framed["id"] in [each["id"] for each in client.list(search="a ball", status="completed", limit=1)]
         assert client.verify(framed)["ingredients"][0]["relation"] == "inputTo"
 
 
