@@ -31,7 +31,10 @@ def main() -> None:
     score.add_argument("--style", choices=("terse", "plain", "descriptive"), default="descriptive")
     score.add_argument("--steps", type=int, default=25)
     score.add_argument("--guidance", type=float)
-    score.add_argument("--verbs", action="store_true", help="animate and extend held-out clips as well")
+    score.add_argument(
+        "--rows", nargs="+", metavar="ROW", default=["renders", "reconstructions", "text"],
+        help="what to read: renders reconstructions text animation extension (the last two: from given frames)",
+    )  # fmt: skip
     score.add_argument("--sheet", type=Path, help="write a contact sheet (png)")
     score.add_argument("--json", type=Path, help="write the numbers")
     framed = verbs.add_parser("framing", help="how often things are whole in wide and tall videos")
@@ -57,7 +60,7 @@ def main() -> None:
 
     found = evaluate(
         given.model, given.prompts, size=given.size, style=given.style, steps=given.steps, guidance=given.guidance,
-        verbs=given.verbs, sheet=given.sheet,
+        rows=given.rows, sheet=given.sheet,
     )  # fmt: skip
     for row, numbers in found.items():
         print(

@@ -174,15 +174,26 @@ def read(frames: np.ndarray) -> Reading:
                 shapes[found[0]] += 1
                 if part is parts[0] and found[0] in CORNERS:
                     turns.append((CORNERS[found[0]], found[1]))
-    present = [c for c in counts if c] or [0]
+    present = [c for c in counts if c] or [1]
     number = int(np.median(present))
-    often = lambda found: tuple(sorted(k for k, v in found.items() if v >= 0.25 * sum(found.values())))  # noqa: E731
+    # What half of one thing's frames show: of several things' frames so much less.
+    often = lambda found: tuple(sorted(k for k, v in found.items() if v >= 0.5 / number * sum(found.values())))  # noqa: E731
     camera, motion = scene.camera, _settle_motion(track, turns)
     if camera == "pan right" and motion == "right":  # the thing stays in the middle while the world passes
         screen = track[~np.isnan(track[:, 0]), 0] - shift[~np.isnan(track[:, 0])]
         if np.ptp(screen) < 0.1:
             camera, motion = "orbit", "still"
-    return Reading(scene.ground, scene.time, scene.weather, camera, number, often(hues), often(shapes), motion, track)
+    return Reading(
+        scene.ground,
+        scene.time,
+        scene.weather,
+        camera,
+        number if any(counts) else 0,
+        often(hues),
+        often(shapes),
+        motion,
+        track,
+    )
 
 
 def whole(frames: np.ndarray) -> bool:
