@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from dataclasses import replace
 from pathlib import Path
@@ -9,11 +10,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file
 from torch.nn.functional import avg_pool2d
 
 from runtime.expansion import by_rules
-from tools.demo_model import autoencoder, captions, denoiser, pool, score, shapes, text
+from tools.demo_model import autoencoder, captions, denoiser, evaluate, pool, score, shapes, text
 from tools.demo_model.diffusion import draw_known
 from tools.demo_model.evaluate import to_bytes
 from tools.demo_model.recipe import RECIPES, make
@@ -239,3 +241,23 @@ def test_one_command_makes_a_checkpoint_that_diffusers_and_this_runtime_load(tmp
     model = runtime.load(str(folder))
     request = runtime.Request(prompt="a red ball", width=64, height=64, num_frames=5, steps=2, seed=0)
     assert runtime.generate(model, request).frames.shape == (5, 64, 64, 3)
+
+
+def test_a_ladder_is_a_table_and_a_sheet_of_checkpoints(tmp_path: Path) -> None:
+    found = evaluate.ladder(["demo"], 1, tmp_path)
+    assert found["demo"]["background"] == (1, 1)
+    assert json.loads((tmp_path / "ladder.json").read_text()) == {
+        "demo": {k: list(v) for k, v in found["demo"].items()}
+    }
+    with Image.open(tmp_path / "ladder.png") as sheet:
+        assert sheet.size == (2 * 160, 96)
+
+
+def test_rows_that_do_not_exist_are_refused() -> None:
+    with pytest.raises(ValueError, match="recontructions.*choose from renders"):
+        evaluate.evaluate("demo", 1, rows=["recontructions"])
+
+
+def test_given_frames_are_gone_on_with() -> None:
+    judged = evaluate.evaluate("demo", 1, steps=4, rows=["animation", "extension"])
+    assert judged["animation"]["count"][1] == judged["extension"]["colour"][1] == 1

@@ -1,4 +1,4 @@
-"""python -m tools.demo_model train | score | framing: trains the built-in checkpoint, reads what one has learned."""
+"""python -m tools.demo_model train | score | framing | ladder: trains the built-in checkpoint, reads what it shows."""
 
 from __future__ import annotations
 
@@ -40,6 +40,10 @@ def main() -> None:
     framed = verbs.add_parser("framing", help="how often things are whole in wide and tall videos")
     framed.add_argument("--model", action="append", required=True, help="a checkpoint; may be repeated")
     framed.add_argument("--prompts", type=int, default=48)
+    rungs = verbs.add_parser("ladder", help="what checkpoints of more and more training show of the same prompts")
+    rungs.add_argument("--model", action="append", required=True, help="a checkpoint; may be repeated")
+    rungs.add_argument("--prompts", type=int, default=32)
+    rungs.add_argument("--out", type=Path, required=True, help="folder for ladder.json and ladder.png")
     given = parser.parse_args()
     if given.verb == "train":
         from tools.demo_model.recipe import RECIPES, SQUARES, make
@@ -50,7 +54,7 @@ def main() -> None:
         recipe = replace(recipe, buckets=SQUARES) if given.squares else recipe
         print(make(given.out, recipe, seed=given.seed, say=lambda line: print(line, flush=True)))
         return
-    from tools.demo_model.evaluate import evaluate, framing
+    from tools.demo_model.evaluate import evaluate, framing, ladder
 
     if given.verb == "framing":
         for model in given.model:
@@ -58,17 +62,23 @@ def main() -> None:
             print(f"{model}: whole in " + ", ".join(f"{n}/{given.prompts} at {size}" for size, n in rows))
         return
 
+    if given.verb == "ladder":
+        report(ladder(given.model, given.prompts, given.out))
+        return
     found = evaluate(
         given.model, given.prompts, size=given.size, style=given.style, steps=given.steps, guidance=given.guidance,
         rows=given.rows, sheet=given.sheet,
     )  # fmt: skip
-    for row, numbers in found.items():
-        print(
-            f"{row:14s} "
-            + "  ".join(f"{k} {right}/{of} ({100 * right / of:.0f} %)" for k, (right, of) in numbers.items() if of)
-        )
+    report(found)
     if given.json:
         given.json.write_text(json.dumps(found, indent=1) + "\n")
+
+
+def report(found: dict[str, dict[str, tuple[int, int]]]) -> None:
+    """Print a line per row: how many were right, of how many."""
+    for row, numbers in found.items():
+        told = (f"{k} {right}/{of} ({100 * right / of:.0f} %)" for k, (right, of) in numbers.items() if of)
+        print(f"{row:14s} " + "  ".join(told))
 
 
 if __name__ == "__main__":

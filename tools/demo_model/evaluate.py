@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -114,6 +115,31 @@ def framing(
             request = runtime.Request(prompt=caption(scene, "descriptive"), width=width, height=height, seed=number)
             shown += whole(runtime.generate(model, request).frames)
         found[f"{width}x{height}"] = shown
+    return found
+
+
+def ladder(model_names: Sequence[str], prompts: int, folder: Path) -> dict[str, dict[str, tuple[int, int]]]:
+    """Return per model what it shows of the same prompts, as `evaluate`'s row "text"; write ladder.json and ladder.png.
+
+    The sheet has a row per prompt (at most 8) and per model a frame of the first half and one of the last quarter.
+    """
+    from PIL import Image
+
+    found: dict[str, dict[str, tuple[int, int]]] = {}
+    rows: list[list[np.ndarray]] = [[] for _ in range(min(prompts, 8))]
+    for name in model_names:
+        model = runtime.load(name)
+        judged = []
+        for number, scene in enumerate(scenes(prompts)):
+            frames = runtime.generate(model, runtime.Request(prompt=caption(scene, "descriptive"), seed=number)).frames
+            judged.append(judge(scene, read(frames)))
+            if number < len(rows):
+                rows[number] += [frames[len(frames) // 3], frames[len(frames) * 4 // 5]]
+        found[Path(name).name] = table(judged)
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "ladder.json").write_text(json.dumps(found, indent=1) + "\n")
+    sheet = np.concatenate([np.concatenate(row, 1) for row in rows], 0)
+    Image.fromarray(sheet).quantize(200).save(folder / "ladder.png", optimize=True)
     return found
 
 
