@@ -117,7 +117,7 @@ class Api:
 
     def object(self, job: Job) -> dict[str, Any]:
         """Return a job as the API tells of it."""
-        outlook = self.outlooks(job.id).get(job.id) if job.status in ACTIVE else None
+        outlook = self.outlooks(job.id).get(job.id) if job.status in ACTIVE and not job.cancel else None
         return video_object(job, outlook, self.settings.keep)
 
     def job(self, request: Request, job_id: str) -> Job:
