@@ -518,26 +518,26 @@ def test_pictures_of_it(chromium: Any, server: Server) -> None:
     )
     for seed, prompt in enumerate(prompts):
         server.done(server.create({"prompt": prompt, "seed": seed + 2, "num_inference_steps": 12})["id"])
-    server.create({"prompt": "a yellow ball rolls right over the sand", "num_inference_steps": 25})
-    server.create({"prompt": "two red balls fall into the snow at night"})
-    server.until(lambda: server.http.get("/v1/videos", params={"limit": 2}).json()["data"][1]["step"] > 9)
     phone = {"viewport": {"width": 390, "height": 844}, "device_scale_factor": 2, "is_mobile": True, "has_touch": True}
     for name, settings in (("desktop", {}), ("dark", {"color_scheme": "dark"}), ("phone", phone)):
+        words = "a yellow ball rolls right over the sand"
+        jobs = [server.create({"prompt": words, "num_inference_steps": steps})["id"] for steps in (200, 25)]
+        server.until(lambda job=jobs[0]: server.video(job)["step"] > 60)
         found = Visit(chromium, server.url, **({"viewport": {"width": 1280, "height": 800}} | settings))
         for place in ("create", "library", "storyboard", f"clip/{newest_done(server)}"):
             found.go(place)
             found.page.get_by_label("What should the video show?").or_(found.page.locator("h1")).first.wait_for()
             if place == "create":
-                found.page.get_by_label("What should the video show?").fill("a yellow ball rolls right over the sand")
+                found.page.get_by_label("What should the video show?").fill(words)
                 found.page.locator(".stage .preview:not([hidden])").wait_for()
-            found.page.wait_for_timeout(2000)
+            found.page.wait_for_timeout(800)
             file = folder / f"{name}-{place.partition('/')[0]}.png"
             Image.open(io.BytesIO(found.page.screenshot())).convert("P", palette=Image.Palette.ADAPTIVE).save(
                 file, optimize=True
             )
         found.end()
-    for each in server.http.get("/v1/videos", params={"status": "queued,in_progress"}).json()["data"]:
-        server.http.post(f"/v1/videos/{each['id']}/cancel")
+        for job in jobs:
+            server.http.delete(f"/v1/videos/{job}")
 
 
 def newest_done(server: Server) -> str:
