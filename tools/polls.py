@@ -17,6 +17,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
+import psutil
+
 from tests.serving import LONG, TINY, Server, raw
 
 FILM = LONG | {"num_inference_steps": 1000}
@@ -44,8 +46,8 @@ async def connect(server: Server) -> Line:
     return Line(*await asyncio.open_connection(host, int(port)))
 
 
-async def polls(lines: list[Line], request: bytes, seconds: float) -> float:
-    """Return the answers per second to one request over several connections."""
+async def polls(lines: list[Line], request: bytes, seconds: float) -> tuple[float, int]:
+    """Return (answers per second, answers) to one request over several connections."""
     until, answered = time.perf_counter() + seconds, 0
 
     async def go(line: Line) -> None:
@@ -57,7 +59,7 @@ async def polls(lines: list[Line], request: bytes, seconds: float) -> float:
 
     began = time.perf_counter()
     await asyncio.gather(*map(go, lines))
-    return answered / (time.perf_counter() - began)
+    return answered / (time.perf_counter() - began), answered
 
 
 async def creates(lines: list[Line], count: int, pace: float) -> list[float]:
@@ -81,13 +83,21 @@ async def creates(lines: list[Line], count: int, pace: float) -> list[float]:
 async def measure(server: Server, options: argparse.Namespace, jobs: dict[str, str]) -> None:
     """Measure and print."""
     lines = [await connect(server) for _ in range(options.connections)]
-    samples: dict[str, list[float]] = {name: [] for name in jobs}
+    samples: dict[str, list[tuple[float, float]]] = {name: [] for name in jobs}
+    process = psutil.Process(server.process.pid)
     for _ in range(options.rounds):
         for name, job in jobs.items():
-            samples[name].append(await polls(lines, raw("GET", f"/v1/videos/{job}"), options.seconds))
-    print("| what | median | least | most |\n| --- | ---: | ---: | ---: |")
+            before = sum(process.cpu_times()[:2])
+            rate, answered = await polls(lines, raw("GET", f"/v1/videos/{job}"), options.seconds)
+            samples[name].append((rate, (sum(process.cpu_times()[:2]) - before) / answered * 1e3))
+    print("| status polls | a second: median | least | most | CPU ms of the server each |")
+    print("| --- | ---: | ---: | ---: | ---: |")
     for name, each in samples.items():
-        print(f"| status polls/s, {name} | {statistics.median(each):.0f} | {min(each):.0f} | {max(each):.0f} |")
+        rates, costs = zip(*each, strict=True)
+        print(
+            f"| {name} | {statistics.median(rates):.0f} | {min(rates):.0f} | {max(rates):.0f} | "
+            f"{statistics.median(costs):.2f} |"
+        )
     found = sorted(await creates(lines, options.creates, options.pace))
     p99 = found[min(len(found) - 1, round(0.99 * len(found)))]
     print(

@@ -64,11 +64,11 @@ def main() -> int:
         store, lock = open_store(settings)
         signer = settings.signer
         hooks = Webhooks(settings.data, settings.webhooks, settings.read_secret()) if settings.webhook_host else None
+        store.reclaim()
         listener = listen(settings)
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, sqlite3.OperationalError) as error:  # the last: the disk is full
         print(f"error: {error}", file=sys.stderr)
         return 2
-    store.reclaim()
     raise_limit()
     supervisor = Supervisor(settings, store)
     api = Api(settings, store, supervisor.wake)
