@@ -37,6 +37,7 @@ log = logging.getLogger("runtime.serve.api")
 
 SHAPE = re.compile(r"video_[0-9a-f]{32}")
 OUTLOOK_SECONDS = 0.2  # how old a forecast may be
+OUTLOOK_REST = 20  # times what a look takes, until the next: a long queue costs 5 % of the time at most
 LOOK_SECONDS = 0.1  # between two looks at a job that somebody waits for
 
 
@@ -49,7 +50,7 @@ class Api:
         self.moderator = Moderator(settings.moderation)
         self.characters = Characters(settings.data)
         self._outlooks: dict[str, Outlook] = {}
-        self._looked_at = -math.inf
+        self._look_at = -math.inf  # when to look again
         self.draining = False
         self.metrics = Metrics(store)
         self.ready: Callable[[], bool] = lambda: False
@@ -110,9 +111,11 @@ class Api:
 
     def outlooks(self, job_id: str | None = None) -> dict[str, Outlook]:
         """Return what lies before each job, a moment old at most; at once where a job is not in there yet."""
-        now = time.monotonic()
-        if now - self._looked_at > OUTLOOK_SECONDS or (job_id is not None and job_id not in self._outlooks):
-            self._outlooks, self._looked_at = self.store.outlooks(self.settings.workers), now
+        began = time.monotonic()
+        if began > self._look_at or (job_id is not None and job_id not in self._outlooks):
+            self._outlooks = self.store.outlooks(self.settings.workers)
+            now = time.monotonic()
+            self._look_at = now + max(OUTLOOK_SECONDS, OUTLOOK_REST * (now - began))
         return self._outlooks
 
     def object(self, job: Job) -> dict[str, Any]:
