@@ -164,7 +164,7 @@ function receiptOf(video) {
   const rows = [
     [t("receipt.time"), duration(measured)], [t("receipt.foreseen"), foreseen && duration(foreseen.seconds.total)],
     [t("receipt.peak"), peak ? bytes(peak) : null], [t("receipt.foreseen.peak"), foreseen && bytes(Math.max(...Object.values(foreseen.peak_bytes)))],
-    [t("receipt.psnr"), receipt.psnr === undefined || receipt.psnr === null ? null : `${receipt.psnr} dB`],
+    [t("receipt.psnr"), receipt.quality?.measured ? `${receipt.quality.measured.psnr.toFixed(1)} dB` : null],
     [t("receipt.machine"), `${receipt.device} · ${receipt.dtype} · ${receipt.engine}`], [t("receipt.made"), new Date(receipt.created).toLocaleString(document.documentElement.lang)],
     [t("receipt.weights"), receipt.model_hash],
   ];
