@@ -6,7 +6,7 @@ PyTorch's ahead-of-time compiler writes them (.pt2) and `dit_runtime::Engine` of
     decode-next.pt2    the same for each next latent frame
 
 A second expert's step is step-2.pt2. `text` is zero behind the prompt's tokens, as the published models have it. Our
-fused operations are decomposed to their definitions, which the compiler fuses in its own way. All sizes are fixed.
+fused operations are decomposed to their definitions, which the compiler fuses in its own way. All sizes are fixed, and all tensors contiguous.
 """
 
 from __future__ import annotations
@@ -94,6 +94,7 @@ def write_packages(
 
 def write(module: nn.Module, given: Tensors, results: Sequence[str], facts: Mapping[str, str], file: Path) -> Path:
     """Compile a module for example inputs into a file, which is there whole or not at all."""
+    given = {name: each.contiguous() for name, each in given.items()}  # compiled code is bound to strides, unchecked
     unfinished = file.with_name(f".{file.name}.{os.getpid()}.pt2")  # the compiler insists on the suffix
     try:
         with forced("ref"), torch.no_grad(), warnings.catch_warnings():
