@@ -77,10 +77,12 @@ def listing() -> str:
     found = []
     for file in RESULTS.glob("*/*.json"):
         record = json.loads(file.read_text(encoding="utf-8"))
-        about = record.get("machine", {})
+        if "benchmark" not in record:  # what `tools.demo_model` has written
+            continue
+        about = record["machine"]
         cells = [
             about.get("date", "")[:10],
-            record.get("benchmark", ""),
+            record["benchmark"],
             about.get("name", ""),
             about.get("commit", ""),
         ]

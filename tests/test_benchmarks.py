@@ -193,7 +193,7 @@ def test_alternate_takes_turns() -> None:
 
 
 def test_results_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(machine, "ROOT", tmp_path)
+    monkeypatch.setattr(machine, "RESULTS", tmp_path / "benchmarks" / "results")
     cpu = {"name": "Intel(R) Xeon(R) Processor", "device": "cpu", "logical_cores": 2, "commit": "c0ffee1",
            "date": "2026-11-22T10:00:00+00:00"}  # fmt: skip
     folder = tmp_path / "benchmarks" / "results"
