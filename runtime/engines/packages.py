@@ -6,7 +6,8 @@ PyTorch's ahead-of-time compiler writes them (.pt2) and `dit_runtime::Engine` of
     decode-next.pt2    the same for each next latent frame
 
 A second expert's step is step-2.pt2. `text` is zero behind the prompt's tokens, as the published models have it. Our
-fused operations are decomposed to their definitions, which the compiler fuses in its own way. All sizes are fixed, and all tensors contiguous.
+fused operations are decomposed to their definitions, which the compiler fuses in its own way. All sizes are fixed, and
+all tensors contiguous.
 """
 
 from __future__ import annotations
