@@ -7,7 +7,7 @@ import json
 import time
 import uuid
 from collections.abc import Iterator, Mapping
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -224,41 +224,24 @@ class Client:
                 return answer.json()
             time.sleep(wait)
 
-    def _stream(self, method: str, path: str, **more: Any) -> Any:
-        return _Stream(self, method, path, more)
+    @contextmanager
+    def _stream(self, method: str, path: str, **more: Any) -> Iterator[Any]:
+        """Yield an answer that is read as it comes; what fails is told as everywhere."""
+        import httpx2
+
+        try:
+            with self.http.stream(method, path, **more) as answer:
+                if answer.status_code >= 400:
+                    answer.read()
+                    _check(answer)
+                yield answer
+        except httpx2.TransportError as error:
+            raise self._unreachable(error) from error
 
     def _unreachable(self, error: Exception) -> ServerError:
         return ServerError(
             0, "unreachable", f"{self.http.base_url} cannot be reached ({type(error).__name__}); is the server running?"
         )
-
-
-class _Stream:
-    """An answer that is read as it comes; what fails is told as everywhere."""
-
-    def __init__(self, client: Client, method: str, path: str, more: Mapping[str, Any]) -> None:
-        self.client = client
-        self.opening = client.http.stream(method, path, **more)
-
-    def __enter__(self) -> Any:
-        import httpx2
-
-        try:
-            answer = self.opening.__enter__()
-        except httpx2.TransportError as error:
-            raise self.client._unreachable(error) from error
-        if answer.status_code >= 400:
-            with self.opening:
-                answer.read()
-            _check(answer)
-        return answer
-
-    def __exit__(self, kind: Any, error: Any, trace: Any) -> None:
-        import httpx2
-
-        self.opening.__exit__(kind, error, trace)
-        if isinstance(error, httpx2.TransportError):
-            raise self.client._unreachable(error) from error
 
 
 def _wait(answer: Any) -> float | None:
