@@ -219,8 +219,8 @@ def test_storyboard(visit: Visit, server: Server) -> None:
     last.press("Shift+ArrowRight")
     assert page.locator(".gap").count() == 2
     page.get_by_label("Begins with").set_input_files({"name": "a.png", "mimeType": "image/png", "buffer": png()})
-    before = page.locator(".piece").nth(2).bounding_box()
-    handle = page.locator(".piece").nth(2).locator(".edge.to").bounding_box()
+    before = visit.until(lambda: page.locator(".piece").nth(2).bounding_box())  # none while the lane is drawn anew
+    handle = visit.until(lambda: page.locator(".piece").nth(2).locator(".edge.to").bounding_box())
     page.mouse.move(handle["x"] + 5, handle["y"] + 20)
     page.mouse.down()
     page.mouse.move(handle["x"] - 60, handle["y"] + 20, steps=5)
