@@ -16,7 +16,7 @@ test: $(VENV)/installed-tests chromium
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports --no-cache
-	$(BIN)/python -m pytest --durations=15
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --durations=15
 
 # The page's tests drive Debian's Chromium; where it is missing and cannot be installed they are skipped, and say so.
 chromium:
