@@ -15,8 +15,9 @@ import av
 import numpy as np
 from av.video.reformatter import VideoReformatter
 
+from runtime.reading import numbered_files, read_pictures, read_video
 from runtime.sound import cut
-from runtime.video import Video, numbered_files, read_pictures, read_video
+from runtime.video import Video
 
 FITS = ("crop", "pad", "stretch")
 BICUBIC_EXACT = 0x4 | 0x40000  # swscale's flags: bicubic, accurate rounding

@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from benchmarks import compare, latency, machine, plot, serve, true_size
 from benchmarks.__main__ import main
 from runtime.models.wan.published import NETWORKS, UMT5_XXL
-from runtime.models.wan.vae import VAEConfig
+from runtime.models.wan.vae_config import VAEConfig
 from tests.serving import Server
 
 QUICK = ["latency", "--device", "cpu", "--threads", "1", "--steps", "2", "--repeats", "2"]

@@ -18,7 +18,8 @@ from runtime.clips import fit_frame
 from runtime.models.spec import ImageSize
 from runtime.pictures import shown
 from runtime.pipeline import final_request
-from runtime.video import Video, read_video
+from runtime.reading import read_video
+from runtime.video import Video
 from tests.published import Tiny, channels_pipeline, control_pipeline, relative, tokenizer, write
 
 PROMPT = "a red ball rolls left over green grass"

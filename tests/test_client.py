@@ -18,7 +18,7 @@ pytest.importorskip("fastapi")
 import runtime
 from runtime.__main__ import main
 from runtime.client import ServerError
-from runtime.video import read_video
+from runtime.reading import read_video
 from tests.serving import TINY, Server
 
 KEY = "k" * 16

@@ -19,8 +19,9 @@ from PIL import Image, ImageOps
 
 import runtime
 from runtime.clips import Clip, conformed, fit_frame, natural_size
+from runtime.reading import read_video
 from runtime.request import Request
-from runtime.video import Video, read_video
+from runtime.video import Video
 
 RANDOM = np.random.default_rng(0)
 
@@ -230,7 +231,7 @@ def test_a_picture_that_would_fill_the_memory(tmp_path: Path, name: str) -> None
     """What the header says is refused before anything of that size is made."""
     (tmp_path / name).write_bytes(BOMBS[name]())
     code = (
-        "from runtime.video import read_video\n"
+        "from runtime.reading import read_video\n"
         f"try: print(read_video({str(tmp_path / name)!r}))\n"
         "except ValueError as error:\n"
         "    print(next(line for line in open('/proc/self/status') if 'VmHWM' in line).split()[1], error)"

@@ -21,7 +21,8 @@ from runtime.models.costs import Shape, Weights
 from runtime.models.wan.costs import WanCosts
 from runtime.models.wan.published import NETWORKS, UMT5_XXL, vae_config
 from runtime.models.wan.transformer import TransformerConfig, WanTransformer
-from runtime.models.wan.vae import VAEConfig, WanVAE
+from runtime.models.wan.vae import WanVAE
+from runtime.models.wan.vae_config import VAEConfig
 from runtime.weights import shapes
 from tests import published as tiny
 

@@ -13,7 +13,7 @@ import runtime
 from runtime import previews
 from runtime.__main__ import main
 from runtime.engines.store import cache_root
-from runtime.video import read_video
+from runtime.reading import read_video
 
 
 @pytest.fixture(scope="module")

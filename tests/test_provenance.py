@@ -29,8 +29,9 @@ from runtime.certificates import Signer, development_signer, find_signer
 from runtime.clips import Clip, runs
 from runtime.engines.store import cache_root
 from runtime.provenance import Input, _manifest, check_sealable, inputs_of, read, seal, settings_hash, told
+from runtime.reading import read_video
 from runtime.request import Request
-from runtime.video import Video, read_video
+from runtime.video import Video
 
 MADE = {
     "model": "demo",

@@ -12,8 +12,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from runtime.__main__ import main
+from runtime.reading import read_video
 from runtime.sound import RATE, Sound, blocks, cut
-from runtime.video import read_video
 
 
 def write_clip(path: Path, frames: int = 9, fps: int = 8) -> Path:

@@ -12,9 +12,9 @@ from PIL import Image
 import runtime
 from runtime import Card, Clip, Request
 from runtime.__main__ import main
+from runtime.reading import read_video
 from runtime.storyboard import read_storyboard
 from runtime.tasks import plan_task
-from runtime.video import read_video
 
 PICTURE = np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8)
 

@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 
 import runtime
 from runtime.models.tiles import spans, tiles
-from runtime.models.wan.vae import VAEConfig, WanVAE, diffusers_keys
+from runtime.models.wan.vae import WanVAE, diffusers_keys
+from runtime.models.wan.vae_config import VAEConfig
 from tests.published import Tiny, relative, vae, write
 
 BOTH = {"2.1": Tiny(), "2.1 deep": Tiny(res_blocks=2), "2.2": Tiny(residual=True, channels=8)}

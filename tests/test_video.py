@@ -15,7 +15,8 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from runtime import video as video_module
-from runtime.video import Video, check_writable, read_video
+from runtime.reading import read_video
+from runtime.video import Video, check_writable
 from runtime.writing import exact_rate
 
 FILE_NAMES = ["clip.mp4", "clip.webm", "clip.gif", "clip/"]

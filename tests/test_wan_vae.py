@@ -14,8 +14,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import runtime
-from runtime.models.wan.vae import VAEConfig, WanVAE, diffusers_keys
+from runtime.models.wan.vae import WanVAE, diffusers_keys
 from runtime.models.wan.vae_blocks import History, Ring
+from runtime.models.wan.vae_config import VAEConfig
 from runtime.models.wan.vae_networks import Decoder
 
 TOLERANCE = 1e-4  # of the largest number; what a different order of float32 sums may change

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from runtime.certificates import read_signer
 from runtime.provenance import SEALED, seal, transcoding
-from runtime.video import read_video
+from runtime.reading import read_video
 
 FORMATS = ("mp4", "webm", "gif")
 SECONDS = 3600

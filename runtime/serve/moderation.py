@@ -22,8 +22,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from PIL import Image
 
+from runtime.reading import read_video
 from runtime.serve.fetching import shortened
-from runtime.video import read_video
 
 if TYPE_CHECKING:
     from runtime.serve.jobs import Store

@@ -12,8 +12,9 @@ from typing import Any
 from PIL import Image, ImageOps
 
 from runtime.kinds import KINDS, kind_of
+from runtime.reading import read_video
 from runtime.serve.boxed import answer, boxed
-from runtime.video import Video, read_video
+from runtime.video import Video
 
 MAX_PIXELS = 50_000_000  # of one picture
 MAX_FRAMES = 3600

@@ -16,8 +16,9 @@ import torch
 from runtime.models.costs import Operation, Shape, Weights, Work, attention, linear, sweep
 from runtime.models.tiles import tiles
 from runtime.models.wan.transformer import TransformerConfig
-from runtime.models.wan.vae import VAEConfig, WanVAE
+from runtime.models.wan.vae import WanVAE
 from runtime.models.wan.vae_blocks import UpsamplingConv2d
+from runtime.models.wan.vae_config import VAEConfig
 from runtime.models.wan.vae_costs import decoder, encoder
 
 PICTURE_TOKENS = 257  # of one picture's embedding, where pictures are shown to the cross-attention

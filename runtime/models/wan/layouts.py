@@ -21,7 +21,8 @@ from runtime.models.wan.conditioning import control_channels, picture_channels
 from runtime.models.wan.costs import WanCosts
 from runtime.models.wan.specs import CAPTIONS, OTHER_VARIANTS, PUBLISHED, TEXT_LENGTH, VARIANTS
 from runtime.models.wan.transformer import TransformerConfig, WanTransformer
-from runtime.models.wan.vae import VAEConfig, WanVAE
+from runtime.models.wan.vae import WanVAE
+from runtime.models.wan.vae_config import VAEConfig
 from runtime.weights import Component, Slot, find, read_json
 from runtime.weights import shapes as tensor_shapes
 

@@ -29,7 +29,7 @@ from runtime.models.wan.layouts import (
 )
 from runtime.models.wan.specs import LATENT_STATISTICS, TEXT_LENGTH
 from runtime.models.wan.transformer import TransformerConfig, WanTransformer
-from runtime.models.wan.vae import VAEConfig
+from runtime.models.wan.vae_config import VAEConfig
 from runtime.weights import Component, find
 from runtime.weights import shapes as tensor_shapes
 

@@ -12,7 +12,7 @@ from runtime.models.spec import Defaults, ModelSpec
 from runtime.models.wan.costs import WanCosts
 from runtime.models.wan.specs import LATENT_STATISTICS, PUBLISHED, TEXT_LENGTH
 from runtime.models.wan.transformer import TransformerConfig
-from runtime.models.wan.vae import VAEConfig
+from runtime.models.wan.vae_config import VAEConfig
 
 UMT5_XXL = {
     "vocab_size": 256384,

@@ -17,7 +17,7 @@ from runtime.kernels.causal_conv3d import causal_conv3d
 from runtime.kernels.norm_silu import norm_silu
 
 if TYPE_CHECKING:
-    from runtime.models.wan.vae import VAEConfig
+    from runtime.models.wan.vae_config import VAEConfig
 
 History = list["Ring"]  # of one clip, a ring per causal convolution
 

@@ -6,7 +6,8 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 
 from runtime.models.costs import Operation, Work, attention, convolution, linear, sweep
-from runtime.models.wan.vae import FRAMES_PER_TILE, VAEConfig
+from runtime.models.wan.vae import FRAMES_PER_TILE
+from runtime.models.wan.vae_config import VAEConfig
 from runtime.models.wan.vae_networks import WHOLE_LEVELS
 
 KEPT_FRAMES = 2  # that a convolution with three taps in time remembers of its input

@@ -16,7 +16,7 @@ from runtime.kernels.norm_silu import norm_silu
 from runtime.models.wan.vae_blocks import CausalConv3d, DownBlock, History, MidBlock, Norm, Ring, UpBlock
 
 if TYPE_CHECKING:
-    from runtime.models.wan.vae import VAEConfig
+    from runtime.models.wan.vae_config import VAEConfig
 
 WHOLE_LEVELS = 1  # that the trunk takes of each network
 
