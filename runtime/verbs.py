@@ -1,25 +1,22 @@
 """The verbs that make a video, as a table: each says its arguments, and the Request that they mean.
 
-Reading them in turn tells what the command line can ask; what happens then is the same for all: `make`.
+Reading them in turn tells what the command line can ask; what happens then is the same for all: `making.py`.
 """
 
 from __future__ import annotations
 
 import argparse
-import os
 import re
-import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from runtime.making import finish, make
+
 if TYPE_CHECKING:
-    from runtime.certificates import Signer
     from runtime.clips import Clip
-    from runtime.model import Model
     from runtime.request import Request
-    from runtime.video import Video
 
 STRENGTH = 0.6  # of an edit where nothing else is said
 
@@ -300,163 +297,3 @@ def parse_ranges(text: str) -> tuple[int, ...]:
             raise argparse.ArgumentTypeError(f"{part!r} is no range of frames; legal: such as 12-20,33")
         found += range(first, last + 1)
     return tuple(found)
-
-
-def make(options: Options) -> None:
-    """Make what a verb asks for, and write it."""
-    from runtime.video import check_writable
-
-    request = options.verb.request(options)
-    check_writable(options.output)
-    signer_of(options)
-    if options.preview:
-        check_writable(options.preview)
-    for what in ("receipt", "latents"):
-        if path := getattr(options, what, None):
-            check_file(path, what)
-
-    if options.measure and (request.clips or request.storyboard):
-        raise ValueError("--measure is given, and the video is made of clips; legal: for videos of a prompt alone")
-    model = open_model(options, request)
-    resolved = request.resolved(model.spec)
-    if getattr(options, "draft", False):
-        resolved = resolved.drafted(model.spec)
-    write(options, model, resolved)
-
-
-def finish(options: Options) -> None:
-    """Make the final video of a draft, which is made again from its receipt."""
-    from runtime.pipeline import final_request
-    from runtime.request import Request
-    from runtime.video import check_writable
-
-    draft = Request.from_receipt(options.draft)
-    check_writable(options.output)
-    signer_of(options)
-    if options.receipt:
-        check_file(options.receipt, "receipt")
-
-    model = open_model(options, draft)
-    width, height = options.size or (model.spec.defaults.width, model.spec.defaults.height)
-    request = final_request(model, draft, width, height, strength=options.strength, steps=options.steps)
-    write(options, model, request)
-
-
-def open_model(options: Options, request: Request) -> Model:
-    """Load the model as the options say; a budget of memory is planned for the request."""
-    from runtime.warming import parse_sizes
-
-    sizes = parse_sizes(options.warm) if options.warm else []
-
-    import runtime
-    from runtime.offload import Offload
-    from runtime.planner import load_within
-
-    how = {"device": options.device, "dtype": options.dtype, "engine": options.engine}
-    if options.blocks is not None or options.text_encoder is not None:
-        if options.blocks is not None and options.blocks < 0:
-            raise ValueError(f"--blocks is {options.blocks}; legal: 0 or more blocks that stay on the device")
-        how["offload"] = Offload(options.text_encoder or "resident", options.blocks)
-    if options.lora:
-        from runtime.lora import Lora
-
-        how["loras"] = [Lora.parse(text) for text in options.lora]
-    if options.memory is not None:
-        model = load_within(options.model, request, memory=options.memory, **how)
-    else:
-        model = runtime.load(options.model, **how)
-    if sizes:
-        runtime.warmup(model, sizes)
-    return model
-
-
-def signer_of(options: Options) -> Signer | None:
-    """Return who signs the result, None where nobody is to; ValueError where that cannot be."""
-    if not (options.credentials or options.certificate or options.private_key):
-        return None
-    from runtime.certificates import find_signer
-    from runtime.engines.store import cache_root
-    from runtime.provenance import check_sealable
-
-    check_sealable(options.output)
-    return find_signer(options.certificate, options.private_key, cache_root() / "credentials")
-
-
-def foretell(model: Model, request: Request, *, quiet: bool) -> None:
-    """Print what the planner foresees; a machine that it does not know is measured first, for the receipt too."""
-    from runtime.planner import foresee
-    from runtime.prediction import GIB
-
-    found = foresee(model, request, measure=True)
-    assert found is not None  # it is measured where it was not
-    if quiet:
-        return
-    stages = ", ".join(f"{name} {found.seconds[name]:.2f}" for name in ("text", "denoise", "decode"))
-    print(f"foreseen seconds: {stages}; peak memory {found.most / GIB:.2f} GiB", flush=True)
-
-
-def write(options: Options, model: Model, request: Request) -> None:
-    """Make a resolved request's video with what the options say of output and progress."""
-    import runtime
-    from runtime.latents import save_latents
-    from runtime.pipeline import compare_exact
-    from runtime.previews import Previewer
-    from runtime.progress import Progress
-    from runtime.provenance import generation, inputs_of, sealing
-    from runtime.trace import recording, span
-    from runtime.video import check_writable
-
-    signer = signer_of(options)
-    frames = request.num_frames if request.task == "text" else None
-    check_writable(options.output, num_frames=frames, height=request.height, width=request.width)
-    if options.preview:
-        cells = None if frames is None else 1 + (frames - 1) // model.spec.stride[0]
-        check_writable(options.preview, num_frames=cells)
-    if frames is not None and (options.receipt or not options.quiet):
-        foretell(model, request, quiet=options.quiet)
-    with Progress("denoising", "step", quiet=options.quiet) as progress:
-        watch = Previewer(model, options.preview, request.fps, progress) if options.preview else None
-        video = runtime.generate(model, request, on_step=progress if watch is None else watch)
-    for note in video.receipt.notes:
-        warnings.warn(note, stacklevel=1)
-    if getattr(options, "latents", None) and video.latents is not None:  # not lost to a decode that fails
-        save_latents(options.latents, video.latents, {"model": model.spec.name, "fps": str(video.fps)})
-    with Progress("decoding", "frame", quiet=options.quiet) as progress, recording(video.receipt.stages), span("save"):
-        seal = None
-        if signer is not None:
-            made = generation(video.receipt, request)
-            seal = sealing(Path(options.output).name, made, inputs_of(request), signer)
-        path = video.save(options.output, on_frame=progress, seal=seal)
-    if getattr(options, "measure", False):
-        compare_exact(model, video)
-    if options.receipt:
-        video.receipt.save(options.receipt)
-    if not options.quiet:
-        report(video, path)
-
-
-def report(video: Video, path: Path) -> None:
-    """Print where the video is and how long each stage took."""
-    from runtime import budget
-
-    stages = video.receipt.stages
-    seconds = {name: stages[name].seconds for name in ("load", "text", "encode", "denoise", "decode") if name in stages}
-    seconds["write"] = max(0.0, stages["save"].seconds - seconds["decode"])
-    print(
-        f"{path}: {video.num_frames} frames, {video.width}x{video.height}, {video.fps:g} fps, "
-        f"seed {video.receipt.seed}, {video.receipt.model} on {video.receipt.device} in {video.receipt.dtype}"
-    )
-    print("seconds: " + ", ".join(f"{name} {value:.2f}" for name, value in seconds.items()))
-    if (said := video.receipt.quality) is not None:
-        print(f"quality: {budget.told(said)}")
-
-
-def check_file(path: str, what: str) -> None:
-    """Raise before any work where a file for `what` could not be written."""
-    parent = Path(path).resolve().parent
-    if Path(path).is_dir():
-        raise IsADirectoryError(f"the file for the {what}, {path}, is a folder; legal: a file name")
-    if not parent.is_dir():
-        raise FileNotFoundError(f"the folder {parent} for the {what} does not exist; make it or name another")
-    if not os.access(parent, os.W_OK):
-        raise PermissionError(f"the folder {parent} for the {what} cannot be written; name another")
