@@ -44,7 +44,7 @@ def fill(data: Path) -> None:
 
 def work() -> int:
     """Be a worker that fails so."""
-    from runtime.serve import worker
+    from runtime.serve import maker, worker
 
     tried: set[str] = set()
 
@@ -56,24 +56,24 @@ def work() -> int:
             tried.add(job.id)
             fail(kind, data)
 
-    step, frame, end = worker.Report.step, worker.Report.frame, worker.Worker.end
+    step, frame, end = maker.Report.step, maker.Report.frame, worker.Worker.end
 
     def failing_step(self: Any, number: int, *rest: Any) -> None:
         step(self, number, *rest)
         if number == STEP:
-            reach("step", self.job, self.worker.store.data)
+            reach("step", self.job, self.maker.store.data)
 
     def failing_frame(self: Any, done: int, total: int) -> None:
         frame(self, done, total)
         if done == 1:
-            reach("frame", self.job, self.worker.store.data)
+            reach("frame", self.job, self.maker.store.data)
 
     def failing_end(self: Any, job: Any, *rest: Any, **more: Any) -> None:
         reach("commit", job, self.store.data)
         end(self, job, *rest, **more)
 
-    worker.Report.step = failing_step  # type: ignore[method-assign]
-    worker.Report.frame = failing_frame  # type: ignore[method-assign]
+    maker.Report.step = failing_step  # type: ignore[method-assign]
+    maker.Report.frame = failing_frame  # type: ignore[method-assign]
     worker.Worker.end = failing_end  # type: ignore[method-assign]
     return worker.main()
 

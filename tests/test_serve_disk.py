@@ -20,7 +20,7 @@ from PIL import Image
 
 pytest.importorskip("fastapi")
 
-from runtime.serve import jobs, opening
+from runtime.serve import folders, leases, opening
 from runtime.serve.errors import disk_full
 from runtime.serve.jobs import Store
 from runtime.serve.settings import Settings
@@ -254,10 +254,10 @@ def test_leases_do_not_depend_on_the_time_of_day(tmp_path: Path, monkeypatch: py
             moved = time.time() + 3600 * hours
             monkeypatch.setattr(time, "time", lambda moved=moved: moved)
             assert store.reclaim() == 0 and not store.beat(job, 1, 3, 30)
-        now = jobs.uptime()
-        monkeypatch.setattr(jobs, "uptime", lambda: now + jobs.LEASE_SECONDS + 1)
+        now = leases.uptime()
+        monkeypatch.setattr(leases, "uptime", lambda: now + leases.LEASE_SECONDS + 1)
         assert store.reclaim() == 1
-        with pytest.raises(jobs.LostLease):
+        with pytest.raises(leases.LostLease):
             store.beat(job, 2, 3, 60)
     store.close()
 
@@ -278,7 +278,7 @@ def test_what_deaths_leave_is_swept(tmp_path: Path) -> None:
     ]  # fmt: skip
     for name in names:
         (folder / name).write_text("x")
-    past = time.time() - 2 * jobs.ORPHAN_SECONDS
+    past = time.time() - 2 * folders.ORPHAN_SECONDS
     for old in (orphan, folder / ".output-1.ab.partial.mp4"):
         os.utime(old, (past, past))
     store.sweep()

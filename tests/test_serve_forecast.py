@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -12,7 +14,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from runtime.serve import jobs
+from runtime.serve import jobs, leases
 from runtime.serve.forecast import in_turn, learned, pace, size_of
 from runtime.serve.jobs import Job, Store, new_id
 
@@ -74,10 +76,17 @@ class Works:
         self.done[job.id] = self.clock.now
 
 
+@contextmanager
+def told_by(clock: Clock) -> Iterator[None]:
+    """Let the store ask this clock."""
+    with mock.patch.object(jobs, "time", clock), mock.patch.object(leases, "time", clock):
+        yield
+
+
 @pytest.fixture
 def works(tmp_path: Path) -> Any:
     clock = Clock()
-    with mock.patch.object(jobs, "time", clock):
+    with told_by(clock):
         yield Works(Store(tmp_path), clock)
 
 
@@ -94,7 +103,7 @@ owners, priorities = st.sampled_from("abc"), st.sampled_from([0, 0, 0, 1])
 def test_jobs_are_done_when_it_was_told(factor: float, given: list[tuple[float, str, int, float]]) -> None:
     """Whatever the machine's pace is, once one job of each size has shown it; with keys that share, and priorities."""
     clock = Clock()
-    with tempfile.TemporaryDirectory() as folder, mock.patch.object(jobs, "time", clock):
+    with tempfile.TemporaryDirectory() as folder, told_by(clock):
         works = Works(Store(Path(folder)), clock, factor)
         for size in {size_of(predicted) for predicted, *_ in given}:
             works.add(2.0**size)

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 
 pytest.importorskip("fastapi")
@@ -154,11 +155,13 @@ def test_a_slow_reader_does_not_keep_it_from_ending_and_a_second_signal_ends_it_
     server.start()
     server.create(LONG)
     (worker,) = server.workers()
+    killed = psutil.Process(worker)
     os.kill(worker, signal.SIGSTOP)
     server.process.terminate()
     server.until(lambda: server.http.get("/health/ready").status_code == 503)
     threading.Timer(0.05, server.process.terminate).start()
     assert server.process.wait(2) == 128 + signal.SIGTERM
-    assert not Path(f"/proc/{worker}").exists() or "Z" in Path(f"/proc/{worker}/stat").read_text().split()[2]
+    psutil.wait_procs([killed], timeout=20)
+    assert not killed.is_running() or killed.status() == psutil.STATUS_ZOMBIE
     server.start()
     assert server.stop() == 0

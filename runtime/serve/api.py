@@ -17,14 +17,14 @@ from typing import Any
 from starlette.requests import ClientDisconnect, Request
 
 from runtime.serve.characters import Characters
-from runtime.serve.database import sync
+from runtime.serve.database import ACTIVE, TERMINAL, Job, sync
 from runtime.serve.errors import ApiError, bad, missing, no_space
 from runtime.serve.fetching import check, fetch_inputs
 from runtime.serve.fields import structured
 from runtime.serve.forecast import Outlook, pace
 from runtime.serve.forms import Upload, read_body
 from runtime.serve.inputs import Found, cut_of, linked, read_upload
-from runtime.serve.jobs import ACTIVE, TERMINAL, Job, Store, new_id
+from runtime.serve.jobs import Store, new_id
 from runtime.serve.keys import Pace
 from runtime.serve.metrics import Metrics
 from runtime.serve.moderation import Moderator, Refused, keep

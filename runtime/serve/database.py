@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import json
 import os
 import sqlite3
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
+
+ACTIVE = ("queued", "in_progress")
+TERMINAL = ("completed", "failed", "cancelled")
 
 # What leads from each version of the file to the next; one that was let out never changes, the next goes behind it.
 VERSIONS = (
@@ -46,6 +52,58 @@ CREATE TABLE refusals (
     "ALTER TABLE jobs ADD COLUMN webhook_tries INTEGER NOT NULL DEFAULT 0; "
     "CREATE INDEX jobs_to_tell ON jobs (webhook_due) WHERE webhook_due IS NOT NULL",
 )
+
+
+@dataclass(frozen=True)
+class Job:
+    """One row: what was asked, where it stands, what came of it."""
+
+    seq: int
+    id: str
+    kind: str  # "video" or "image"
+    owner: str
+    status: str
+    model: str
+    prompt: str
+    priority: int
+    request: dict[str, Any]  # what runtime.Request takes, resolved; clips name their input files
+    shown: dict[str, Any]  # what the API says of it that never changes
+    parent: str | None
+    created_at: float
+    started_at: float | None
+    completed_at: float | None
+    estimate: float | None  # seconds, by the planner
+    attempt: int
+    losses: int
+    worker: str | None
+    lease_until: float | None
+    cancel: bool
+    deleted: bool
+    step: int
+    total: int
+    progress: int
+    error: dict[str, Any] | None
+    output: dict[str, Any] | None
+    receipt: dict[str, Any] | None
+    idempotency: str | None
+    digest: str | None
+    purge_at: float | None
+    denoising: float | None  # seconds of the estimate that go to its steps
+    claimed_at: float | None
+    claimed_step: int | None
+    stepped_at: float | None
+    expired: bool  # its files are gone
+    webhook_url: str | None
+    webhook_due: float | None
+    webhook_tries: int
+
+    @classmethod
+    def of(cls, row: sqlite3.Row) -> Job:
+        """Return the job in a row."""
+        values = dict(row)
+        for name in ("request", "shown", "error", "output", "receipt"):
+            values[name] = json.loads(values[name]) if values[name] else None
+        return cls(**values)
 
 
 class Database:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from runtime.serve.database import ACTIVE, Job
 from runtime.serve.forecast import Outlook
-from runtime.serve.jobs import ACTIVE, Job
 from runtime.serve.schema import Asked
 
 

@@ -14,7 +14,7 @@ from fastapi.responses import Response, StreamingResponse
 from starlette.requests import Request
 
 from runtime.serve.api import LOOK_SECONDS, Api
-from runtime.serve.jobs import TERMINAL, Job
+from runtime.serve.database import TERMINAL, Job
 from runtime.serve.openapi import DESCRIPTIONS
 
 OPEN_SECONDS = 15.0  # of silence before a comment keeps the connection open

@@ -18,10 +18,11 @@ from PIL import Image
 from starlette.requests import ClientDisconnect, Request
 
 from runtime.serve.api import LOOK_SECONDS, Api, row
+from runtime.serve.database import TERMINAL, Job
 from runtime.serve.errors import ApiError, bad
 from runtime.serve.fields import flag, number
 from runtime.serve.inputs import read_upload
-from runtime.serve.jobs import TERMINAL, Job, new_id
+from runtime.serve.jobs import new_id
 from runtime.serve.openapi import describe
 from runtime.serve.schema import EDIT_STRENGTH, Asked, again
 

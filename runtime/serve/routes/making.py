@@ -11,9 +11,9 @@ from fastapi.responses import FileResponse, JSONResponse, Response
 from starlette.requests import Request
 
 from runtime.serve.api import Api
+from runtime.serve.database import Job
 from runtime.serve.errors import ApiError
 from runtime.serve.given import Given, finished, from_prompt, from_two, from_video, remixed
-from runtime.serve.jobs import Job
 from runtime.serve.openapi import describe
 from runtime.serve.schema import EDIT_STRENGTH, Asked
 

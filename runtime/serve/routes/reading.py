@@ -10,9 +10,9 @@ from fastapi.responses import FileResponse, JSONResponse, Response
 from starlette.requests import Request
 
 from runtime.serve.api import SHAPE, Api
+from runtime.serve.database import ACTIVE, TERMINAL, Job
 from runtime.serve.errors import ApiError, bad, missing
 from runtime.serve.formats import FORMATS, converted
-from runtime.serve.jobs import ACTIVE, TERMINAL, Job
 from runtime.serve.openapi import DESCRIPTIONS
 
 VARIANTS = ("video", "thumbnail", "spritesheet")
