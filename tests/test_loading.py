@@ -156,6 +156,24 @@ def test_damage_is_refused_in_one_sentence(folder: Path, name: str) -> None:
         runtime.load(folder)
 
 
+@pytest.mark.fault(5)
+@pytest.mark.parametrize("name", ["transformer/config.json", SHARD, "vae", "tokenizer/new.json"])
+@pytest.mark.parametrize("target", ["elsewhere", "/etc/hostname"])
+def test_a_link_out_of_the_folder_is_refused(folder: Path, name: str, target: str) -> None:
+    """Of a file, of weights, of a whole folder, and one that nobody reads; within the folder links are followed."""
+    outside, link = folder.parent / "elsewhere", folder / name
+    if link.exists():
+        link.rename(outside)
+    link.symlink_to(Path(target) if Path(target).is_absolute() else Path("../" * len(Path(name).parts)) / target)
+    with pytest.raises(ValueError, match=f"{name} is a link to .*, outside the model's folder; legal"):
+        runtime.load(folder)
+    if outside.exists():
+        link.unlink()
+        outside.rename(folder / "own")
+        link.symlink_to(folder / "own")
+        assert runtime.load(folder).spec.latent_channels
+
+
 def header(text: str, body: bytes = b"") -> bytes:
     """Return a safetensors file with that header."""
     return struct.pack("<Q", len(text)) + text.encode() + body

@@ -91,6 +91,13 @@ def test_every_verb(server: Server, video: dict[str, Any]) -> None:
     assert made[5]["remixed_from_video_id"] == video["id"]
 
 
+def test_a_list_is_light(server: Server, video: dict[str, Any]) -> None:
+    """What is long stands in the video's own object alone."""
+    data = server.http.get("/v1/videos", params={"limit": 100, "status": "completed"}).json()["data"]
+    listed = next(each for each in data if each["id"] == video["id"])
+    assert video.keys() - listed.keys() == {"receipt", "stages"} and listed["warnings"] == video["warnings"]
+
+
 def test_listing(server: Server) -> None:
     made = [server.create()["id"] for _ in range(3)]
     newest = server.http.get("/v1/videos", params={"limit": 2}).json()

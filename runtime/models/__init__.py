@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import fields, replace
 from importlib import import_module
 from pathlib import Path
@@ -40,14 +41,36 @@ def published_names() -> list[str]:
 
 
 def open_checkpoint(folder: Path) -> Checkpoint:
-    """Describe the checkpoint in a folder from its configs alone; ValueError where no family knows it."""
+    """Describe the checkpoint in a folder from its configs alone.
+
+    ValueError where no family knows it, and where a link in it leads out of it.
+    """
     for family in families():
         if family.recognise(folder):
+            _check_links(folder)
             return _with_own_settings(family.open_checkpoint(folder))
     raise ValueError(
         f"{folder} is not a model of a known family ({', '.join(FAMILIES)}): expected model_index.json of a supported "
         "diffusers pipeline, or the original repository's files. Check the path, or convert the model with diffusers"
     )
+
+
+def _check_links(folder: Path) -> None:
+    """ValueError for a link that leads out of a folder; those of the Hugging Face cache may lead to its blobs."""
+    from huggingface_hub.constants import HF_HUB_CACHE
+
+    roots = [Path(HF_HUB_CACHE), folder]
+    if folder.absolute().parent.name == "snapshots":
+        roots.append(folder.absolute().parent.parent)
+    legal = [Path(os.path.realpath(root)) for root in roots]
+    for place, folders, files in os.walk(folder):
+        for link in (Path(place, name) for name in (*folders, *files)):
+            target = Path(os.path.realpath(link))
+            if link.is_symlink() and not any(target.is_relative_to(root) for root in legal):
+                raise ValueError(
+                    f"{link} is a link to {target}, outside the model's folder; legal: files within it, and links of "
+                    "the Hugging Face cache. Copy or move what it leads to into the folder"
+                )
 
 
 def _with_own_settings(checkpoint: Checkpoint) -> Checkpoint:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from runtime.serve.database import ACTIVE, Job
 from runtime.serve.forecast import Outlook
 from runtime.serve.schema import Asked
+
+LONG = ("receipt", "stages")  # of the video object: some kilobytes
 
 
 def shown(asked: Asked) -> dict[str, Any]:
@@ -61,3 +64,8 @@ def video_object(job: Job, outlook: Outlook | None = None, keep: float = 0.0) ->
     if job.output is not None:
         found["spritesheet"] = job.output.get("sheet")
     return found
+
+
+def brief(found: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a video object without what is long: where there are many of them, or one many times."""
+    return {name: value for name, value in found.items() if name not in LONG}

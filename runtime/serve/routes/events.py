@@ -16,9 +16,9 @@ from starlette.requests import Request
 from runtime.serve.api import LOOK_SECONDS, Api
 from runtime.serve.database import TERMINAL, Job
 from runtime.serve.openapi import DESCRIPTIONS
+from runtime.serve.shown import brief
 
 OPEN_SECONDS = 15.0  # of silence before a comment keeps the connection open
-VOLATILE = ("receipt", "stages")  # of the video object: long, and told when it is done
 
 
 def add(app: FastAPI, api: Api) -> None:
@@ -65,6 +65,6 @@ async def follow(api: Api, video_id: str, last: str) -> AsyncIterator[str]:
 
 def state(api: Api, job: Job) -> tuple[str, str]:
     """Return what an event says of a job, and a hash of what is worth an event of its own."""
-    found = {name: value for name, value in api.object(job).items() if name not in VOLATILE}
+    found = brief(api.object(job))
     steady = {name: value for name, value in found.items() if name != "eta_seconds"}
     return json.dumps(found), hashlib.sha256(json.dumps(steady).encode()).hexdigest()[:16]

@@ -14,6 +14,7 @@ from runtime.serve.database import ACTIVE, TERMINAL, Job
 from runtime.serve.errors import ApiError, bad, missing
 from runtime.serve.formats import FORMATS, converted
 from runtime.serve.openapi import DESCRIPTIONS
+from runtime.serve.shown import brief
 
 VARIANTS = ("video", "thumbnail", "spritesheet")
 UNDO_SECONDS = 600.0  # that a deleted video can be kept for at most
@@ -45,7 +46,7 @@ def add(app: FastAPI, api: Api) -> None:
             request.state.owner, after=seq, limit=limit + 1, descending=order == "desc", statuses=statuses,
             search=search,
         )  # fmt: skip
-        data = [api.object(job) for job in jobs[:limit]]
+        data = [brief(api.object(job)) for job in jobs[:limit]]
         ends = {"first_id": data[0]["id"] if data else None, "last_id": data[-1]["id"] if data else None}
         return JSONResponse({"object": "list", "data": data, **ends, "has_more": len(jobs) > limit})
 
