@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
 import os
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property, partial
 from itertools import groupby, islice
 from pathlib import Path
@@ -29,14 +30,15 @@ class Clip:
 
     `at` is the frame of the result where it begins, "end" so that it ends there. `hold` says how firmly it is kept: 1
     is unchanged, less lets it go once the noise is below 1 - hold. `mask` [F, H, W] or [H, W] is true where the clip is
-    to be made anew, for models that take one. Raises ValueError for anything else, and what
-    `read_video` raises for a file.
+    to be made anew, for models that take one, or the path of a picture or clip that is white there; `mask_hash` is what
+    a receipt says of it. Raises ValueError for anything else, and what `read_video` raises for a file.
     """
 
     frames: Video | np.ndarray | str | os.PathLike[str]
     at: int | Literal["end"] = 0
     hold: float = 1.0
-    mask: np.ndarray | None = None
+    mask: np.ndarray | str | os.PathLike[str] | None = None
+    mask_hash: str | None = None
 
     def __post_init__(self) -> None:
         if self.at != "end" and (isinstance(self.at, bool) or not isinstance(self.at, int) or self.at < 0):
@@ -56,19 +58,33 @@ class Clip:
     def masks(self, width: int, height: int, fps: float, fit: str) -> Video:
         """Return the mask as frames at a size and a rate, as `conformed` does; white is to be made anew.
 
-        ValueError for a mask of another size or number of frames than the clip's.
+        ValueError for a mask of another size or number of frames than the clip's, or another than `mask_hash` says.
         """
-        assert self.mask is not None
         video = self.video
-        if self.mask.shape not in ((video.height, video.width), (video.num_frames, video.height, video.width)):
-            raise ValueError(
-                f"the mask is {list(self.mask.shape)}; legal for this clip: [{video.height}, {video.width}], or "
-                f"[{video.num_frames}, {video.height}, {video.width}]"
-            )
-        mask = np.broadcast_to(self.mask.astype(bool), (video.num_frames, video.height, video.width))
+        mask = np.broadcast_to(self.masked, (video.num_frames, video.height, video.width))
         white = np.repeat(mask[..., None].astype(np.uint8) * 255, 3, axis=3)
         frames = Video(white, fps=video.fps, num_frames=len(white), height=video.height, width=video.width)
         return conformed(Clip(white if self.fps is None else frames), width, height, fps, fit)
+
+    @cached_property
+    def masked(self) -> np.ndarray:
+        """The mask, bool [F, H, W] or [H, W]; one from a file is scaled to the clip's size. ValueError as `masks`."""
+        assert self.mask is not None
+        video, which = self.video, "the mask"
+        if isinstance(self.mask, np.ndarray):
+            mask = self.mask.astype(bool)
+        else:
+            which = f"the mask {os.fspath(self.mask)}"
+            frames = [fit_frame(f, video.width, video.height, "stretch")[..., 1] > 127 for f in read_video(self.mask)]
+            mask = np.stack(frames) if len(frames) > 1 else frames[0]
+        if mask.shape not in ((video.height, video.width), (video.num_frames, video.height, video.width)):
+            raise ValueError(
+                f"{which} is {list(mask.shape)}; legal for this clip: [{video.height}, {video.width}], or "
+                f"[{video.num_frames}, {video.height}, {video.width}]"
+            )
+        if self.mask_hash not in (None, mask_hash(mask)):
+            raise ValueError(f"{which} is another than the receipt's; legal: the same, or no mask_hash")
+        return mask
 
     @cached_property
     def video(self) -> Video:
@@ -94,9 +110,17 @@ class Clip:
 
     def record(self) -> dict[str, Any]:
         """Return what a receipt says of it; Clip(**record) opens it again where it came from a file."""
-        if isinstance(self.frames, str | os.PathLike):
-            return {"frames": os.fspath(self.frames), "at": self.at, "hold": self.hold}
-        return {"frames": f"{self.video!r} in memory", "at": self.at, "hold": self.hold}
+        frames = os.fspath(self.frames) if isinstance(self.frames, str | os.PathLike) else f"{self.video!r} in memory"
+        found: dict[str, Any] = {"frames": frames, "at": self.at, "hold": self.hold}
+        if self.mask is None:
+            return found
+        mask = "in memory" if isinstance(self.mask, np.ndarray) else os.fspath(self.mask)
+        return found | {"mask": mask, "mask_hash": mask_hash(self.masked)}
+
+
+def mask_hash(mask: np.ndarray) -> str:
+    """Return the SHA-256 of a mask, bool, its shape included."""
+    return "sha256:" + hashlib.sha256(f"{mask.shape} ".encode() + np.packbits(mask).tobytes()).hexdigest()
 
 
 def conformed(clip: Clip, width: int, height: int, fps: float, fit: str) -> Video:
@@ -123,15 +147,6 @@ def conformed(clip: Clip, width: int, height: int, fps: float, fit: str) -> Vide
                 return
 
     return Video(frames, fps=fps, num_frames=count, height=height, width=width, sounds=video.sounds)
-
-
-def read_mask(path: str | os.PathLike[str], clip: Clip) -> Clip:
-    """Return a clip with the mask in a picture or a clip, white where it is to be made anew, scaled to its size."""
-    video = read_video(path)
-    frames = np.stack([fit_frame(frame, clip.video.width, clip.video.height, "stretch")[..., 1] for frame in video])
-    if len(frames) not in (1, clip.video.num_frames):
-        raise ValueError(f"{path} has {len(frames)} frames, the clip {clip.video.num_frames}; legal: as many, or one")
-    return replace(clip, mask=(frames if len(frames) > 1 else frames[0]) > 127)
 
 
 def fit_frame(frame: np.ndarray, width: int, height: int, fit: str) -> np.ndarray:
@@ -219,12 +234,13 @@ def runs(path: str | os.PathLike[str], missing: set[int]) -> tuple[tuple[Clip, .
 
 
 def natural_size(width: int, height: int, multiple: tuple[int, int], area: int) -> tuple[int, int]:
-    """Return the (width, height) nearest to a clip's shape in multiples of (down, across), of about `area` pixels.
+    """Return the (width, height) of what is made of a clip: its own, in even numbers, up to four times `area` pixels.
 
-    A smaller clip is not made larger, and one that the model takes as it is keeps its size up to four times `area`.
+    One that is larger still is brought to about `area`, in multiples of (down, across), and so is what is smaller than
+    one of them, which is as small as it gets.
     """
     down, across = multiple
-    if width % across == 0 and height % down == 0 and width * height <= 4 * area:
-        return width, height
+    if width >= across and height >= down and width * height <= 4 * area:
+        return width - width % 2, height - height % 2
     scale = min(1.0, math.sqrt(area / (width * height)))
     return max(1, round(width * scale / across)) * across, max(1, round(height * scale / down)) * down

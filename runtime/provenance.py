@@ -32,6 +32,7 @@ SOURCE = "http://cv.iptc.org/newscodes/digitalsourcetype/"
 MADE, ALTERED = f"{SOURCE}trainedAlgorithmicMedia", f"{SOURCE}compositeWithTrainedAlgorithmicMedia"
 GENERATION = "dit-runtime.generation"  # the assertion with what only we say
 TRANSCODE = "transcode"  # the task of a file that shows another one in another format
+PLACES = ("frames", "clip", "mask")  # of a receipt's request: where its files lay
 PARENTED = ("extend", "prepend", "loop", "edit")  # tasks that go on from one clip
 QUIET = {
     "verify": {"remote_manifest_fetch": False, "ocsp_fetch": False},
@@ -106,7 +107,7 @@ def settings_hash(settings: dict[str, Any]) -> str:
 
     def placeless(value: Any) -> Any:
         if isinstance(value, dict):
-            return {name: placeless(each) for name, each in value.items() if name not in ("frames", "clip")}
+            return {name: placeless(each) for name, each in value.items() if name not in PLACES}
         return [placeless(each) for each in value] if isinstance(value, list | tuple) else value
 
     return hashlib.sha256(json.dumps(placeless(settings), sort_keys=True, default=str).encode()).hexdigest()

@@ -18,6 +18,7 @@ from av.video.reformatter import ColorRange, Colorspace, VideoReformatter
 
 from runtime.kinds import READING
 from runtime.sound import Sound
+from runtime.upright import frame_way, lies, picture_way, upright
 from runtime.video import Frames, Video
 
 MAX_PIXELS = 2**25  # of one frame that is read: 8K (7680x4320) just fits
@@ -58,9 +59,9 @@ def read_video(path: str | os.PathLike[str], *, fps: float = 24.0, max_pixels: i
     num_frames = len(durations)
     if num_frames == 0:
         raise ValueError(f"{path} holds no frame")
-    times, turns = _look(path)
-    frames: Callable[[], Iterable[np.ndarray]] = partial(_decode_file, path, width, height, num_frames, turns)
-    if turns % 2:
+    times, way = _look(path)
+    frames: Callable[[], Iterable[np.ndarray]] = partial(_decode_file, path, width, height, num_frames, way)
+    if lies(way):
         width, height = height, width
     if (shown := _steady(times, fps)) is not None:
         frames = partial(_picked, frames, shown)
@@ -72,19 +73,19 @@ def read_video(path: str | os.PathLike[str], *, fps: float = 24.0, max_pixels: i
 
 
 def _look(path: Path) -> tuple[list[float], int]:
-    """Return when each frame is shown, in seconds, and by how many quarter turns frames must be turned to stand up."""
+    """Return when each frame is shown, in seconds, and in which way, of EXIF's, frames are stored."""
     with _open_for_reading(path) as container:
-        stream = container.streams.video[0]
+        stream, picture = container.streams.video[0], container.format.name.endswith("_pipe")
         first = None
         with suppress(av.FFmpegError):  # what is damaged is told when it is decoded
             first = next(container.decode(stream), None)
     if first is not None and first.color_trc in (PQ, HLG):
         warnings.warn(f"{path} is HDR and is read without tone mapping; convert it for right colours", stacklevel=3)
-    turns = 0 if first is None else round(first.rotation / 90) % 4
+    way = picture_way(path) if picture else 1 if first is None else frame_way(first)
     with _open_for_reading(path) as container:
         stream = container.streams.video[0]
         stamps = sorted(p.pts for p in container.demux(stream) if p.size and not p.is_discard and p.pts is not None)
-        return [float((stamp - stamps[0]) * (stream.time_base or 0)) for stamp in stamps], turns
+        return [float((stamp - stamps[0]) * (stream.time_base or 0)) for stamp in stamps], way
 
 
 def _steady(times: list[float], fps: float) -> list[int] | None:
@@ -149,15 +150,14 @@ def _frame_size(path: Path, container: InputContainer, max_pixels: int) -> tuple
     return context.width, context.height
 
 
-def _decode_file(path: Path, width: int, height: int, num_frames: int = 1, turns: int = 0) -> Frames:
+def _decode_file(path: Path, width: int, height: int, num_frames: int = 1, way: int = 1) -> Frames:
     reformatter, done = VideoReformatter(), 0
     with _open_for_reading(path) as container:
         stream = container.streams.video[0]
         stream.thread_type = "AUTO"
         try:
             for frame in container.decode(stream):
-                picture = _to_rgb(reformatter, frame, width, height)
-                yield np.ascontiguousarray(np.rot90(picture, turns)) if turns else picture
+                yield upright(_to_rgb(reformatter, frame, width, height), way)
                 done += 1
         except av.FFmpegError as error:
             raise ValueError(f"{path} is damaged: frame {done} cannot be decoded ({error.strerror})") from error

@@ -41,7 +41,10 @@ class Card:
     def record(self) -> dict[str, Any]:
         """Return what a receipt says of it; `card_of` reads it again where its clip came from a file."""
         plain = {"from": self.start, "to": self.end, "prompt": self.prompt}
-        return plain | ({} if self.clip is None else {"clip": self.clip.record()["frames"]})
+        if self.clip is None:
+            return plain
+        clip = self.clip.record()
+        return plain | {"clip": clip if "mask" in clip else clip["frames"]}
 
 
 def card_of(given: Any, folder: Path) -> Card:
@@ -52,8 +55,10 @@ def card_of(given: Any, folder: Path) -> Card:
         raise ValueError(f"a card is {given!r}; legal: an object with from, to, prompt, and perhaps image or clip")
     if "image" in given and "clip" in given:
         raise ValueError(f"the card at {given['from']} seconds has an image and a clip; give one")
-    path = given.get("image") or given.get("clip")
-    return Card(given["from"], given["to"], given["prompt"], None if path is None else Clip(folder / path))
+    found = given.get("image") or given.get("clip")
+    if found is not None:
+        found = Clip(**found) if isinstance(found, Mapping) else Clip(folder / found)
+    return Card(given["from"], given["to"], given["prompt"], found)
 
 
 def check_cards(cards: tuple[Card, ...]) -> tuple[Card, ...]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import argparse
 import re
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -109,9 +109,9 @@ def edit(options: Options) -> Request:
         )
     if options.strength is not None:
         raise ValueError("--mask and --strength are two ways to edit: part of the frame, or all of it; give one")
-    from runtime.clips import read_mask
-
-    return request_of(options, clips=[read_mask(options.mask, clip(options.clip))])
+    masked = replace(clip(options.clip), mask=options.mask)
+    assert masked.masked is not None  # a broken one is known before a model is loaded
+    return request_of(options, clips=[masked])
 
 
 def fill_arguments(parser: Parser) -> None:

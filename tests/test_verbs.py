@@ -49,7 +49,7 @@ def test_requests(folder: Path) -> None:
     assert len(asked("loop", clip).clips) == 1
     assert asked("edit", clip, "winter", "--strength", 0.3).strength == 0.3
     masked = asked("edit", clip, "winter", "--mask", picture, "--reference", picture, "--reference", picture)
-    assert (masked.task, masked.clips[0].mask.shape, len(masked.references)) == ("place", (64, 64), 2)
+    assert (masked.task, masked.clips[0].masked.shape, len(masked.references)) == ("place", (64, 64), 2)
     assert asked("edit", clip, "winter").strength == 0.6
     with pytest.raises(ValueError, match="two ways to edit"):
         asked("edit", clip, "winter", "--mask", picture, "--strength", 0.5)
