@@ -7,6 +7,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 import numpy as np
 import torch
 
+from runtime.canvas import on_canvas
 from runtime.clips import part_of
 from runtime.decoding import encode
 from runtime.denoising import Known
@@ -15,7 +16,7 @@ from runtime.models.spec import Shown
 from runtime.tasks import Window
 from runtime.video import Video
 
-PARTLY = 0.5  # how firmly a latent frame is held of which only some frames are given
+PARTLY = 0.5  # how firmly a latent frame is held of which only some frames are given, and none before or behind it
 
 
 def given_frames(window: Window, footage: Sequence[Video], tail: Sequence[np.ndarray] = ()) -> dict[int, np.ndarray]:
@@ -43,17 +44,22 @@ def latent_holds(window: Window, step: int) -> list[float]:
     """Return how firmly each latent frame is held, 0 for those to be made; `step` is the time stride.
 
     A latent frame is known where all its frames are, or where one is a picture of its own: nothing moves in it then.
-    Where only some are given, it is held while the noise is strong and made to fit afterwards.
+    Where only some are given and go on from a known latent frame, it is made: encoded, the rest of it would stand
+    still, and what moves would have to catch up. Where nothing else of a clip is known, it is held while the noise is
+    strong and made to fit afterwards.
     """
     held = firmness(window)
     pictures = {given.at: given.hold for given in window.given if given.count == 1}
+    spans = [range(max(0, step * (t - 1) + 1), step * t + 1) for t in range(window.shape[1])]
+    known = [all(frame in held for frame in span) for span in spans]
     holds = []
-    for t in range(window.shape[1]):
-        frames = range(max(0, step * (t - 1) + 1), step * t + 1)
-        own = [held[f] for f in frames if f in held]
-        shown = [pictures[f] for f in frames if f in pictures]
-        firm = len(own) == len(frames)
-        holds.append(max(shown) if shown else min(own, default=0.0) * (1.0 if firm else PARTLY))
+    for t, span in enumerate(spans):
+        own = [held[f] for f in span if f in held]
+        goes_on = span[0] in held and known[t - 1] if t else False
+        leads_up = span[-1] in held and t + 1 < len(spans) and known[t + 1]
+        share = 1.0 if known[t] else 0.0 if goes_on or leads_up else PARTLY
+        shown = [pictures[f] for f in span if f in pictures]
+        holds.append(max(shown) if shown else min(own, default=0.0) * share)
     return holds
 
 
@@ -66,10 +72,10 @@ def encode_known(model: Model, window: Window, given: Mapping[int, np.ndarray]) 
     if not any(holds):
         return None
     last = max(t for t, hold in enumerate(holds) if hold)
-    _, _, height, width = window.shape
+    height, width = canvas_of(model, window)
     count = 1 + last * model.spec.stride[0]
-    pixels = height * model.spec.stride[1], width * model.spec.stride[2]
-    video = Video(lambda: filled(given, count), fps=1, num_frames=count, height=pixels[0], width=pixels[1])
+    shown = {place: on_canvas(frame, height, width) for place, frame in given.items()}
+    video = Video(lambda: filled(shown, count), fps=1, num_frames=count, height=height, width=width)
     latents = torch.zeros(1, *window.shape)
     latents[0, :, : last + 1] = encode(model, video)
     return Known(latents.to(model.device), torch.tensor(holds))
@@ -88,8 +94,8 @@ def encode_channels(
     """
     make = model.checkpoint.channels
     assert make is not None
-    step, (_, time, rows, columns) = model.spec.stride[0], window.shape
-    height, width = rows * model.spec.stride[1], columns * model.spec.stride[2]
+    step, time = model.spec.stride[0], window.shape[1]
+    height, width = canvas_of(model, window)
 
     def encode_chunks(chunks: Iterable[torch.Tensor]) -> torch.Tensor:
         return torch.cat(list(model.autoencoder(model.device, torch.float32).encode_stream(chunks)), dim=2)
@@ -101,13 +107,20 @@ def encode_channels(
             known = torch.zeros(1, 1, len(places), height, width, device=model.device)
             for i, place in enumerate(places):
                 if place in given:
-                    pixels[0, :, i] = as_pixels(given[place]).to(model.device)
+                    pixels[0, :, i] = as_pixels(on_canvas(given[place], height, width)).to(model.device)
                     known[0, 0, i] = 1.0
                     if place in masks:
-                        known[0, 0, i] = torch.from_numpy(~masks[place]).to(known)
+                        known[0, 0, i] = torch.from_numpy(~on_canvas(masks[place], height, width)).to(known)
             yield Shown(pixels, known)
 
-    return make(encode_chunks, chunks, [as_pixels(picture)[None, :, None].to(model.device) for picture in references])
+    pictures = [as_pixels(on_canvas(picture, height, width))[None, :, None] for picture in references]
+    return make(encode_chunks, chunks, [picture.to(model.device) for picture in pictures])
+
+
+def canvas_of(model: Model, window: Window) -> tuple[int, int]:
+    """Return the (height, width) in pixels of what a window samples."""
+    _, _, rows, columns = window.shape
+    return rows * model.spec.stride[1], columns * model.spec.stride[2]
 
 
 def as_pixels(frame: np.ndarray) -> torch.Tensor:

@@ -20,8 +20,9 @@ import torch.nn.functional as F
 FADE = 8  # frames over which a correction fades
 LAST = 3  # frames over which what lasts of the given frame fades
 EVEN = 1.2  # a step is as usual up to so many medians
-LEAST = 0.1, 0.5  # levels of 255 below which a step of the pixels, of their mean colour, is none
+LEAST = 0.1, 0.5  # levels of 255 below which a step of the pixels, of their mean colour, is not seen
 MOVING = 16.0  # levels by which a place differs from the given frame where something moved
+THRESHOLDS = np.array([[0, 8, 2, 10], [12, 4, 14, 6], [3, 11, 1, 9], [15, 7, 13, 5]], np.float32) / 16 + 1 / 32
 AROUND = 32  # a place is a square of the frame's height divided by this, to each side
 
 
@@ -35,6 +36,7 @@ class Seam:
     frame: int  # place in the result of the frame that the step leads to
     colour: tuple[float, float, float]  # mean of given less decoded: red, green, blue
     detail: float  # root mean square of given less decoded
+    usual: tuple[float, float] | None  # those medians, no less than LEAST: of the pixels, of their mean colour
     step: float  # what the decoder made of the two frames: their mean absolute difference
     colour_step: float  # and that of their mean colours, in the channel where it is largest
     shift: tuple[float, float, float]  # added to all of the made frame
@@ -117,7 +119,7 @@ class Splicer:
         total = frame.astype(np.float32)
         for edge in edges:
             total = total + edge.correction(frame, abs(place - edge.place) - 1, length)
-        return np.clip(np.rint(total), 0, 255).astype(np.uint8)
+        return dithered(total)
 
     def _edge(self, place: int, decoded: np.ndarray, beside: tuple[int, np.ndarray]) -> _Edge:
         """Measure the seam between a given frame and the made one `beside` it, and say what evens it out."""
@@ -138,6 +140,7 @@ class Splicer:
                 frame=max(place, beside[0]) + self.offset,
                 colour=levels(lost.mean(axis=(0, 1))),
                 detail=round(float(np.sqrt(np.square(lost).mean())), 3),
+                usual=None if np.isinf(usual).any() else (round(float(usual[0]), 3), round(float(usual[1]), 3)),
                 step=round(float(size), 3),
                 colour_step=round(float(colour), 3),
                 shift=levels(shift),
@@ -146,6 +149,17 @@ class Splicer:
             )
         )
         return _Edge(place, decoded, still, shift, -lasting * rest)
+
+
+def dithered(frame: np.ndarray) -> np.ndarray:
+    """Return a float frame [H, W, 3] in whole levels of uint8 whose mean is its own.
+
+    Rounding would lose a shift of less than half a level; the thresholds (Bayer's, 1973) are the same in every frame,
+    so what stands still does not flicker, and whole levels stay as they are.
+    """
+    height, width, _ = frame.shape
+    rows, columns = np.arange(height) % len(THRESHOLDS), np.arange(width) % len(THRESHOLDS)
+    return np.clip(np.floor(frame + THRESHOLDS[rows][:, columns, None]), 0, 255).astype(np.uint8)
 
 
 def step(difference: np.ndarray) -> tuple[float, float]:

@@ -25,7 +25,7 @@ from runtime.pipeline import final_request
 from runtime.planner import find_model, plan_request
 from runtime.samplers import SamplerState
 from runtime.schedules import make_schedule
-from runtime.splicing import FADE, LAST, Splicer
+from runtime.splicing import FADE, LAST, LEAST, Splicer, dithered
 from runtime.tasks import Given, Window, plan_task
 from tests.published import Tiny, image_pipeline, pipeline, relative, write
 
@@ -109,8 +109,10 @@ CLIP = Given(0, 0, 9, 0)
         ((Given(0, 0, 1, 16),), 0, [0, 0, 0, 0, 1]),
         ((Given(0, 0, 1, 6),), 0, [0, 0, 1, 0, 0]),  # a picture holds its whole latent frame
         ((Given(0, 0, 9, 0),), 0, [1, 1, 1, 0, 0]),
-        ((Given(0, 0, 8, 0),), 0, [1, 1, 0.5, 0, 0]),  # only some frames of the third
-        ((Given(0, 0, 7, 0), Given(1, 0, 4, 13)), 0, [1, 1, 0.5, 0, 1]),
+        ((Given(0, 0, 8, 0),), 0, [1, 1, 0, 0, 0]),  # only some frames of the third, which go on from the second
+        ((Given(0, 0, 7, 0), Given(1, 0, 5, 12)), 0, [1, 1, 0, 0, 1]),  # and only one of the fourth
+        ((Given(0, 0, 1, 0), Given(1, 0, 3, 14)), 0, [1, 0, 0, 0, 0.5]),  # nothing else of that clip is known
+        ((Given(0, 0, 5, 7),), 0, [0, 0, 0.5, 0.5, 0]),
         ((Given(0, 0, 17, 0, hold=0.25),), 0, [0.25] * 5),
         ((Given(0, 0, 17, 0, hold=0.25), Given(1, 0, 1, 7)), 0, [0.25, 0.25, 1, 0.25, 0.25]),  # a picture in it
         ((Given(0, 0, 4, 13),), 5, [1, 1, 0, 0, 1]),
@@ -267,10 +269,31 @@ def test_a_step_at_a_seam_is_made_as_large_as_those_inside() -> None:
     out = np.stack(list(splicer.frames())).mean((1, 2, 3))
     (seam,) = splicer.seams
     assert (seam.frame, seam.colour, seam.detail) == (8, (-5, -5, -5), 5)
-    assert (seam.step, seam.colour_step) == (11, 11)
+    assert (seam.step, seam.colour_step, seam.usual) == (11, 11, (2, 2))
     assert out[8] - out[7] == pytest.approx(2, abs=0.51)
     assert np.diff(out[8:]).max() <= 2 + 27 / FADE + 1.01  # the rest comes back over the fade
     assert out[16] == decoded[16].mean()
+
+
+def test_a_colour_step_smaller_than_a_level_is_evened_too() -> None:
+    """A clip that stands still, and things that move 2 levels on average: rounding would lose half a level."""
+    given_frames = np.full((8, 32, 32, 3), 90, np.uint8)
+    decoded = np.full((16, 32, 32, 3), 90, np.uint8)
+    decoded[8:, :4, :30] += 17  # moves, so it stays, and the mean differs by 2
+    decoded[8:, 4:8, :30] -= 9
+    splicer = Splicer(decoded, dict(enumerate(given_frames)))
+    out = np.stack(list(splicer.frames()))
+    (seam,) = splicer.seams
+    assert seam.usual == (LEAST[0], LEAST[1]) and seam.colour_step > 1.5
+    assert pixels.colour_steps(out)[7] <= 1.05 * LEAST[1]
+    assert np.abs(out.astype(int) - decoded).max() <= 17
+
+
+@given(value=st.floats(0, 255), height=st.integers(1, 9), width=st.integers(1, 9))
+def test_dithering_keeps_the_mean(value: float, height: int, width: int) -> None:
+    frame = np.full((4 * height, 4 * width, 3), value, np.float32)
+    assert abs(dithered(frame).mean() - value) <= 1 / 32 + 1e-4
+    assert np.array_equal(dithered(np.rint(frame)), np.rint(frame))
 
 
 @pytest.mark.parametrize("backward", [False, True])
