@@ -55,8 +55,9 @@ class Case:
 
     def inputs(self) -> tuple[torch.Tensor, np.ndarray]:
         """Return random latents [1, C, T, H, W] and frames uint8 [F, H, W, 3], the same each time."""
-        size = (self.request.num_frames, self.request.height, self.request.width, 3)
-        frames = np.random.default_rng(1).integers(0, 256, size, dtype=np.uint8)  # type: ignore[arg-type]
+        assert self.request.num_frames and self.request.height and self.request.width
+        size = (self.request.num_frames, *self.spec.canvas(self.request.height, self.request.width), 3)
+        frames = np.random.default_rng(1).integers(0, 256, size, dtype=np.uint8)
         return draw_noise(self.shape, seed=1), frames
 
 

@@ -126,6 +126,7 @@ def parse_sizes(text: str) -> list[tuple[int, int]]:
 
 def decode(options: argparse.Namespace) -> None:
     """Make a video of latents that were kept."""
+    from runtime.canvas import framed
     from runtime.latents import load_latents
     from runtime.progress import Progress
     from runtime.video import check_writable
@@ -141,6 +142,7 @@ def decode(options: argparse.Namespace) -> None:
     tile = options.tile and (options.tile[1], options.tile[0])
     fps = options.fps or float(notes.get("fps", model.spec.defaults.fps))
     video = runtime.decode(model, latents, tile=tile, dtype=options.dtype, fps=fps)
+    video = framed(video, int(notes.get("height", video.height)), int(notes.get("width", video.width)))
     with Progress("decoding", "frame", quiet=options.quiet) as progress:
         path = video.save(options.output, on_frame=progress)
     if not options.quiet:

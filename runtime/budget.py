@@ -57,8 +57,9 @@ class Setting:
         assert request.width and request.height and request.num_frames and request.steps and request.sampler
         assert request.shift is not None and request.guidance is not None
         second = None if request.guidance_2 is None else float(request.guidance_2)
+        height, width = model.spec.canvas(request.height, request.width)
         return cls(
-            model.fingerprint, request.width, request.height, request.num_frames, request.steps, float(request.shift),
+            model.fingerprint, width, height, request.num_frames, request.steps, float(request.shift),
             request.sampler, float(request.guidance), second,
         )  # fmt: skip
 

@@ -20,7 +20,7 @@ def describe(checkpoint: Checkpoint) -> str:
         f"family    {spec.family}",
         f"folder    {checkpoint.folder}",
         *(f"{part.name:<17} {measure(part)}" for part in checkpoint.components),
-        f"sizes     width a multiple of {across}, height of {down}, 1 + {time} * n frames; at most "
+        f"sizes     even, from {across}x{down} on, made at multiples of that; 1 + {time} * n frames; at most "
         f"{spec.max_positions * across}x{spec.max_positions * down}, {(spec.max_positions - 1) * time + 1} frames",
         f"latents   {spec.latent_channels} channels, one cell for {spec.stride[0]} frames x {spec.stride[1]} x "
         f"{spec.stride[2]} pixels",

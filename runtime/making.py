@@ -136,7 +136,8 @@ def write(options: Options, model: Model, request: Request) -> None:
     for note in video.receipt.notes:
         warnings.warn(note, stacklevel=1)
     if getattr(options, "latents", None) and video.latents is not None:  # not lost to a decode that fails
-        save_latents(options.latents, video.latents, {"model": model.spec.name, "fps": str(video.fps)})
+        said = {"model": model.spec.name, "fps": video.fps, "width": video.width, "height": video.height}
+        save_latents(options.latents, video.latents, {name: str(value) for name, value in said.items()})
     with Progress("decoding", "frame", quiet=options.quiet) as progress, recording(video.receipt.stages), span("save"):
         seal = None
         if signer is not None:

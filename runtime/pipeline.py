@@ -12,6 +12,7 @@ import numpy as np
 import torch
 
 from runtime.budget import Choice, account, choose
+from runtime.canvas import framed
 from runtime.checkpoints import Checkpoints
 from runtime.clips import Clip, conformed, part_of
 from runtime.decoding import decode
@@ -266,12 +267,14 @@ def decode_window(job: Job, index: int, latents: torch.Tensor) -> Video:
 
     A periodic one is decoded going round. It is cut inside a latent frame: between two the step is larger.
     """
-    fps = job.request.fps
-    if not job.plan.windows[index].periodic:
-        return decode(job.model, latents, tile=job.model.tile, fps=fps, receipt=job.receipt)
     step, length = job.model.spec.stride[0], latents.shape[2]
-    places = [place % length for place in range(-LEAD, length + 1)]
-    video = decode(job.model, latents[:, :, places], tile=job.model.tile, fps=fps, receipt=job.receipt)
+    periodic = job.plan.windows[index].periodic
+    assert job.request.height and job.request.width
+    shown = latents[:, :, [place % length for place in range(-LEAD, length + 1)]] if periodic else latents
+    canvas = decode(job.model, shown, tile=job.model.tile, fps=job.request.fps, receipt=job.receipt)
+    video = framed(canvas, job.request.height, job.request.width)
+    if not periodic:
+        return video
     first, count = 1 + step * (LEAD - 1) + step // 2, step * length
     return Video(
         lambda: islice(iter(video), first, first + count),
@@ -312,10 +315,11 @@ def before_first(job: Job) -> list[np.ndarray]:
 
 def start_receipt(model: Model, request: Request) -> Receipt:
     """Return the receipt of a resolved request, its stages still to come but for the loading."""
-    assert request.seed is not None
+    assert request.seed is not None and request.height and request.width
     return Receipt(
         request=request.record(),
         approximations=[] if request.positions is None else [f"positions spread by {request.positions}"],
+        canvas=model.spec.canvas(request.height, request.width)[::-1],
         seed=request.seed,
         model=model.spec.name,
         model_hash=model.fingerprint,

@@ -24,6 +24,7 @@ class Prediction:
     dtype: str
     width: int
     height: int
+    canvas: tuple[int, int]  # (width, height) in pixels that it is made at, which all the rest is of
     frames: int
     steps: int
     guided: bool
@@ -52,8 +53,11 @@ class Prediction:
 def table(found: Prediction) -> str:
     """Return the prediction as a table to read."""
     guided = "guided" if found.guided else "unguided"
+    size = f"{found.width}x{found.height}"
+    if found.canvas != (found.width, found.height):
+        size += " made at {}x{}".format(*found.canvas)
     lines = [
-        f"{found.model}: {found.width}x{found.height}, {found.frames} frames, {found.steps} {guided} steps, "
+        f"{found.model}: {size}, {found.frames} frames, {found.steps} {guided} steps, "
         f"{found.tokens:,} tokens, on {found.machine} in {found.dtype}",
         f"{'':8}{'FLOPs':>11}{'traffic':>12}{'seconds':>12}{'peak memory':>14}  bound by",
     ]

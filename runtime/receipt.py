@@ -21,6 +21,7 @@ class Receipt:
     """The record of one video; `stages` goes on filling while frames are decoded and written."""
 
     request: dict[str, Any]  # as resolved: every default filled in
+    canvas: tuple[int, int]  # (width, height) in pixels that the model worked at; the video is its middle
     seed: int
     model: str
     model_hash: str

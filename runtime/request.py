@@ -12,7 +12,7 @@ from typing import Any
 
 from runtime.clips import FITS, Clip, natural_size
 from runtime.expansion import Expansion
-from runtime.models.spec import ModelSpec, nearest_counts, nearest_multiples
+from runtime.models.spec import ModelSpec, nearest_counts
 from runtime.samplers import LEGAL_OPTIONS
 from runtime.storyboard import Card, card_of, check_cards
 
@@ -27,8 +27,9 @@ WHOLE = 3  # up to so many times the model's own length a video is made at once,
 class Request:
     """One video to make; None means the model's own published default, and a random seed is drawn and reported.
 
-    `width` and `height` are pixels, `num_frames` frames, `fps` frames per second; `guidance_2` is the second
-    expert's. Raises ValueError for values that no model could take.
+    `width` and `height` are pixels, even of a video, and need not be multiples that the model makes; `num_frames` are
+    frames, `fps` frames per second; `guidance_2` is the second expert's. Raises ValueError for values that no model
+    could take.
 
     With `clips` and nothing more, each stands in the result where its `at` says. `direction` "forward" goes on after
     the one clip, "backward" comes before it, "between" connects two: `num_frames` (or `seconds`) then counts the new
@@ -163,6 +164,11 @@ class Request:
         return "place" if self.clips else "text"
 
     @property
+    def still(self) -> bool:
+        """Tell whether a resolved request is for a picture, one frame."""
+        return self.num_frames == 1 and self.task in ("text", "place", "edit")
+
+    @property
     def floor(self) -> float:
         """The least PSNR in dB against the exact video; infinite for "exact"."""
         return QUALITIES[self.quality] if isinstance(self.quality, str) else float(self.quality)
@@ -263,11 +269,16 @@ class Request:
     def _check_size(self, spec: ModelSpec) -> None:
         assert self.width and self.height and self.num_frames and self.window and self.overlap
         down, across = spec.size_multiple
-        if self.height % down or self.width % across:
-            widths, heights = nearest_multiples(self.width, across), nearest_multiples(self.height, down)
+        if self.height < down or self.width < across:
+            smallest = "x".join(str(n + n % 2) for n in (max(self.width, across), max(self.height, down)))
             raise ValueError(
-                f"the size is {self.width}x{self.height}; {spec.name} makes widths in multiples of {across} and "
-                f"heights of {down}: take {widths[0]}x{heights[0]} or {widths[1]}x{heights[1]}"
+                f"the size is {self.width}x{self.height}; {spec.name} makes {across}x{down} at least: take {smallest}"
+            )
+        if not self.still and (self.width % 2 or self.height % 2):
+            smaller, larger = ("x".join(str(n + n % 2 * by) for n in (self.width, self.height)) for by in (-1, 1))
+            raise ValueError(
+                f"the size is {self.width}x{self.height}; the width and height of a video are even: take {smaller} or "
+                f"{larger}"
             )
         time = spec.stride[0] * spec.patch[0]
         text_at_once = self.task == "text" and self.seconds is None and self.window >= self.num_frames
@@ -283,8 +294,8 @@ class Request:
         at_once = spec.sampled_frames(min(self.num_frames, self.window))
         for what, given, tokens, per_token in (
             ("num_frames", at_once, 1 + (at_once - 1) // time, time),
-            ("height", self.height, self.height // down, down),
-            ("width", self.width, self.width // across, across),
+            ("height", self.height, -(-self.height // down), down),
+            ("width", self.width, -(-self.width // across), across),
         ):
             if tokens > spec.max_positions:
                 most = spec.max_positions * per_token

@@ -185,7 +185,7 @@ def check_writable(
     """
     target, kind = Path(path).absolute(), output_kind(path)
     if kind in ENCODINGS:
-        _check_encodable(kind, height, width)
+        check_encodable(kind, height, width)
     elif kind == ".gif" and fps is not None and fps > GIF_MAX_FPS:
         raise ValueError(f"gif shows at most {GIF_MAX_FPS} frames per second, {fps:g} given; write .mp4 or .webm")
     elif kind == ".png" and num_frames is not None and num_frames > 1:
@@ -204,7 +204,8 @@ def check_writable(
     _check_parent(target.parent)
 
 
-def _check_encodable(kind: str, height: int | None, width: int | None) -> None:
+def check_encodable(kind: str, height: int | None, width: int | None) -> None:
+    """ValueError for a size that ".mp4" or ".webm" cannot hold, or where this PyAV does not write it."""
     sizes = (("width", width), ("height", height))
     odd = [f"{name} {size} (nearest {size - 1 or 2} and {size + 1})" for name, size in sizes if size and size % 2]
     if odd:

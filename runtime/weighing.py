@@ -43,6 +43,7 @@ class Job:
         assert request.num_frames and request.height and request.width and request.steps is not None
         self.spec, self.costs, self.machine, self.setting = spec, costs, machine, setting
         self.width, self.height, self.steps = request.width, request.height, request.steps
+        self.canvas = spec.canvas(self.height, self.width)
         self.frames = min(request.num_frames, request.window or request.num_frames)  # made at once
         self.latents = spec.latent_shape(self.frames, self.height, self.width)[1:]
         self.tokens = math.prod(n // p for n, p in zip(self.latents, spec.patch, strict=True))
@@ -179,6 +180,7 @@ def predict(spec: ModelSpec, costs: Costs, request: Request, machine: Machine, s
         dtype=setting.dtype,
         width=job.width,
         height=job.height,
+        canvas=job.canvas[::-1],
         frames=job.frames,
         steps=job.steps,
         guided=job.rows > 1,
@@ -218,7 +220,7 @@ def tile_choices(job: Job) -> list[Tile]:
     """Return the tiles (height, width) in pixels to try: the user's alone, or whole frames and then ever finer ones."""
     if job.setting.tile is not None:
         return [job.setting.tile]
-    return [None, *finer(job.height, job.width, job.costs.tile_of)]
+    return [None, *finer(*job.canvas, job.costs.tile_of)]
 
 
 def count_flops(job: Job, *, published: bool) -> dict[str, float]:
@@ -288,10 +290,10 @@ def nearest(job: Job, request: Request) -> dict[str, str]:
     if (count := _last(lambda n: fits(num_frames=1 + n * stride), (job.frames - 1) // stride)) is not None:
         found["frames"] = str(1 + count * stride)
     down, across = job.spec.size_multiple
-    rows = job.height // down
+    rows = job.canvas[0] // down
 
     def size(n: int) -> tuple[int, int]:
-        return max(round(job.width * (n + 1) / rows / across), 1) * across, (n + 1) * down
+        return max(round(job.canvas[1] * (n + 1) / rows / across), 1) * across, (n + 1) * down
 
     def size_fits(n: int) -> bool:
         width, height = size(n)

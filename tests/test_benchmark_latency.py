@@ -61,7 +61,7 @@ def test_rows_of_random_weights_beside_diffusers(tmp_path: Path, capsys: pytest.
         assert row["floor"]["basis"] == "measured" and row["floor"]["predicted"]["total"] > 0
     assert (ours["side"], ours["engine"], theirs["side"]) == ("dit-runtime", "eager", "diffusers")
     assert theirs["difference"] <= 1
-    assert all("take 32x32 or 48x32" in row["reason"] for row in refused) and len(refused) == 2
+    assert all("take 32x32 or 34x32" in row["reason"] for row in refused) and len(refused) == 2
     told = capsys.readouterr().out
     assert re.search(r"\| 32x32 x 5 \| eager \| 2 \|.*GiB \| \d+% \| \d+\.\d\d \|", told)
     assert "not measured: the size is 33x32" in told

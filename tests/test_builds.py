@@ -54,7 +54,7 @@ def test_build_for_a_gpu_that_is_not_here(folder: Path, capsys: pytest.CaptureFi
         ([], "no NVIDIA GPU to build for; say which it will be, such as --gpu sm89"),
         (["--gpu", "sm89", "--engine", "eager"], "engine is 'eager'; what can be built ahead: inductor, tensorrt"),
         (["--gpu", "sm89", "--engine", "inductor"], "leave --gpu out"),
-        (["--gpu", "sm89", "--size", "65x64"], "take 64x64 or 80x64"),
+        (["--gpu", "sm89", "--size", "65x64"], "take 64x64 or 66x64"),
         (["--gpu", "sm89", "--size", "64x64", "--frames", "6"], "take 5 or 9"),
         (["--gpu", "sm89", "--refit"], "on its GPU only; leave --refit"),
         (["--gpu", "sm89", "--dtype", "int8"], "dtype is 'int8'; legal: "),

@@ -119,7 +119,7 @@ def test_info_names_what_is_missing(tmp_path: Path, capsys: pytest.CaptureFixtur
     ("arguments", "sentence"),
     [
         ([""], "the prompt is empty"),
-        (["a", "--size", "65x64"], "take 64x64 or 80x64"),
+        (["a", "--size", "65x64"], "take 64x64 or 66x64"),
         (["a", "--frames", "6"], "take 5 or 9"),
         (["a", "--guidance", "nan"], "guidance is nan"),
         (["a", "--steps", "0"], "at least 1"),

@@ -121,6 +121,9 @@ BAD = [
     ({"prompt": "x" * 30_000}, "prompt", 400),
     (TINY | {"size": "833x481"}, "size", 400),
     (TINY | {"size": "0x0"}, "size", 400),
+    (TINY | {"size": "8x64"}, "size", 400),
+    (TINY | {"size": "33x64"}, "size", 400),
+    (TINY | {"size": "33x64", "num_frames": 1}, "size", 400),
     (TINY | {"size": "99999x99999"}, None, 400),
     (TINY | {"seconds": "4.5s"}, "seconds", 400),
     (TINY | {"num_frames": 6}, "num_frames", 400),
@@ -238,11 +241,13 @@ def test_cancel_delete_events_and_not_ready(server: Server) -> None:
 
 def test_pictures_sync_and_state(server: Server) -> None:
     answer = server.http.post(
-        "/v1/images/generations", json={"prompt": "a ball", "num_inference_steps": 2, "size": "64x64"}
+        "/v1/images/generations", json={"prompt": "a ball", "num_inference_steps": 2, "size": "63x45"}
     )
     assert answer.status_code == 200 and answer.json()["output_format"] == "png", answer.text
-    at_once = server.http.post("/v1/videos/sync", json=TINY)
-    assert at_once.status_code == 200 and at_once.content[4:8] == b"ftyp"
+    with Image.open(io.BytesIO(base64.b64decode(answer.json()["data"][0]["b64_json"]))) as picture:
+        assert picture.size == (63, 45)
+    at_once = server.http.post("/v1/videos/sync", json=TINY | {"size": "62x46"})
+    assert at_once.status_code == 200 and frames_of(at_once.content).shape == (5, 46, 62, 3)
     metrics = server.http.get("/metrics").text
     assert 'dit_jobs{status="completed"}' in metrics and 'dit_stage_seconds_sum{stage="decode"}' in metrics
     assert [each["id"] for each in server.http.get("/v1/models").json()["data"]] == ["demo"]

@@ -63,13 +63,19 @@ class ModelSpec:
 
     @property
     def size_multiple(self) -> tuple[int, int]:
-        """Pixels that (height, width) must be multiples of."""
+        """Pixels that the (height, width) of what the model makes are multiples of."""
         return self.stride[1] * self.patch[1], self.stride[2] * self.patch[2]
 
+    def canvas(self, height: int, width: int) -> tuple[int, int]:
+        """Return the (height, width) in pixels that a frame is made at: the next that the model makes."""
+        down, across = self.size_multiple
+        return -(-height // down) * down, -(-width // across) * across
+
     def latent_shape(self, num_frames: int, height: int, width: int) -> tuple[int, int, int, int]:
-        """Return [C, T, H, W] of the latents of a clip."""
+        """Return [C, T, H, W] of the latents of a clip, on its canvas."""
         t, h, w = self.stride
-        return self.latent_channels, (num_frames - 1) // t + 1, height // h, width // w
+        rows, columns = self.canvas(height, width)
+        return self.latent_channels, (num_frames - 1) // t + 1, rows // h, columns // w
 
     def sampled_frames(self, num_frames: int) -> int:
         """Return the smallest number of frames, at least `num_frames`, that the model makes: 1 + time stride * n."""

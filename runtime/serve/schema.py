@@ -13,8 +13,8 @@ from runtime.request import Request
 from runtime.serve.errors import ApiError, bad
 from runtime.serve.fields import flag, number, size, text
 from runtime.serve.inputs import CLIPS, Found, Read, card_stub, clip_stub, kept, read_cards, read_characters, read_clips
-from runtime.serve.loras import read_loras
 from runtime.tasks import plan_task
+from runtime.video import check_encodable
 
 # The API's names -> runtime.Request's, and what each is.
 NUMBERS: dict[str, tuple[str, type]] = {
@@ -37,7 +37,7 @@ ALIASES = {
     "infer_steps": "num_inference_steps", "target_fps": "fps", "target_video_length": "num_frames",
     "reference_url": "input_reference", "image_reference": "input_reference",
 }  # fmt: skip
-OWN = ("model", "size", "loop", "draft", "quality", "expand_prompt", "priority", "direction", "user", "lora")
+OWN = ("model", "size", "loop", "draft", "quality", "expand_prompt", "priority", "direction", "user")
 MODEL_FIELDS = {"prompt", "model"}  # of a body that makes nothing
 QUALITIES = {"draft": True, "low": True} | dict.fromkeys(("auto", "standard", "medium", "high", "hd"), False)
 MAX_STEPS = 1000
@@ -70,7 +70,7 @@ class Asked:
 
     model: str
     request: Request
-    record: dict[str, Any]  # runtime.Request's fields, clips as input files; `lora`: NAME or NAME:STRENGTH of each
+    record: dict[str, Any]  # runtime.Request's fields, clips as input files
     total_frames: int
     windows: int
     priority: int
@@ -88,6 +88,14 @@ def again(asked: Asked, seed: int | None = None) -> Asked:
     return dataclasses.replace(
         asked, request=dataclasses.replace(asked.request, seed=seed), record=asked.record | {"seed": seed}
     )
+
+
+def check_frame(asked: Asked) -> None:
+    """ApiError for a size that the file of a video cannot hold, which a picture may have."""
+    try:
+        check_encodable(".mp4", asked.request.height, asked.request.width)
+    except ValueError as error:
+        raise bad(str(error), "size") from error
 
 
 def spec_of(card: Mapping[str, Any]) -> ModelSpec:
@@ -132,7 +140,6 @@ def parse_request(fields: Mapping[str, Any], offer: Offer, given: Given) -> Aske
         "references": list(map(kept, references)),
         "storyboard": [card | {"clip": card["clip"] and kept(card["clip"])} for card in cards],
         "expand": None if request.expand is None else dataclasses.asdict(request.expand),
-        "lora": read_loras(fields["lora"], offer.models[name].get("loras", ())) if "lora" in fields else [],
     }
     return Asked(name, request, record, frames, windows, priority, final)
 

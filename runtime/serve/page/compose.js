@@ -225,8 +225,8 @@ function morePart(model, change, redraw) {
     h("div", { class: "grid" }, models,
       number("steps", t("steps"), { min: 1, max: 1000, placeholder: steps }),
       number("guidance", t("guidance"), { step: 0.1, placeholder: guidance }),
-      number("width", t("width"), { min: across, step: across, placeholder: width }),
-      number("height", t("height"), { min: down, step: down, placeholder: height })),
+      number("width", t("width"), { min: across, step: 2, placeholder: width }),
+      number("height", t("height"), { min: down, step: 2, placeholder: height })),
     h("label", { class: "check" }, h("input", { type: "checkbox", checked: draft.loop, onchange: change("loop") }), t("loop.make")));
 }
 
