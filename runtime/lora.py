@@ -1,4 +1,4 @@
-"""LoRA files -> weights: low-rank changes of matrices, merged into them when a model is loaded.
+"""LoRA files -> weights: low-rank changes of matrices, merged into them.
 
 Three styles are read, whatever layout the checkpoint has: diffusers (`transformer.blocks.0.attn1.to_q.lora_A.weight`),
 the original repositories' names (`diffusion_model.blocks.0.self_attn.q.lora_down.weight`), and kohya's, dots turned to
@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from runtime.weights import Component, WeightFile, fingerprint
+from runtime.weights import Component, Slot, WeightFile, fingerprint
 
 EXPERTS = ("high", "low")  # of two experts: of high noise, of low noise
 PREFIXES = re.compile(
@@ -81,35 +81,54 @@ class Change:
     parts: dict[str, torch.Tensor] = field(default_factory=dict)
     names: list[str] = field(default_factory=list)  # as the file calls them
 
+    def shaped(self) -> Change:
+        """Return the same with shapes alone."""
+        return Change(
+            {role: torch.empty_like(part, device="meta") for role, part in self.parts.items() if role != "alpha"}
+        )
 
-def merge(lora: Lora, component: Component, module: nn.Module, number: int, experts: int) -> None:
-    """Add a LoRA to the weights of one of `experts` transformers, whose `number` counts from 0.
 
-    Raises ValueError that names keys which fit no weight, have no partner or another shape; nothing is changed then.
+Fits = list[tuple[Change, dict[str, Slot]]]  # what a LoRA changes, and the places of its "weight", "bias", ...
+
+
+def fit(lora: Lora, component: Component, module: nn.Module, number: int, experts: int) -> Fits:
+    """Return where a LoRA changes one of `experts` transformers, whose `number` counts from 0.
+
+    Raises ValueError that names keys which fit no weight, have no partner or another shape.
     """
     places = {name.replace(".", "_"): slot for name, slot in component.all_keys(module).items()}
     parameters = dict(module.named_parameters())
     wrong: list[str] = []
-    found: list[tuple[torch.Tensor, torch.Tensor]] = []
+    found: Fits = []
     for key, change in changes(lora, number, experts).items():
-        added = deltas(change)
-        for part, delta in added.items():
-            slot = places.get(f"{key}_{part}")
-            place = None if slot is None else slot.within(parameters[slot.name].data)
-            if place is not None and delta.numel() == place.numel() and len(delta) in (1, len(place)):
-                found.append((place, delta))
-            else:
-                wrong += change.names
-        if not added:
+        added = deltas(change.shaped())
+        slots = {part: places[name] for part in added if (name := f"{key}_{part}") in places}
+        held = {part: slot.within(parameters[slot.name].data) for part, slot in slots.items()}
+        if not added or not all(part in held and same(delta, held[part]) for part, delta in added.items()):
             wrong += change.names
+        found.append((change, slots))
     if wrong:
         raise ValueError(
             f"the LoRA {lora.file} does not fit {component.name}: {some(wrong)} match no weight of it, have no "
             "partner, or another shape; it was made for another model"
         )
-    for place, delta in found:
-        change_by = lora.strength * delta.reshape(place.shape)
-        place.copy_((place.float() + change_by.to(place.device)).to(place.dtype))
+    return found
+
+
+def same(delta: torch.Tensor, place: torch.Tensor) -> bool:
+    """Tell whether a change has a place's shape, give or take ones."""
+    return delta.numel() == place.numel() and len(delta) in (1, len(place))
+
+
+def merge(fits: Fits, strength: float, module: nn.Module) -> set[str]:
+    """Add a LoRA to the weights that it fits; return the names of the parameters that it changed."""
+    parameters = dict(module.named_parameters())
+    for change, slots in fits:
+        for part, delta in deltas(change).items():
+            place = slots[part].within(parameters[slots[part].name].data)
+            change_by = strength * delta.reshape(place.shape)
+            place.copy_((place.float() + change_by.to(place.device)).to(place.dtype))
+    return {slot.name for _, slots in fits for slot in slots.values()}
 
 
 def changes(lora: Lora, number: int, experts: int) -> dict[str, Change]:

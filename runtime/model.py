@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -14,7 +13,7 @@ import torch
 
 from runtime import weights
 from runtime.engines import engine as find_engine
-from runtime.lora import Lora, merge
+from runtime.lora import Fits, Lora, fit, merge
 from runtime.models import open_checkpoint, repository
 from runtime.models.costs import Costs
 from runtime.models.spec import Autoencoder, Checkpoint, ModelSpec, Transformer
@@ -39,6 +38,7 @@ class Model:
     offload: Offload = field(default_factory=Offload)
     memory: int | None = None  # bytes that may be used; None: what the device has
     loras: tuple[Lora, ...] = ()  # merged into the transformers
+    merged: tuple[frozenset[str], ...] = ()  # the parameters of each transformer that they changed
     tile: tuple[int, int] | None = None  # (height, width) in pixels decoded at once; None: the whole frame
     _other_vae: tuple[torch.device, torch.dtype, Autoencoder] | None = field(default=None, repr=False)
 
@@ -97,12 +97,16 @@ class Model:
             raise ValueError(f"the tokenizer in {folder} cannot be read ({reason}); fetch the model again") from error
 
     @cached_property
-    def fingerprint(self) -> str:
-        """A hash of the weights that make the video: transformers and VAE, and what was merged into them."""
-        found = weights.fingerprint(
+    def published(self) -> str:
+        """A hash of the weights that make the video, as they were published: transformers and VAE."""
+        return weights.fingerprint(
             tuple(file for part in (*self.checkpoint.transformers, self.checkpoint.vae) for file in part.files)
         )
-        return ":".join([found, *(lora.fingerprint for lora in self.loras)])
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """A hash of the weights that make the video, and of what was merged into them."""
+        return ":".join([self.published, *(lora.fingerprint for lora in self.loras)])
 
     @cached_property
     def text_fingerprint(self) -> str:
@@ -192,11 +196,6 @@ def load(
             f"engine is {engine!r} and {offload.blocks} transformer blocks are to stay on the device; blocks that come "
             "and go are run by the engine 'eager': take it, or keep all blocks"
         )
-    if offload is not None and offload.blocks is not None and loras:
-        raise ValueError(
-            f"{len(loras)} LoRAs are given, and {offload.blocks} transformer blocks are to stay on the device; blocks "
-            "that come and go are read from the published files: keep all blocks, or leave the LoRAs out"
-        )
     checkpoint = open_checkpoint(locate(name_or_path))
     if checkpoint.missing:
         more = f" and {len(checkpoint.missing) - 5} more" if len(checkpoint.missing) > 5 else ""
@@ -206,11 +205,44 @@ def load(
     stages: Stages = {}
     with recording(stages), span("load", memory=True):
         transformers = tuple(load_transformers(checkpoint, place, kind, offload or Offload()))
-        for lora, (number, network) in itertools.product(loras, enumerate(transformers)):
-            part = checkpoint.transformers[number]
-            merge(lora, part, cast(torch.nn.Module, network), number, len(transformers))
         vae = cast(Autoencoder, weights.load(checkpoint.vae, place, torch.float32))
-    return Model(checkpoint, transformers, vae, place, kind, engine, stages, offload or Offload(), loras=tuple(loras))
+        model = Model(checkpoint, transformers, vae, place, kind, engine, stages, offload or Offload())
+        change_loras(model, loras)
+    return model
+
+
+def fit_loras(model: Model, loras: Sequence[Lora]) -> list[list[Fits]]:
+    """Return where LoRAs change each transformer; ValueError where one does not fit, or blocks come and go."""
+    if loras and model.offload.blocks is not None:
+        raise ValueError(
+            f"{len(loras)} LoRAs are given, and {model.offload.blocks} transformer blocks are to stay on the device; "
+            "blocks that come and go are read from the published files: keep all blocks, or leave the LoRAs out"
+        )
+    experts = len(model.transformers)
+    parts = zip(model.checkpoint.transformers, model.transformers, strict=True)
+    return [
+        [fit(lora, part, cast(torch.nn.Module, network), number, experts) for lora in loras]
+        for number, (part, network) in enumerate(parts)
+    ]
+
+
+def change_loras(model: Model, loras: Sequence[Lora]) -> None:
+    """Merge LoRAs, in turn, in place of those that a model has: it equals then one that was loaded with these.
+
+    What the former ones changed is read from the files again, and nothing else. Raises ValueError as `fit_loras`, and
+    the model stays as it was.
+    """
+    if tuple(loras) == model.loras:
+        return
+    merged = []
+    for number, own in enumerate(fit_loras(model, loras)):
+        network = cast(torch.nn.Module, model.transformers[number])
+        if model.merged:
+            weights.refill(model.checkpoint.transformers[number], network, model.merged[number])
+        names = [merge(fits, lora.strength, network) for lora, fits in zip(loras, own, strict=True)]
+        merged.append(frozenset().union(*names))
+    model.loras, model.merged = tuple(loras), tuple(merged)
+    model.__dict__.pop("fingerprint", None)
 
 
 def load_transformers(

@@ -62,7 +62,7 @@ class Previewer:
 
 def projection(model: Model) -> torch.Tensor:
     """Return the matrix [C + 1, 3] float32 from latents, and 1, to colours in [-1, 1]; from the cache where it is."""
-    file = cache_root() / "previews" / f"{model.fingerprint.replace(':', '-')}.safetensors"
+    file = cache_root() / "previews" / f"{model.published.replace(':', '-')}.safetensors"
     kept = _read(file, (model.spec.latent_channels + 1, 3))
     if kept is not None:
         return kept

@@ -56,6 +56,9 @@ def add_remote(commands: Any) -> None:
             parser.add_argument(f"--{option}", type=kind, help=what)
         for option, (_, what) in TEXTS.items():
             parser.add_argument(f"--{option}", help=what)
+        parser.add_argument(
+            "--lora", action="append", metavar="NAME[:STRENGTH]", help="one of the server's; again: more"
+        )
         parser.add_argument("--set", action="append", default=[], metavar="FIELD=JSON", help="any field of the API")
         parser.add_argument(
             "-o", "--output", type=Path, default=Path("image.png" if name == "image" else "video.mp4"), metavar="PATH"
@@ -104,6 +107,7 @@ def fields_of(options: Options) -> dict[str, Any]:
     """Return the API's fields of the options that were given; ValueError for one that cannot be read."""
     names = {option: field for option, (field, *_) in (NUMBERS | TEXTS).items()}
     found = {field: getattr(options, option) for option, field in names.items()}
+    found["lora"] = options.lora
     for text in options.set:
         name, equals, value = text.partition("=")
         if not equals:

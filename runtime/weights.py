@@ -102,6 +102,14 @@ def load(component: Component, device: torch.device, dtype: torch.dtype, *, with
     return module
 
 
+def refill(component: Component, module: nn.Module, names: Collection[str]) -> None:
+    """Read these parameters of a loaded module again from its files, as `load` did."""
+    parameters = dict(module.named_parameters(remove_duplicate=False))
+    slots = {name: slot for name, slot in component.keys(module).items() if slot.name in names}
+    for name, shape, first, piece in pieces(component.files if slots else (), only=slots):
+        put(piece, slots[name].within(parameters[slots[name].name].data), shape, first)
+
+
 class BlockFiles:
     """The weights of a component's blocks, read from its files block by block.
 

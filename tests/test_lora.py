@@ -12,6 +12,7 @@ from safetensors.torch import save_file
 import runtime
 import runtime.offload
 from runtime.lora import Lora
+from runtime.model import change_loras
 from tests.published import Tiny, write
 
 RANK = 3
@@ -183,6 +184,27 @@ def test_its_names_strengths_and_experts(folders: dict[int, Path], tmp_path: Pat
         load(folders[1], Lora(odd, expert="high"))
     with pytest.raises(ValueError, match="blocks are to stay"):
         runtime.load(folders[1], device="cpu", loras=[Lora(odd)], offload=runtime.offload.Offload(blocks=1))
+
+
+@pytest.mark.parametrize("experts", [1, 2])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_changed_on_a_loaded_model(folders: dict[int, Path], tmp_path: Path, experts: int, dtype: torch.dtype) -> None:
+    """To the bit as loaded with them, in whatever order they come and go; what does not fit changes nothing."""
+    one, two = Lora(saved(tmp_path, published()), 0.7), Lora(saved(tmp_path, published(seed=2)), -0.4)
+    odd = {f"transformer.blocks.0.attn1.{name}": torch.ones(2, 2) for name in ("to_q.lora_A.weight", "to_k.diff")}
+    model = runtime.load(folders[experts], device="cpu", dtype=dtype)
+    fingerprints = {model.fingerprint}
+    for loras in ([one], [one, two], [two], [Lora(one.file, 0.2)], [], [two, one], []):
+        with pytest.raises(ValueError, match="does not fit"):
+            change_loras(model, [*loras, Lora(saved(tmp_path, odd))])
+        change_loras(model, loras)
+        expected = runtime.load(folders[experts], device="cpu", dtype=dtype, loras=loras)
+        for number in range(experts):
+            ours, theirs = weights(model, number), weights(expected, number)
+            assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+        assert model.fingerprint == expected.fingerprint
+        fingerprints.add(model.fingerprint)
+    assert len(fingerprints) == 6
 
 
 def test_it_stands_in_the_receipt_and_in_the_fingerprint(folders: dict[int, Path], tmp_path: Path) -> None:

@@ -29,7 +29,7 @@ from runtime.serve.keys import Pace
 from runtime.serve.metrics import Metrics
 from runtime.serve.moderation import Moderator, Refused, keep
 from runtime.serve.schema import Asked, Given, Offer, check_frame, parse_request
-from runtime.serve.settings import Settings
+from runtime.serve.settings import Settings, model_place
 from runtime.serve.shown import shown, video_object
 from runtime.serve.supervisor import Unanswered
 
@@ -76,8 +76,13 @@ class Api:
 
     def loaded(self) -> None:
         """ApiError where no worker has told of a model yet."""
-        if not self.store.models():
+        if not self.models():
             raise ApiError(503, "no model is loaded yet", code="not_ready", retry_after=1)
+
+    def models(self) -> dict[str, dict[str, Any]]:
+        """Return what workers have told of the models that are served, the first one first."""
+        told, names = self.store.models(), [model_place(each)[0] for each in self.settings.model]
+        return {name: told[name] for name in names if name in told}
 
     async def ask(self, kind: str, model: str, **asked: Any) -> dict[str, Any]:
         """Return what a worker answers; ApiError where none does, or it refuses to."""
@@ -237,7 +242,7 @@ class Api:
         references: Sequence[Found] = (),
     ) -> Asked:
         """Return the checked request of fields, and of clips and pictures that come before those in the fields."""
-        offer = Offer(self.store.models(), self.settings.expansion)
+        offer = Offer(self.models(), self.settings.expansion)
 
         def read(value: Any, name: str) -> Found:
             return self.clip(request, value, name, own)[0]

@@ -22,7 +22,7 @@ Given = Callable[[dict[str, Any], Callable[[], Path]], tuple[list[dict[str, Any]
 # What the final video of a draft takes over: the API's name of each, and where it stands in the draft's record.
 TAKEN_OVER = {
     "prompt": "prompt", "negative_prompt": "negative_prompt", "seed": "seed", "fps": "fps", "flow_shift": "shift",
-    "guidance_scale": "guidance", "guidance_scale_2": "guidance_2", "sampler": "sampler",
+    "guidance_scale": "guidance", "guidance_scale_2": "guidance_2", "sampler": "sampler", "lora": "lora",
 }  # fmt: skip
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import time
+from collections.abc import Collection
 from typing import Any
 
 from runtime.serve.database import TERMINAL, Job
@@ -28,8 +29,8 @@ class LostLease(Exception):
 class Leases(Folders):
     """Who has which job."""
 
-    def claim(self, worker: str) -> Job | None:
-        """Take the job whose turn it is; None where there is none."""
+    def claim(self, worker: str, models: Collection[str] | None = None) -> Job | None:
+        """Take the job whose turn it is, of these models (None: of any); None where there is none."""
         if self._reader.execute("SELECT 1 FROM jobs WHERE status = 'queued' AND NOT cancel").fetchone() is None:
             return None
         now = time.time()
@@ -38,8 +39,9 @@ class Leases(Folders):
                 "UPDATE jobs SET status = 'in_progress', attempt = attempt + 1, worker = ?, lease_until = ?, "
                 "started_at = coalesce(started_at, ?), claimed_at = ?, claimed_step = step, stepped_at = NULL "
                 "WHERE id = "
-                f"(SELECT id FROM jobs WHERE status = 'queued' AND NOT cancel ORDER BY {ORDER} LIMIT 1) RETURNING *",
-                (worker, uptime() + LEASE_SECONDS, now, now),
+                f"(SELECT id FROM jobs WHERE status = 'queued' AND NOT cancel {of(models)} ORDER BY {ORDER} "
+                "LIMIT 1) RETURNING *",
+                (worker, uptime() + LEASE_SECONDS, now, now, *(models or ())),
             ).fetchone()
             if row is None:
                 return None
@@ -72,11 +74,12 @@ class Leases(Folders):
                 (uptime() + LEASE_SECONDS, job.id, job.attempt),
             )
 
-    def pressing(self, job: Job, left: float) -> bool:
+    def pressing(self, job: Job, left: float, models: Collection[str] | None = None) -> bool:
         """Tell whether a job of higher priority waits that takes at most a tenth of the `left` seconds of this one."""
         row = self._reader.execute(
-            "SELECT 1 FROM jobs WHERE status = 'queued' AND NOT cancel AND priority > ? AND estimate * ? < ? LIMIT 1",
-            (job.priority, PRESSING, left),
+            "SELECT 1 FROM jobs WHERE status = 'queued' AND NOT cancel AND priority > ? AND estimate * ? < ? "
+            f"{of(models)} LIMIT 1",
+            (job.priority, PRESSING, left, *(models or ())),
         ).fetchone()
         return row is not None
 
@@ -150,6 +153,11 @@ WORKER_HUNG = json.dumps({"code": "worker_hung", "message": f"{MAX_HANGS} worker
 WORKER_LOST = json.dumps(
     {"code": "worker_lost", "message": f"{MAX_LOSSES} workers died over this job without taking a step further"}
 )
+
+
+def of(models: Collection[str] | None) -> str:
+    """Return the condition that a job is of one of the models, which are its parameters."""
+    return "" if models is None else f"AND model IN ({', '.join('?' * len(models))})"
 
 
 def uptime() -> float:

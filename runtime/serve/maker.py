@@ -7,38 +7,32 @@ import logging
 import sqlite3
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
-
-import torch
 
 import runtime
 from runtime.certificates import Signer
 from runtime.checkpoints import Checkpoints
 from runtime.decoding import out_of_memory
 from runtime.denoising import Cancelled
-from runtime.machine import host_memory
-from runtime.model import choose_device
-from runtime.offload import give_back_memory
-from runtime.planner import load_within
 from runtime.previews import preview
 from runtime.provenance import Input, generation, inputs_of, sealing
 from runtime.serve.database import Job, sync
 from runtime.serve.errors import disk_full
 from runtime.serve.jobs import Store
+from runtime.serve.loaded import Loaded
 from runtime.serve.moderation import Moderator, Refused, Rule, keep
 from runtime.serve.pictures import write_sheets
-from runtime.serve.records import request_of
+from runtime.serve.records import loras_of, request_of
 from runtime.trace import recording, span
 
 log = logging.getLogger("runtime.serve.maker")
 
 BEAT_SECONDS = 0.1  # least time between two reports of one job
 LOOK_SECONDS = 0.5  # between two looks whether there is space
-SQUEEZE = 0.8  # of the free memory, for a job that ran out of it before
 
 Found = TypeVar("Found")
 speaking = threading.Lock()
@@ -49,29 +43,20 @@ class Stopping(Exception):
 
 
 class Maker:
-    """The loaded models of one process, and what it makes with them."""
+    """What one process makes with the models that it holds."""
 
     def __init__(
         self,
         store: Store,
-        places: Mapping[str, str],
-        device: str,
+        models: Loaded,
         *,
         signer: Signer | None,
         rules: Sequence[Rule],
         full_wait: float,
     ) -> None:
-        self.store, self.places, self.device = store, places, device
-        self.signer, self.full_wait = signer, full_wait
+        self.store, self.models, self.signer, self.full_wait = store, models, signer, full_wait
         self.moderator = Moderator(rules)
-        self.models: dict[str, runtime.Model] = {}
         self.stopping = threading.Event()  # set where the process is to end at the next step
-
-    def model(self, name: str) -> runtime.Model:
-        """Return a model, loaded at first use and kept."""
-        if name not in self.models:
-            self.models[name] = runtime.load(self.places[name], device=self.device)
-        return self.models[name]
 
     def with_space(self, act: Callable[[], Found], seconds: float) -> Found:
         """Do something that writes; where the disk is full, again and again for some seconds or until the end."""
@@ -91,28 +76,23 @@ class Maker:
     def make_or_squeeze(self, job: Job) -> tuple[dict[str, Any], dict[str, Any]]:
         """Make a job; where memory runs out, once more with as little on the device as the planner finds fitting."""
         try:
-            return self.make(job)
+            return self.make(job, self.models.model(job.model, loras_of(job.request)))
         except (RuntimeError, MemoryError) as error:
             if not out_of_memory(error):
                 raise
             reason = str(error).splitlines()[0][:200]
         log.warning("job %s ran out of memory (%s) and goes on with weights and tiles that come and go", job.id, reason)
-        self.models.pop(job.model)
-        give_back_memory()
         try:
             request = request_of(job.request, self.store.folder(job.id))
-            memory = f"{SQUEEZE * free_memory(self.device) / 2**20:.0f}MiB"
-            self.models[job.model] = load_within(self.places[job.model], request, memory=memory, device=self.device)
-            return self.make(job)
+            return self.make(job, self.models.squeezed(job.model, request, loras_of(job.request)))
         except ValueError as error:
             raise MemoryError(str(error)) from error  # the planner's word on what would fit
         finally:
             self.models.pop(job.model, None)
 
-    def make(self, job: Job) -> tuple[dict[str, Any], dict[str, Any]]:
+    def make(self, job: Job, model: runtime.Model) -> tuple[dict[str, Any], dict[str, Any]]:
         """Return (output, receipt) of a job whose files are written."""
         folder = self.store.folder(job.id)
-        model = self.model(job.model)
         request = request_of(job.request, folder)
         checkpoints = Patient(self, folder, f"{job.id} {model.fingerprint} {json.dumps(job.request, sort_keys=True)}")
         report = Report(self, job, folder, checkpoints)
@@ -130,6 +110,7 @@ class Maker:
         sheets = self.with_space(write, self.full_wait)
         own = json.dumps(f"{folder}/", ensure_ascii=False)[1:-1]
         receipt = json.loads(video.receipt.to_json().replace(own, ""))  # nobody learns where files lie
+        receipt["loras"] = loras_of(job.request)
         if receipt["request"]["expand"]:
             del receipt["request"]["expand"]["url"]
         return {"file": path.name, "bytes": path.stat().st_size, **sheets}, receipt
@@ -180,7 +161,7 @@ class Report:
         if not self.began:
             self.began, self.first = time.monotonic(), step
         each = (time.monotonic() - self.began) / max(step - self.first, 1)
-        if self.maker.store.pressing(self.job, each * (total - step)):
+        if self.maker.store.pressing(self.job, each * (total - step), self.maker.models.places):
             self.checkpoints.write()
             raise Stopping
         if self.tell(round(90 * step / total), last=step == total):
@@ -217,10 +198,3 @@ def say(line: str) -> None:
     """Tell the supervisor something: an answer, or a sign of life."""
     with suppress(BrokenPipeError), speaking:  # where it is gone, so are we at the next step
         print(line, flush=True)
-
-
-def free_memory(device: str) -> int:
-    """Return the bytes that are free on the device that a model is loaded to."""
-    if choose_device(device).type == "cuda":
-        return int(torch.cuda.mem_get_info(choose_device(device))[0])
-    return host_memory()

@@ -20,6 +20,7 @@ ERROR = {
         }
     },
 }
+LORA = {"type": "string", "description": "NAME or NAME:STRENGTH of one that the model has, see /v1/models"}
 FIELDS: dict[str, Any] = {
     "prompt": {"type": "string", "minLength": 1},
     "model": {"type": "string"},
@@ -37,6 +38,7 @@ FIELDS: dict[str, Any] = {
     "priority": {"type": "integer", "minimum": -10, "maximum": 10},
     "draft": {"type": "boolean"},
     "expand_prompt": {"type": "boolean"},
+    "lora": {"oneOf": [LORA, {"type": "array", "items": LORA, "maxItems": 8}]},
     "quality": {"type": "string", "enum": ["auto", "draft", "low", "standard", "medium", "high", "hd"]},
 }
 PART = {"from": {"type": "integer", "minimum": 0}, "to": {"type": "integer", "minimum": 1}}

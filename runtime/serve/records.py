@@ -13,7 +13,7 @@ from runtime.storyboard import Card
 
 
 def request_of(record: Mapping[str, Any], folder: Path) -> Request:
-    """Return the request of a record, its clips being files in `folder`."""
+    """Return the request of a record, its clips being files in `folder`; LoRAs are the model's, see `loras_of`."""
 
     def clips(name: str) -> tuple[Clip, ...]:
         return tuple(clip_of(clip, folder) for clip in record.get(name, ()))
@@ -23,7 +23,12 @@ def request_of(record: Mapping[str, Any], folder: Path) -> Request:
         for card in record.get("storyboard", ())
     )
     given = {"clips": () if cards else clips("clips"), "references": clips("references"), "storyboard": cards}
-    return Request(**{**record, **given})
+    return Request(**{name: value for name, value in {**record, **given}.items() if name != "lora"})
+
+
+def loras_of(record: Mapping[str, Any]) -> list[str]:
+    """Return NAME or NAME:STRENGTH of each LoRA that a record asks for."""
+    return list(record.get("lora", ()))
 
 
 def clip_of(kept: Mapping[str, Any], folder: Path) -> Clip:

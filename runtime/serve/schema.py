@@ -13,6 +13,7 @@ from runtime.request import Request
 from runtime.serve.errors import ApiError, bad
 from runtime.serve.fields import flag, number, size, text
 from runtime.serve.inputs import CLIPS, Found, Read, card_stub, clip_stub, kept, read_cards, read_characters, read_clips
+from runtime.serve.loras import read_loras
 from runtime.tasks import plan_task
 from runtime.video import check_encodable
 
@@ -37,7 +38,7 @@ ALIASES = {
     "infer_steps": "num_inference_steps", "target_fps": "fps", "target_video_length": "num_frames",
     "reference_url": "input_reference", "image_reference": "input_reference",
 }  # fmt: skip
-OWN = ("model", "size", "loop", "draft", "quality", "expand_prompt", "priority", "direction", "user")
+OWN = ("model", "size", "loop", "draft", "quality", "expand_prompt", "priority", "direction", "user", "lora")
 MODEL_FIELDS = {"prompt", "model"}  # of a body that makes nothing
 QUALITIES = {"draft": True, "low": True} | dict.fromkeys(("auto", "standard", "medium", "high", "hd"), False)
 MAX_STEPS = 1000
@@ -70,7 +71,7 @@ class Asked:
 
     model: str
     request: Request
-    record: dict[str, Any]  # runtime.Request's fields, clips as input files
+    record: dict[str, Any]  # runtime.Request's fields, clips as input files; `lora`: NAME or NAME:STRENGTH of each
     total_frames: int
     windows: int
     priority: int
@@ -140,6 +141,7 @@ def parse_request(fields: Mapping[str, Any], offer: Offer, given: Given) -> Aske
         "references": list(map(kept, references)),
         "storyboard": [card | {"clip": card["clip"] and kept(card["clip"])} for card in cards],
         "expand": None if request.expand is None else dataclasses.asdict(request.expand),
+        "lora": read_loras(fields["lora"], offer.models[name].get("loras", ())) if "lora" in fields else [],
     }
     return Asked(name, request, record, frames, windows, priority, final)
 

@@ -16,9 +16,12 @@ from runtime.certificates import Signer, find_signer, signer_files
 from runtime.expansion import Expansion
 from runtime.serve.fetching import Access
 from runtime.serve.keys import Key, read_keys
+from runtime.serve.loras import lora_files
 from runtime.serve.moderation import Rule
 from runtime.serve.webhooks import read_secret
 
+PATHS = {"data", "api_key", "certificate", "private_key", "webhook_secret"}
+LISTS = {"model", "lora", "fetch_host", "webhook_host"}
 MAX_FETCH = 20 * 2**20  # bytes of one input
 MAX_WORDS = 2**16  # bytes of what is answered to a webhook
 
@@ -31,6 +34,7 @@ class Settings:
     port: int = 8000
     data: Path = Path("dit-runtime-data")
     model: tuple[str, ...] = ("demo",)
+    lora: tuple[str, ...] = ()  # NAME=FILE[:STRENGTH], as loras.lora_files says, that requests may name
     api_key: Path | None = None  # a file of keys, as keys.read_keys says
     workers: int = 1
     device: str = "auto"
@@ -61,6 +65,7 @@ class Settings:
 
     def __post_init__(self) -> None:
         Expansion(model=self.expand_model, url=self.expand_url)  # raises for what cannot be
+        lora_files(self.lora)
 
     @property
     def expansion(self) -> Expansion:
@@ -107,6 +112,9 @@ def read_settings(arguments: Sequence[str] | None = None) -> Settings:
     parser.add_argument("--port", type=int, help="port to listen on (default: 8000; 0: any that is free)")
     parser.add_argument("--data", type=Path, metavar="FOLDER", help="jobs and results (default: ./dit-runtime-data)")
     parser.add_argument("--model", action="append", metavar="NAME[=PLACE]", help="may be given again (default: demo)")
+    parser.add_argument(
+        "--lora", action="append", metavar="NAME=FILE[:STRENGTH]", help="that requests may name; may be given again"
+    )
     parser.add_argument("--api-key", type=Path, metavar="FILE", help="lines NAME:KEY [jobs=N] [per-minute=N]")
     parser.add_argument("--workers", type=int, metavar="N", help="worker processes (default: 1)")
     parser.add_argument("--device", help="auto, cpu, cuda, cuda:N (default: auto)")
@@ -149,11 +157,10 @@ def read_settings(arguments: Sequence[str] | None = None) -> Settings:
         if unknown := sorted(told.keys() - known):
             raise ValueError(f"{config} has keys that are not known: {', '.join(unknown)}; legal: {', '.join(known)}")
     values = told | options
-    for name in ("data", "api_key", "certificate", "private_key"):
-        if name in values:
-            values[name] = Path(values[name])
+    for name in PATHS & values.keys():
+        values[name] = Path(values[name])
     values["moderation"] = tuple(Rule.of(table) for table in values.get("moderation", ()))
-    for name in {"model", "fetch_host"} & values.keys():
+    for name in LISTS & values.keys():
         values[name] = tuple([values[name]] if isinstance(values[name], str) else values[name])
     settings = Settings(**values)
     names = [model_place(each)[0] for each in settings.model]

@@ -27,6 +27,7 @@ def shown(asked: Asked) -> dict[str, Any]:
         "guidance_scale": request.guidance,
         "negative_prompt": request.negative_prompt,
         "task": request.task,
+        **({"lora": asked.record["lora"]} if asked.record["lora"] else {}),
         **({"final_size": "{}x{}".format(*asked.final_size)} if asked.final_size else {}),
     }
 

@@ -49,6 +49,8 @@ class Child:
         command += ["--grace", str(settings.grace), "--full-wait", str(settings.full_wait)]
         for model in settings.model:
             command += ["--model", model]
+        for lora in settings.lora:
+            command += ["--lora", lora]
         if settings.moderation:
             command += ["--moderation", json.dumps([rule.record() for rule in settings.moderation])]
         if not settings.credentials:

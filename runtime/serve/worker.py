@@ -18,17 +18,16 @@ import sys
 import threading
 import time
 from contextlib import suppress
-from dataclasses import asdict
 from pathlib import Path
 from typing import IO, Any
 
 import torch
 
-import runtime
 from runtime.calibration import local
 from runtime.certificates import find_signer
 from runtime.decoding import out_of_memory
 from runtime.denoising import Cancelled
+from runtime.lora import Lora
 from runtime.offload import give_back_memory
 from runtime.planner import foresee_plan
 from runtime.serve.answers import answer, planned
@@ -36,7 +35,9 @@ from runtime.serve.database import Job
 from runtime.serve.errors import disk_full
 from runtime.serve.jobs import Store
 from runtime.serve.leases import LostLease
+from runtime.serve.loaded import Loaded
 from runtime.serve.logs import job_id, start_logging
+from runtime.serve.loras import lora_files
 from runtime.serve.maker import Maker, Stopping, say
 from runtime.serve.moderation import Refused, Rule
 from runtime.serve.records import request_of
@@ -88,7 +89,7 @@ class Worker:
         """Return the job whose turn it is; None where there is none, or the disk is full."""
         try:
             self.store.reclaim()
-            return self.store.claim(self.name)
+            return self.store.claim(self.name, self.maker.models.places)
         except sqlite3.OperationalError as error:
             if not disk_full(error):
                 raise
@@ -167,11 +168,6 @@ def explain(error: Exception) -> dict[str, str]:
     return {"code": "internal_error", "message": f"{type(error).__name__} while making the video; the log says more"}
 
 
-def card(model: runtime.Model) -> dict[str, Any]:
-    """Return what the server needs to know of a model."""
-    return {"spec": asdict(model.spec), "fingerprint": model.fingerprint, "device": str(model.device)}
-
-
 def hold_lock(data: Path, name: str) -> IO[str]:
     """Return the locked file that says this worker is alive; the lock goes with the process, however it ends."""
     handle = (data / "workers" / name).open("w")
@@ -201,6 +197,7 @@ def main() -> int:
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--name", required=True)
     parser.add_argument("--model", action="append", required=True)
+    parser.add_argument("--lora", action="append", default=[])
     parser.add_argument("--device", default="auto")
     parser.add_argument("--no-credentials", action="store_true")
     parser.add_argument("--certificate", type=Path)
@@ -219,7 +216,8 @@ def main() -> int:
         signer = find_signer(options.certificate, options.private_key, options.data / "credentials")
     rules = [Rule.of(table) for table in options.moderation]
     places, store = dict(map(model_place, options.model)), Store(options.data)
-    maker = Maker(store, places, options.device, signer=signer, rules=rules, full_wait=options.full_wait)
+    models = Loaded(places, {}, options.device)
+    maker = Maker(store, models, signer=signer, rules=rules, full_wait=options.full_wait)
     worker = Worker(store, options.name, maker)
     signal.signal(signal.SIGTERM, lambda *_: worker.stop())
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the server decides
@@ -228,13 +226,15 @@ def main() -> int:
     for beside in (worker.renew, worker.foresee):
         threading.Thread(target=beside, daemon=True).start()
     try:
+        models.loras = {name: [*map(Lora.parse, files)] for name, files in lora_files(options.lora).items()}
         for name in places:
-            store.tell_model(name, card(maker.model(name)))
+            store.tell_model(name, models.card(name))
+        models.check_loras()
     except (ValueError, OSError) as error:
-        log.error("a model cannot be loaded: %s", error)
+        log.error("a model or LoRA cannot be loaded: %s", error)
         return BROKEN
     say("ready")
-    for model in maker.models.values():
+    for model in models.values():
         local(model.device, model.dtype)  # measured once on a machine, before a job could disturb it
     worker.work()
     lock.close()

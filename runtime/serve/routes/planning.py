@@ -73,7 +73,7 @@ def add(app: FastAPI, api: Api) -> None:
             raise bad(f"{unknown[0][:80]} is not known; legal: {', '.join(sorted(MODEL_FIELDS))}", unknown[0][:80])
         if not str(fields.get("prompt", "")).strip():
             raise bad("prompt is missing; say what the video shows", "prompt")
-        prompt, model = text(fields, "prompt"), choose_model(fields, api.store.models())
+        prompt, model = text(fields, "prompt"), choose_model(fields, api.models())
         await api.moderate(request.state.owner, [prompt])
         expansion = dataclasses.asdict(api.settings.expansion)
         found = await api.ask("expand", model, prompt=prompt, expansion=expansion)

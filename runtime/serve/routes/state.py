@@ -19,12 +19,12 @@ def add(app: FastAPI, api: Api) -> None:
 
     @app.get("/v1/models", openapi_extra=DESCRIPTIONS)
     async def models() -> Response:
-        data = [model_object(name, card) for name, card in api.store.models().items()]
+        data = [model_object(name, card) for name, card in api.models().items()]
         return JSONResponse({"object": "list", "data": data})
 
     @app.get("/v1/models/{name}", openapi_extra=DESCRIPTIONS)
     async def model(name: str) -> Response:
-        found = api.store.models().get(name)
+        found = api.models().get(name)
         if found is None:
             raise missing(f"model {name[:80]!r}")
         return JSONResponse(model_object(name, found))
@@ -64,4 +64,5 @@ def model_object(name: str, card: dict[str, Any]) -> dict[str, Any]:
         "multiples": {"width": across, "height": down, "num_frames": spec.stride[0] * spec.patch[0]},
         "prompt_tokens": spec.text_length,
         "expands_prompts": spec.expansion is not None,
+        "loras": card.get("loras", []),
     }

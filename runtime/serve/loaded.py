@@ -1,0 +1,83 @@
+"""The models that a worker holds in memory, and the LoRAs that requests may have merged into them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, replace
+from typing import Any
+
+import torch
+
+import runtime
+from runtime.lora import Lora
+from runtime.machine import host_memory
+from runtime.model import change_loras, choose_device, fit_loras
+from runtime.offload import give_back_memory
+from runtime.planner import load_within
+
+SQUEEZE = 0.8  # of the free memory, for a job that ran out of it before
+
+
+class Loaded(dict[str, runtime.Model]):
+    """Models by name, each loaded at first use and kept; `loras` are the files that each name stands for."""
+
+    def __init__(self, places: Mapping[str, str], loras: Mapping[str, Sequence[Lora]], device: str) -> None:
+        super().__init__()
+        self.places, self.loras, self.device = places, loras, device
+
+    def model(self, name: str, asked: Sequence[str] = ()) -> runtime.Model:
+        """Return a model with the LoRAs of texts NAME or NAME:STRENGTH merged into it, and no others."""
+        if name not in self:
+            self[name] = runtime.load(self.places[name], device=self.device)
+        change_loras(self[name], self.meant(asked))
+        return self[name]
+
+    def squeezed(self, name: str, request: runtime.Request, asked: Sequence[str]) -> runtime.Model:
+        """Load a model anew so that a request takes less than the memory that is free; ValueError where it cannot."""
+        self.pop(name, None)
+        give_back_memory()
+        memory = f"{SQUEEZE * free_memory(self.device) / 2**20:.0f}MiB"
+        loras = self.meant(asked)
+        self[name] = load_within(self.places[name], request, memory=memory, device=self.device, loras=loras)
+        return self[name]
+
+    def meant(self, asked: Sequence[str]) -> list[Lora]:
+        """Return the LoRAs that texts stand for; ValueError for a name that the operator gives no more."""
+        found = []
+        for text in asked:
+            name, colon, strength = text.partition(":")
+            if name not in self.loras:
+                raise ValueError(f"there is no LoRA {name!r} any more; legal: {', '.join(self.loras) or 'none'}")
+            found += [replace(each, strength=float(strength)) if colon else each for each in self.loras[name]]
+        return found
+
+    def card(self, name: str) -> dict[str, Any]:
+        """Return what the server needs to know of a model."""
+        model = self.model(name)
+        loras = [lora for lora, files in self.loras.items() if fits(model, files) is None]
+        return {
+            "spec": asdict(model.spec), "fingerprint": model.fingerprint, "device": str(model.device), "loras": loras
+        }  # fmt: skip
+
+    def check_loras(self) -> None:
+        """ValueError for a LoRA that fits none of the models."""
+        for files in self.loras.values():
+            reasons = [fits(model, files) for model in self.values()]
+            if all(reasons):
+                raise ValueError(reasons[0])
+
+
+def fits(model: runtime.Model, loras: Sequence[Lora]) -> str | None:
+    """Return why LoRAs cannot be merged into a model; None where they can."""
+    try:
+        fit_loras(model, loras)
+    except ValueError as error:
+        return str(error)
+    return None
+
+
+def free_memory(device: str) -> int:
+    """Return the bytes that are free on the device that a model is loaded to."""
+    if choose_device(device).type == "cuda":
+        return int(torch.cuda.mem_get_info(choose_device(device))[0])
+    return host_memory()
