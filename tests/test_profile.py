@@ -1,25 +1,31 @@
-"""tools.profile: PyTorch's profiler for real; Nsight by command lines and by small exports.
+"""tools.profile: PyTorch's profiler for real, Nsight Systems too where it is installed; else by small exports.
 
 The exports are written here after the documented schemas (Nsight Systems User Guide, SQLite schema reference; Nsight
-Compute CLI, page raw as CSV): no GPU was there to record some.
+Compute CLI, page raw as CSV), and hold GPU work, which a machine without a GPU cannot record.
 """
 
 from __future__ import annotations
 
 import json
 import os
+import shutil
 import sqlite3
+import subprocess
+import sys
+from collections import Counter
 from pathlib import Path
 
 import pytest
+import torch
 
-from tools.profile import readers
+from tools.profile import capture, readers
 from tools.profile.__main__ import main
 from tools.profile.capture import steps_of
 from tools.profile.readers import Counted, Range, Timeline, Work
 from tools.profile.report import kernel_report, timeline_report
 
 MS = 1_000_000  # nanoseconds
+ONE, OTHER = 0x1_0001 << 24, 0x1_0002 << 24  # threads 0 of two processes
 QUICK = ["--size", "64x64", "--frames", "5", "--steps", "3", "--seed", "7", "--quiet"]
 
 
@@ -38,14 +44,15 @@ def export(file: Path) -> Path:
     )
     base.executemany("INSERT INTO StringIds VALUES (?, ?)", [(1, "attention"), (2, "mlp"), (3, "denoise/step")])
     base.executemany(
-        "INSERT INTO NVTX_EVENTS VALUES (?, ?, ?, ?, ?, ?, 1)",
+        "INSERT INTO NVTX_EVENTS VALUES (?, ?, ?, ?, ?, ?, ?)",
         [
-            (0, None, 75, "dit-runtime", None, 7),
-            (0, None, 75, "another library", None, 8),
-            (0, 10 * MS, 59, None, 3, 7),
-            (10 * MS, 20 * MS, 59, "denoise/step", None, 7),
-            (0, 20 * MS, 59, "not ours", None, 8),
-            (15 * MS, None, 59, "cut off", None, 7),
+            (0, None, 75, "dit-runtime", None, 7, ONE),
+            (0, None, 75, "another library", None, 8, ONE),
+            (0, None, 75, "dit-runtime", None, 8, OTHER),
+            (0, 10 * MS, 59, None, 3, 7, ONE),
+            (10 * MS, 20 * MS, 59, "denoise/step", None, 7, ONE + 1),
+            (0, 20 * MS, 59, "not ours", None, 8, ONE),
+            (15 * MS, None, 59, "cut off", None, 7, ONE),
         ],
     )
     calls = [(MS, 1), (MS + 1, 2), (12 * MS, 3)]
@@ -81,6 +88,21 @@ def test_an_export_of_nsight_systems(tmp_path: Path) -> None:
     assert "3.000 9.000 denoise/step" in lines, told  # the gap
     assert "idle 23.1% of 13.000 ms" in told
     assert lines[-1] == "none", "10 of 20 ms are not less than half"
+
+
+@pytest.mark.skipif(shutil.which("nsys") is None, reason="Nsight Systems is not installed")
+def test_nsight_systems_records_our_ranges(tmp_path: Path) -> None:
+    """Without a GPU too; its own export is read."""
+    report, exported = tmp_path / "a.nsys-rep", tmp_path / "a.sqlite"
+    options = ["--trace=nvtx", "--sample=none", "--cpuctxsw=none", f"--output={report}"]
+    made = [sys.executable, "-m", "runtime", "generate", "a red ball", *QUICK, "-o", str(tmp_path / "a.mp4")]
+    subprocess.run(["nsys", "profile", *options, *made], check=True, capture_output=True, timeout=300)
+    export = ["nsys", "export", "--type=sqlite", f"--output={exported}", str(report)]
+    subprocess.run(export, check=True, capture_output=True, timeout=300)
+    calls = Counter(each.name for each in readers.read_nsys(exported).ranges)
+    assert calls["request"] == calls["text"] == 1 and calls["denoise/step"] == 3
+    assert calls["denoise/attention"] == calls["denoise/mlp"] == calls["denoise/block"] > 3
+    assert {"load", "decode", "save"} <= calls.keys()
 
 
 def test_what_is_bound_by_the_host() -> None:
@@ -202,3 +224,9 @@ def test_profilers_that_are_missing(programs: Path, tmp_path: Path, capsys: pyte
     assert "no NVIDIA driver" in capsys.readouterr().err
     assert main(["torch"]) == 2
     assert "behind --" in capsys.readouterr().err
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="PyTorch sees a GPU")
+def test_a_pytorch_that_sees_no_gpu(capsys: pytest.CaptureFixture[str]) -> None:
+    assert capture.main(["nsys", "2-3", "generate", "a"]) == 2
+    assert "sees no GPU" in capsys.readouterr().err

@@ -67,10 +67,22 @@ def test_nothing_is_made_where_nobody_listens(monkeypatch: pytest.MonkeyPatch) -
 
 def test_the_real_package_takes_our_ranges(monkeypatch: pytest.MonkeyPatch) -> None:
     """Without a tool it hands out a domain that does nothing; ours is then absent."""
+    monkeypatch.delenv(trace.TOOL, raising=False)
     assert trace.nvtx is not None and trace._find_domain() is None
     domain = object.__new__(trace.nvtx.Domain)
     monkeypatch.setattr(trace.nvtx, "get_domain", lambda name: domain)
     assert trace._find_domain() is domain
+
+
+def test_a_tool_that_calls_every_domain_disabled(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As Nsight Systems 2023.4 does: there is a real domain nevertheless, which takes ranges."""
+    monkeypatch.setenv(trace.TOOL, "/a/tool.so")
+    monkeypatch.setattr(trace, "_domain", trace._find_domain())
+    trace._attributes.cache_clear()
+    assert isinstance(trace._domain, trace.nvtx.Domain)
+    with trace.mark("denoise/step", 3), trace.mark("denoise/block"):
+        pass
+    trace._attributes.cache_clear()
 
 
 def test_the_profiler_of_pytorch_sees_the_same_names() -> None:

@@ -58,8 +58,14 @@ def record(profiler: str, steps: str, command: Sequence[str], trace: Path | None
 
 
 def cuda_profiler() -> tuple[Callable[[], Any], Callable[[], Any]]:
-    """Return what tells an outer profiler to begin and to end."""
+    """Return what tells an outer profiler to begin and to end; ValueError where PyTorch cannot."""
     import torch
+
+    if not torch.cuda.is_available():
+        raise ValueError(
+            f"PyTorch {torch.__version__} sees no GPU, and CUDA is what tells Nsight when to begin; install a PyTorch "
+            "with CUDA, or take the profiler torch"
+        )
 
     def end() -> None:
         torch.cuda.synchronize()  # what was launched belongs to it
@@ -83,5 +89,14 @@ def torch_profiler(trace: Path) -> tuple[Callable[[], Any], Callable[[], Any]]:
     return profiler.start, end
 
 
+def main(argv: Sequence[str]) -> int:
+    """Record for an outer profiler; return the command's exit status, or 2 where nothing can be recorded."""
+    try:
+        return record(argv[0], argv[1], argv[2:])
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+
+
 if __name__ == "__main__":
-    sys.exit(record(sys.argv[1], sys.argv[2], sys.argv[3:]))
+    sys.exit(main(sys.argv[1:]))

@@ -86,14 +86,16 @@ def read_nsys(file: Path) -> Timeline:
 
 
 def nsys_ranges(base: sqlite3.Connection, strings: dict[int, str]) -> list[Range]:
-    """Return the ranges of our domain; a text stands in the row or in the table of strings."""
-    rows = list(base.execute("SELECT start, end, eventType, text, textId, domainId FROM NVTX_EVENTS"))
+    """Return the ranges of our domain, which each process numbers; a text stands in the row or among the strings."""
+    query = "SELECT start, end, eventType, text, textId, domainId, globalTid >> 24 AS process FROM NVTX_EVENTS"
+    rows = list(base.execute(query))
     text = {id(row): row["text"] or strings.get(row["textId"], "") for row in rows}
-    ours = {row["domainId"] for row in rows if row["eventType"] == DOMAIN_CREATED and text[id(row)] == DOMAIN}
+    domain = {id(row): (row["process"], row["domainId"]) for row in rows}
+    ours = {domain[id(row)] for row in rows if row["eventType"] == DOMAIN_CREATED and text[id(row)] == DOMAIN}
     return [
         Range(text[id(row)], row["start"] * 1e-9, row["end"] * 1e-9)
         for row in rows
-        if row["eventType"] == PUSH_POP and row["domainId"] in ours and row["end"] is not None
+        if row["eventType"] == PUSH_POP and domain[id(row)] in ours and row["end"] is not None
     ]
 
 
