@@ -10,6 +10,7 @@ import contextvars
 import gc
 import queue
 import threading
+from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
@@ -28,6 +29,7 @@ from runtime.trace import Stages, recording, span
 from runtime.video import Video
 
 Tile = tuple[int, int]  # (height, width) in pixels
+ROUNDED = "decoded in 16 bits; the dtype float32 decodes in float32"
 AHEAD = 2  # chunks decoded before the writer asks: the device does not wait for the encoder, and memory is bounded
 
 
@@ -43,14 +45,16 @@ def decode(
     """Return the video of latents [C, T, H, W] or [1, C, T, H, W], decoded frame by frame as it is iterated.
 
     `tile` bounds what is decoded at once, halo included (None: the whole frame); the numbers are the same. `dtype` is
-    the decoder's (None: float32, as published). `fps` is frames per second (the model's own where None). Raises
-    ValueError for latents of another shape or type, or with NaN or infinity, and for a tile that holds nothing but
-    halo.
+    the decoder's (None: bfloat16 where a GPU runs the model in 16 bits, else float32, as published). `fps` is frames
+    per second (the model's own where None). Raises ValueError for latents of another shape or type, or with NaN or
+    infinity, and for a tile that holds nothing but halo.
     """
     spec = model.spec
     latents = check_latents(latents, (spec.latent_channels, None, None, None), "latents")
     _, _, time, height, width = latents.shape
-    kind = torch.float32 if dtype is None else choose_dtype(dtype, model.device)
+    kind = decoder_dtype(model) if dtype is None else choose_dtype(dtype, model.device)
+    if receipt is not None and kind != torch.float32 and ROUNDED not in receipt.approximations:
+        receipt.approximations.append(ROUNDED)
     model.vae.decode_stream(latents, tile)  # refuses a bad tile now, not at the first frame
     stages: Stages = {} if receipt is None else receipt.stages
     notes: list[str] = [] if receipt is None else receipt.notes
@@ -75,10 +79,16 @@ def decode(
     )
 
 
+def decoder_dtype(model: Model) -> torch.dtype:
+    """Return the decoder's dtype where none is asked for: 16 bits on a GPU, whose kernels are made for them."""
+    rounded = model.device.type == "cuda" and model.dtype != torch.float32
+    return torch.bfloat16 if rounded else torch.float32
+
+
 def timed(chunks: Iterator[np.ndarray], stages: Stages) -> Iterator[np.ndarray]:
     """Yield the chunks, each step taken in the span "decode" of `stages`."""
     for number in count():
-        with recording(stages), span("decode", memory=True, number=number):
+        with recording(stages), span("decode", memory=True, waits=False, number=number):
             chunk = next(chunks, None)
         if chunk is None:
             return
@@ -137,8 +147,13 @@ def decode_chunks(
 def _decode_on(model: Model, latents: torch.Tensor, rung: Rung, dtype: torch.dtype, start: int) -> Iterator[np.ndarray]:
     device = torch.device("cpu") if rung.on_cpu else model.device
     network = model.autoencoder(device, dtype)
+    lag = 0 if device.type == "cpu" else 1  # a GPU works at the next frames while these come over
+    coming: deque[Callable[[], np.ndarray]] = deque()
     for pixels in network.decode_stream(latents.to(device), rung.tile, start):
-        yield to_bytes(pixels[0])
+        coming.append(bytes_of(pixels[0]))
+        if len(coming) > lag:
+            yield coming.popleft()()
+    yield from (each() for each in coming)
 
 
 def out_of_memory(error: BaseException) -> bool:
@@ -188,8 +203,24 @@ def ahead(make: Callable[[], Iterator[Any]], depth: int = AHEAD) -> Iterator[Any
 
 def to_bytes(pixels: torch.Tensor) -> np.ndarray:
     """[3, F, H, W] in [-1, 1] -> uint8 [F, H, W, 3], rounded to nearest."""
+    return bytes_of(pixels)()
+
+
+def bytes_of(pixels: torch.Tensor) -> Callable[[], np.ndarray]:
+    """Begin `to_bytes` and return what waits for it; from a GPU to page-locked memory, so that the host goes on."""
     levels = pixels.float().add(1.0).mul_(127.5).clamp_(0, 255).round_().to(torch.uint8)
-    return np.ascontiguousarray(levels.permute(1, 2, 3, 0).cpu().numpy())
+    levels = levels.permute(1, 2, 3, 0).contiguous()
+    if levels.device.type != "cuda":
+        return levels.cpu().numpy
+    there = torch.empty(levels.shape, dtype=torch.uint8, pin_memory=True)
+    there.copy_(levels, non_blocking=True)
+    copied = torch.cuda.current_stream(levels.device).record_event()
+
+    def wait() -> np.ndarray:
+        copied.synchronize()
+        return np.array(there.numpy())  # page-locked memory is scarce, and frames may be kept
+
+    return wait
 
 
 def encode(

@@ -69,9 +69,10 @@ def note(sentence: str) -> None:
 
 
 @contextmanager
-def span(name: str, *, memory: bool = False, number: int | None = None) -> Iterator[None]:
+def span(name: str, *, memory: bool = False, waits: bool = True, number: int | None = None) -> Iterator[None]:
     """Time what is inside under `name`; with `memory`, also its peak. Spans with `memory` do not nest.
 
+    With `memory` a GPU's work is waited for at the end, unless `waits` is off: what is inside does so where it must.
     `number` tells profilers which one it is of several.
     """
     for watch in _watchers:
@@ -83,7 +84,7 @@ def span(name: str, *, memory: bool = False, number: int | None = None) -> Itera
     try:
         with mark(name, number):
             yield
-            if cuda and memory:
+            if cuda and memory and waits:
                 torch.cuda.synchronize()
     finally:
         seconds = time.perf_counter() - began

@@ -44,7 +44,7 @@ def captured(denoiser: Denoiser) -> Denoiser:
             note(f"engine 'cuda_graph' needs an NVIDIA GPU, and the model is on {x.device}; it ran as 'eager'")
         if given_up:
             return denoiser(x, sigma, context)
-        sigma = sigma.to(x.device)  # a number from the host would be recorded as a constant
+        sigma = sigma.to(x.device, non_blocking=True)  # a number from the host would be recorded as a constant
         key = (x.shape, sigma.shape, id(context))
         if key not in recordings:
             recordings[key] = None

@@ -188,7 +188,7 @@ class WanTransformer(nn.Module):
         time = sigma.view(len(sigma), -1) * 1000.0
         if self.integer_time:
             time = time.floor()
-        return time.float().to(self.time_in.weight.device)
+        return time.float().to(self.time_in.weight.device, non_blocking=True)  # else the host waits for the last step
 
     def modulate_time(self, time: torch.Tensor) -> tuple[Sequence[torch.Tensor], torch.Tensor]:
         """Turn times [B, M] into modulation vectors: per block [B, M, 6, D], for the head [B, M, 2, D]; float32."""

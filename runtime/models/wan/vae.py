@@ -195,8 +195,8 @@ class WanVAE(nn.Module):
 
     def _statistics(self, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
         """Mean and standard deviation of each latent channel, [C, 1, 1, 1]."""
-        both = torch.tensor([self.config.latents_mean, self.config.latents_std], device=device)
-        mean, std = both.view(2, -1, 1, 1, 1)
+        both = torch.tensor([self.config.latents_mean, self.config.latents_std])
+        mean, std = both.to(device, non_blocking=True).view(2, -1, 1, 1, 1)
         return mean, std
 
 
