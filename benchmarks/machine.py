@@ -120,11 +120,14 @@ def installed(package: str) -> str | None:
 
 
 def commit() -> str:
-    """Return the short commit of what is measured, with "-changed" where the files differ from it."""
+    """Return the short commit of what is measured, with "-changed" where the files differ from it.
+
+    A copy without a repository is told it in the variable COMMIT.
+    """
     paths = ["runtime", "kernels", "csrc", "benchmarks", ":!benchmarks/results"]
     head = _git("rev-parse", "--short", "HEAD")
     if head is None:
-        return "unknown"
+        return os.environ.get("COMMIT", "unknown")
     return f"{head}-changed" if _git("status", "--porcelain", "--", *paths) else head
 
 

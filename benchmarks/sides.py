@@ -5,6 +5,7 @@ A stage is a method that takes the number of the take, which makes the prompts n
 
 from __future__ import annotations
 
+import copy
 import math
 import warnings
 from dataclasses import dataclass, replace
@@ -21,7 +22,7 @@ from benchmarks.machine import installed
 from runtime.denoising import compose, prepare_context
 from runtime.latents import draw_noise
 from runtime.model import choose_dtype
-from runtime.models.spec import ModelSpec
+from runtime.models.spec import Context, Denoiser, ModelSpec
 from runtime.request import Request
 from runtime.schedules import make_schedule
 from runtime.tasks import plan_task
@@ -116,21 +117,33 @@ class Ours:
         return encode_prompt(self.model, self.case.take(take))[0]
 
     def step(self, take: int) -> torch.Tensor:
-        denoiser, *arguments = self._step
         with torch.inference_mode():
-            return denoiser(*arguments)
+            return self.denoiser(*self.step_inputs)
 
     @cached_property
-    def _step(self) -> tuple[Any, ...]:
-        case = self.case
-        request = case.request
+    def denoiser(self) -> Denoiser:
+        """What the sampler calls."""
+        shape, patch = self.case.shape, self.case.spec.patch
+        return compose(self.model, self.case.request, math.prod(n // p for n, p in zip(shape[1:], patch, strict=True)))
+
+    @cached_property
+    def step_inputs(self) -> tuple[torch.Tensor, torch.Tensor, Context]:
+        """x, sigma halfway down the schedule, and the context of a prompt."""
+        case, request = self.case, self.case.request
         assert request.steps is not None and request.shift is not None
         with torch.inference_mode():
             context = prepare_context(self.model, self.text(0), case.shape)
-        tokens = math.prod(n // p for n, p in zip(case.shape[1:], case.spec.patch, strict=True))
         middle = request.steps // 2
         sigma = make_schedule(case.spec.schedule, request.steps, request.shift)[middle : middle + 1]
-        return compose(self.model, request, tokens), self.latents.to(self.device), sigma, context
+        return self.latents.to(self.device), sigma, context
+
+    def by(self, engine: str) -> Ours:
+        """Return the same model run by another engine."""
+        other = copy.copy(self)
+        other.__dict__.pop("denoiser", None)
+        other.model = copy.copy(self.model)
+        other.model.engine = engine
+        return other
 
     def decode(self, take: int) -> np.ndarray:
         return runtime.decode(self.model, self.latents, dtype="float32").frames
@@ -226,7 +239,7 @@ class Diffusers:
     @torch.no_grad()
     def decode(self, take: int) -> np.ndarray:
         latents = self.latents.to(self.device) * self.std + self.mean
-        video = self.pipe.vae.decode(latents, return_dict=False)[0]
+        video = self.pipe.vae.decode(latents.to(self.pipe.vae.dtype), return_dict=False)[0]
         return self._to_bytes(self.pipe.video_processor.postprocess_video(video, output_type="pt")[0])
 
     def decode_bfloat16(self, take: int) -> np.ndarray:
@@ -255,12 +268,13 @@ def saved_pipeline(case: Case, device: torch.device, dtype: torch.dtype) -> Any:
 
 def random_pipeline(case: Case, device: torch.device) -> Any:
     """Return diffusers' pipeline of a folder of configs, with the weights that this runtime has there."""
+    from accelerate import init_empty_weights
     from diffusers import AutoencoderKLWan, UniPCMultistepScheduler, WanPipeline, WanTransformer3DModel
     from transformers import AutoTokenizer
 
     def build(name: str) -> Any:
         config = read_json(case.folder / name / "config.json")
-        with device:
+        with init_empty_weights(include_buffers=False):  # 14B in float32 would take 57 GB only to be replaced
             return AutoencoderKLWan(**config) if name == "vae" else WanTransformer3DModel(**config)
 
     networks = true_size.fill_peer(case.folder, device, case.dtype, build)

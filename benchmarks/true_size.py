@@ -103,10 +103,12 @@ def fill_peer(folder: Path, device: torch.device, dtype: str, build: Callable[[s
             found[component.name] = ours
             continue
         places, theirs = dict(ours.named_parameters(remove_duplicate=False)), build(component.name)
+        kept = set(getattr(theirs, "_keep_in_fp32_modules", None) or ())  # its own choice, not the same as ours
         tensors = {}
         shapes = {name: tensor.shape for name, tensor in theirs.state_dict().items()}
         for name, slot in component.keys(ours).items():
-            tensors[name] = slot.within(places[slot.name]).reshape(shapes[name])
+            tensor = slot.within(places[slot.name]).reshape(shapes[name])
+            tensors[name] = tensor if kept & set(name.split(".")) or component.name == "vae" else tensor.to(kind)
         theirs.load_state_dict(tensors, assign=True)
-        found[component.name] = theirs.requires_grad_(False).eval()
+        found[component.name] = theirs.to(device).requires_grad_(False).eval()
     return found

@@ -1,0 +1,341 @@
+"""Published models at their true size with random weights, on a GPU: a guided step and a decode, beside their floor.
+
+Ours and diffusers, eager and compiled, are timed in turns in one process; then one more run of ours goes under
+PyTorch's profiler: time per range, gaps, top kernels. What cannot be run is told with its reason; the rest goes on.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import itertools
+import math
+import os
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from benchmarks import sides, true_size
+from benchmarks.machine import describe, keep, results_file
+from benchmarks.measure import alternate
+from benchmarks.profiled import Profile, profiled
+from benchmarks.sides import Case, Diffusers, Ours
+from runtime.machine import GPUS
+from runtime.model import choose_device
+from runtime.models import open_checkpoint
+from runtime.planner import plan_request
+from runtime.request import Request
+
+Call = Callable[[int], Any]
+SAMPLES = (2, 7)  # fewest and most of a version
+SECONDS = 25.0  # for the samples of a part, all versions together
+COMPILING = 60.0  # seconds that must be left for torch.compile to begin
+METHOD = (
+    "Random weights of the published sizes, bfloat16, versions in turns. A step asks both prompts; a decode ends with "
+    "bytes in the host's memory. Apart: steps relative, frames in dB."
+)
+STEPS = 50  # of the schedule that the step is taken from
+
+
+@dataclass(frozen=True)
+class Part:
+    """One stage of a published model at a published size; `bar` in seconds, None where there is none."""
+
+    name: str
+    model: str
+    stage: str  # step or decode
+    width: int
+    height: int
+    frames: int = 81
+    bar: float | None = None
+
+
+PARTS = {
+    part.name: part
+    for part in (
+        Part("step-1.3b-480p", "wan2.1-t2v-1.3b", "step", 832, 480, bar=0.85),
+        Part("decode-480p", "wan2.1-t2v-1.3b", "decode", 832, 480, bar=0.9),
+        Part("decode-720p", "wan2.1-t2v-1.3b", "decode", 1280, 720, bar=2.0),
+        Part("step-14b-480p", "wan2.1-t2v-14b", "step", 832, 480, bar=5.0),
+        Part("step-5b-704p", "wan2.2-ti2v-5b", "step", 1280, 704, 121),
+    )
+}
+
+
+def add_command(commands: Any) -> None:
+    """Add `published` to the command line."""
+    parser = commands.add_parser("published", help="steps and decodes of published models at their true size, on a GPU")
+    parser.set_defaults(run=run)
+    parser.add_argument("--only", type=_parts, default=tuple(PARTS), help=f"some of: {', '.join(PARTS)}")
+    parser.add_argument("--against", choices=["diffusers"], help="measure it in turns, eager and compiled")
+    parser.add_argument("--profile", action="store_true", help="one more run of ours, profiled")
+    parser.add_argument("--budget", type=float, default=math.inf, help="seconds after which nothing more begins")
+    parser.add_argument("--device", default="cuda", help="cuda (default), cuda:N, cpu")
+    parser.add_argument("--json", type=Path, help="file of results")
+
+
+def run(args: argparse.Namespace) -> None:
+    """Measure part after part, write the results after each, print the table."""
+    end = time.monotonic() + args.budget
+    device = choose_device(args.device)
+    machine = describe(device)
+    file = args.json or results_file(machine)
+    record: dict[str, Any] = {"benchmark": "published", "machine": machine, "parts": [], "left_out": []}
+    with tempfile.TemporaryDirectory(prefix="benchmarks-") as scratch:
+        os.environ["DIT_RUNTIME_CACHE"] = str(Path(scratch) / "cache")  # the user's own is neither read nor filled
+        chosen = [PARTS[name] for name in args.only]
+        for model, group in itertools.groupby(chosen, key=lambda part: part.model):
+            folder = Path(scratch) / model
+            true_size.write_configs(folder, model)
+            for found in measured(list(group), folder, device, args, end):
+                record["parts"].append(found)
+                keep(record, file)
+    done = {found["name"] for found in record["parts"]}
+    record["left_out"] = [part.name for part in chosen if part.name not in done]
+    keep(record, file)
+    print(f"{table(record)}\n\n{file}")
+
+
+def measured(
+    parts: Sequence[Part], folder: Path, device: torch.device, args: argparse.Namespace, end: float
+) -> Iterator[dict[str, Any]]:
+    """Yield what is measured of each part of one model, both sides loaded once."""
+    ours: Ours | None = None
+    theirs: Diffusers | None = None
+    for part in parts:
+        if time.monotonic() > end:
+            return
+        say(f"{part.name}: loading")
+        case = case_of(part, folder)
+        found: dict[str, Any] = {"name": part.name, "floor": floor_of(part, device), "bar": part.bar, "skipped": {}}
+        if ours is None:
+            ours = Ours(case, device)
+            rivals = sides.rival(args.against)
+            theirs = Diffusers(case, device) if rivals else None
+        for side in filter(None, (ours, theirs)):
+            at_case(side, case)
+        with tried(found, "all"):
+            calls = versions(part, ours, theirs, end, found)
+            found |= timed(calls, part.stage, found)
+        if args.profile and time.monotonic() < end:
+            with tried(found, "profile"):
+                say(f"{part.name}: profile")
+                call = {"step": ours.step, "decode": decode_rounded(ours)}[part.stage]
+                found["profile"] = vars(profiled(lambda call=call: call(0)))  # type: ignore[misc]
+        yield found
+        gc.collect()
+        torch.cuda.empty_cache()
+
+
+def case_of(part: Part, folder: Path) -> Case:
+    """Return what is asked of a folder's model for a part."""
+    spec = open_checkpoint(folder).spec
+    asked = Request(prompt="as the take says", seed=7, width=part.width, height=part.height, num_frames=part.frames,
+                    steps=STEPS).resolved(spec)  # fmt: skip
+    return Case(folder, spec, asked, "bfloat16", "eager", random=True)
+
+
+def at_case(side: Ours | Diffusers, case: Case) -> None:
+    """Let a loaded side work at another size of the same model."""
+    side.case = case
+    side.latents = case.inputs()[0]
+    for name in ("denoiser", "step_inputs", "_step"):
+        side.__dict__.pop(name, None)
+
+
+def floor_of(part: Part, device: torch.device) -> float | None:
+    """Return the least seconds by the planner's arithmetic and traffic at a known GPU's peaks."""
+    if device.type != "cuda":
+        return None
+    name = torch.cuda.get_device_name(device).lower()
+    gpu = next((known for known in GPUS if known in name), None)
+    if gpu is None:
+        return None
+    planned = plan_request(part.model, gpu=gpu, width=part.width, height=part.height, num_frames=part.frames)
+    return planned.seconds[part.stage]
+
+
+def versions(
+    part: Part, ours: Ours, theirs: Diffusers | None, end: float, found: dict[str, Any]
+) -> dict[str, tuple[Call, Callable[[], None]]]:
+    """Return the calls by name, each with what is to be done before its sample; all have run once."""
+    nothing = lambda: None  # noqa: E731
+    calls: dict[str, tuple[Call, Callable[[], None]]] = {}
+    if part.stage == "step":
+        calls |= {f"ours, {engine}": (ours.by(engine).step, nothing) for engine in ("eager", "cuda_graph")}
+    else:
+        calls["ours"] = (decode_rounded(ours), nothing)
+    if theirs is not None:
+        network, modules = compiled_parts(part, theirs)
+        compiled = Compiled(modules)
+        rival: Call = theirs.step if part.stage == "step" else theirs.decode
+        with torch.no_grad():
+            laid_out(network, part.stage)
+        calls["diffusers"] = (rival, compiled.off)
+        if time.monotonic() + COMPILING < end:
+            calls["diffusers, compiled"] = (rival, compiled.on)
+        else:
+            found["skipped"]["diffusers, compiled"] = "too little time was left"
+    for name, (call, before) in list(calls.items()):
+        with tried(found, name):
+            say(f"{part.name}: {name}")
+            for _ in range(2):  # kernels are compiled at the first, a graph is recorded at the second
+                before()
+                call(0)
+            continue
+        del calls[name]
+    return calls
+
+
+def timed(calls: dict[str, tuple[Call, Callable[[], None]]], stage: str, found: dict[str, Any]) -> dict[str, Any]:
+    """Return seconds of each version, taken in turns, and how far their results are from the first one's."""
+    results: dict[str, np.ndarray] = {}
+    began = time.monotonic()
+    for name, (call, before) in calls.items():
+        before()
+        result = call(0)
+        results[name] = (result if isinstance(result, np.ndarray) else result.float().cpu().numpy()).astype(np.float32)
+    once = time.monotonic() - began
+    takes = range(max(SAMPLES[0], min(SAMPLES[1], int(SECONDS / max(once, 1e-6)))))
+
+    def prepared(call: Call, before: Callable[[], None]) -> Call:
+        def sample(take: int) -> Any:
+            before()
+            return call(take)
+
+        return sample
+
+    seconds = alternate([prepared(*each) for each in calls.values()], list(takes))
+    first = next(iter(results.values()), None)
+    return {
+        "seconds": dict(zip(calls, seconds, strict=True)),
+        "difference": {name: apart(first, each, stage) for name, each in results.items() if first is not None},
+    }
+
+
+def apart(a: np.ndarray, b: np.ndarray, stage: str) -> float:
+    """Return how far two results are apart: of a step relative to its size, of frames in dB (PSNR)."""
+    error = float(np.sqrt(np.mean((a - b) ** 2)))
+    if stage == "step":
+        return error / float(np.sqrt(np.mean(a**2)))
+    return 20 * math.log10(255 / error) if error else math.inf
+
+
+def decode_rounded(side: Ours) -> Call:
+    """Return the decode in bfloat16."""
+    return lambda take: side.decode_bfloat16(take)
+
+
+def compiled_parts(part: Part, side: Diffusers) -> tuple[nn.Module, list[nn.Module]]:
+    """Return the network of a stage and what of it is compiled: each block, as diffusers advises, or the decoder."""
+    if part.stage == "decode":
+        return side.pipe.vae, [side.pipe.vae.decoder]
+    return side.pipe.transformer, list(side.pipe.transformer.blocks)
+
+
+def laid_out(network: nn.Module, stage: str) -> None:
+    """Give diffusers' decoder what is fastest for it: 16 bits and channels last."""
+    if stage != "decode":
+        return
+    network.to(torch.bfloat16)
+    for parameter in network.parameters():
+        layouts = {5: torch.channels_last_3d, 4: torch.channels_last}
+        if parameter.dim() in layouts:
+            parameter.data = parameter.data.contiguous(memory_format=layouts[parameter.dim()])
+
+
+class Compiled:
+    """Modules that run by torch.compile, or as they are written."""
+
+    def __init__(self, modules: Sequence[nn.Module]) -> None:
+        self.written = [(module, module._compiled_call_impl) for module in modules]
+        self.compiled: list[tuple[nn.Module, Any]] = []
+
+    def on(self) -> None:
+        """Run compiled."""
+        if not self.compiled:
+            torch._dynamo.reset()
+            for module, _ in self.written:
+                module.compile(dynamic=False)
+            self.compiled = [(module, module._compiled_call_impl) for module, _ in self.written]
+        self._take(self.compiled)
+
+    def off(self) -> None:
+        """Run as written."""
+        self._take(self.written)
+
+    @staticmethod
+    def _take(ways: Sequence[tuple[nn.Module, Any]]) -> None:
+        for module, way in ways:
+            module._compiled_call_impl = way
+
+
+@contextmanager
+def tried(found: dict[str, Any], name: str) -> Iterator[None]:
+    """Let the rest go on where something fails, and tell why it did."""
+    try:
+        yield
+    except Exception as error:  # of a library, a compiler, or the device's memory
+        found["skipped"][name] = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
+        gc.collect()
+        torch.cuda.empty_cache()
+
+
+def table(record: dict[str, Any]) -> str:
+    """Return the results as Markdown: a row per version, then the profiles."""
+    machine = record["machine"]
+    packages = ", ".join(f"{name} {version}" for name, version in machine["versions"].items())
+    clocks = ", ".join(f"{name} {value}" for name, value in (machine.get("clocks") or {}).items())
+    where = ", ".join(filter(None, [machine["name"], packages, f"commit {machine['commit']}", clocks]))
+    lines = [
+        f"**{where}**", "",
+        "| what | by | median | runs | of the floor | bar | apart from ours |",
+        "| --- | --- | ---: | ---: | ---: | --- | ---: |",
+    ]  # fmt: skip
+    for found in record["parts"]:
+        lines += rows(found)
+    if record["left_out"]:
+        lines += ["", f"Left out when the time was up: {', '.join(record['left_out'])}."]
+    lines += ["", METHOD]
+    for found in record["parts"]:
+        if "profile" in found:
+            lines += ["", f"**{found['name']}, profiled**", "", Profile(**found["profile"]).table(found["floor"])]
+    return "\n".join(lines)
+
+
+def rows(found: dict[str, Any]) -> list[str]:
+    """Return the lines of one part."""
+    lines = []
+    medians = {name: statistics.median(samples) for name, samples in found.get("seconds", {}).items()}
+    best = min((name for name in medians if name.startswith("ours")), key=lambda name: medians[name], default=None)
+    for name, seconds in medians.items():
+        share = f"{found['floor'] / seconds:.0%}" if found["floor"] else "-"
+        bar = ""
+        if name == best and found["bar"] is not None:
+            bar = f"{found['bar']:g} s: {'met' if seconds <= found['bar'] else 'missed'}"
+        apart = f"{found['difference'][name]:.3g}"
+        count = len(found["seconds"][name])
+        lines.append(f"| {found['name']} | {name} | {seconds:.3f} s | {count} | {share} | {bar} | {apart} |")
+    return lines + [f"| {found['name']} | {name} | left out: {why} | | | | |" for name, why in found["skipped"].items()]
+
+
+def say(text: str) -> None:
+    """Tell what is going on."""
+    print(text, file=sys.stderr, flush=True)
+
+
+def _parts(given: str) -> tuple[str, ...]:
+    names = tuple(given.split(","))
+    if unknown := [name for name in names if name not in PARTS]:
+        raise argparse.ArgumentTypeError(f"{', '.join(unknown)}: legal are {', '.join(PARTS)}, joined by commas")
+    return names

@@ -1,0 +1,75 @@
+"""`python -m benchmarks published` on a CPU, with small networks: what it writes and tells. No timing is judged."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from benchmarks import published
+from benchmarks.__main__ import main
+from benchmarks.profiled import summary
+from tests.test_benchmark_latency import small  # noqa: F401
+from tools.profile.readers import Range, Timeline, Work
+
+ASKED = ["published", "--device", "cpu", "--only", "step-1.3b-480p,decode-480p", "--against", "diffusers", "--json"]
+
+
+@pytest.fixture
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Small sizes, and a compiler that only traces."""
+    for name, part in published.PARTS.items():
+        monkeypatch.setitem(published.PARTS, name, replace(part, width=32, height=32, frames=9))
+    monkeypatch.setattr(published, "SECONDS", 0.0)
+    real = torch.nn.Module.compile
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda self, **given: real(self, backend="eager", **given))
+
+
+@pytest.mark.usefixtures("small", "quick")
+def test_both_sides_in_bfloat16(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A published step and decode, eager and compiled, near to ours; the profile says why it is missing."""
+    file = tmp_path / "a.json"
+    assert main([*ASKED, str(file), "--profile"]) == 0
+    step, decode = json.loads(file.read_text())["parts"]
+    assert set(step["seconds"]) == {"ours, eager", "ours, cuda_graph", "diffusers", "diffusers, compiled"}
+    assert set(decode["seconds"]) == {"ours", "diffusers", "diffusers, compiled"}
+    for found in (step, decode):
+        assert found["skipped"] == {"profile": "ValueError: the profiler recorded no work of a GPU"}
+        assert all(len(samples) == 2 and min(samples) > 0 for samples in found["seconds"].values())
+    assert step["difference"]["ours, cuda_graph"] == 0 and max(step["difference"].values()) < 0.05
+    assert min(decode["difference"].values()) > 30
+    shown = capsys.readouterr().out
+    assert "| step-1.3b-480p | ours, " in shown and "0.85 s: " in shown
+
+
+@pytest.mark.usefixtures("small", "quick")
+def test_what_fails_or_comes_too_late_is_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def broken(*_: Any) -> None:
+        raise RuntimeError("no such kernel\nmore of it")
+
+    monkeypatch.setattr(published.Diffusers, "step", broken)
+    file = tmp_path / "a.json"
+    assert main([*ASKED, str(file), "--budget", "30"]) == 0
+    step = json.loads(file.read_text())["parts"][0]
+    assert step["skipped"] == {
+        "diffusers": "RuntimeError: no such kernel", "diffusers, compiled": "too little time was left",
+    }  # fmt: skip
+    assert set(step["seconds"]) == {"ours, eager", "ours, cuda_graph"}
+    assert main([*ASKED, str(file), "--budget", "-1"]) == 0
+    assert json.loads(file.read_text())["left_out"] == ["step-1.3b-480p", "decode-480p"]
+    assert "Left out when the time was up: step-1.3b-480p, decode-480p." in capsys.readouterr().out
+
+
+def test_profile_summary() -> None:
+    work = [Work("gemm", 0.0, 1.0, 0.0), Work("norm", 1.5, 2.0, 0.2), Work("gemm", 2.0, 4.0, 0.6)]
+    found = summary(Timeline([Range("denoise/mlp", 0.5, 0.7), Range("denoise/attention", 0.0, 0.4)], work))
+    assert (found.whole, found.idle, found.long_gaps) == (4.0, 0.5, 1)
+    assert found.ranges == [("denoise/mlp", 1, 2.0), ("denoise/attention", 1, 1.5)]
+    assert found.kernels == [("gemm", 2, 3.0), ("norm", 1, 0.5)]
+    assert "| gemm | 2 | 3000.00 | 75.0% |" in found.table(2.0) and "floor 2000.0 ms" in found.table(2.0)
