@@ -12,13 +12,11 @@ Source of the Triton kernel: online softmax, https://arxiv.org/abs/2205.14135 an
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
 from importlib import import_module
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -27,9 +25,9 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from .backend import capability_of, is_forced, is_opaque, jit, launch, next_power_of_2, pick, register, tl, triton
 from .checks import expect_floating, expect_shape
+from .tuning import gpu_of, table, tuned
 
 HALVES = (torch.float16, torch.bfloat16)
-TUNED = Path(__file__).parent / "tuned"
 
 
 def attention_ref(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
@@ -106,6 +104,8 @@ def attention_triton(
     bias = None if bias is None else bias.contiguous()
     out = torch.empty(rows, length, heads, size, dtype=q.dtype, device=q.device)
     block_l, block_s = (64, 32) if q.dtype == torch.float32 else (128, 64)
+    found = tuned("attention_triton", f"{size} {q.element_size()}", q.device)
+    block_l, block_s = found.get("block_l", block_l), found.get("block_s", block_s)
     launch(
         attention_kernel,
         (-(-length // block_l) * heads * rows,),
@@ -118,8 +118,8 @@ def attention_triton(
             "length": length, "keys": k.shape[1], "heads": heads, "scale": size**-0.5 * math.log2(math.e),
         },
         {"K": size, "BLOCK_L": block_l, "BLOCK_S": block_s},
-        num_warps=8,
-        num_stages=3,
+        num_warps=found.get("num_warps", 8),
+        num_stages=found.get("num_stages", 3),
     )  # fmt: skip
     return out.flatten(2)
 
@@ -270,24 +270,12 @@ def why_absent(package: str) -> str | None:
 
 def tuned_cores(call: Call, gpu: str) -> tuple[str, ...]:
     """Return the core measured fastest for calls like this on a GPU, if one was; ValueError for a name nobody knows."""
-    name = tuned_table(gpu).get(call.key)
+    name = table(gpu).get("attention", {}).get(call.key, {}).get("core")
     if name is None:
         return ()
     if name not in CORES:
-        raise ValueError(f"{TUNED / gpu}.json names the core {name!r}; legal: {', '.join(CORES)}")
+        raise ValueError(f"kernels/tuned/{gpu}.json names the core {name!r}; legal: {', '.join(CORES)}")
     return (name,)
-
-
-@cache
-def tuned_table(gpu: str) -> dict[str, str]:
-    """Read "attention" of kernels/tuned/<gpu>.json: {Call.key: core}; empty where nothing was measured."""
-    path = TUNED / f"{gpu}.json"
-    return json.loads(path.read_text()).get("attention", {}) if path.exists() else {}
-
-
-def gpu_of(device: torch.device) -> str:
-    """Name a GPU as its tuned file is named: "nvidia-h200"."""
-    return torch.cuda.get_device_name(device).lower().replace(" ", "-")
 
 
 def attention_picked(

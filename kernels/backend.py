@@ -7,13 +7,15 @@ the compile report.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+
+from . import cuda
 
 try:
     import triton
@@ -60,10 +62,13 @@ def is_opaque() -> bool:
     return torch.compiler.is_compiling() and (torch.compiler.is_dynamo_compiling() or not is_forced())
 
 
-def pick(tensor: torch.Tensor, **implementations: Implementation | None) -> Implementation:
+def pick(
+    tensor: torch.Tensor, settings: Mapping[str, Any] | None = None, **implementations: Implementation | None
+) -> Implementation:
     """Return the implementation for a tensor: the forced one, Triton on an NVIDIA GPU, else the reference.
 
-    Keywords are `ref`, `triton`, `cuda`; None stands for one that this operation or this machine does not have.
+    Keywords are `ref`, `triton`, `cuda`; None stands for one that this operation or this machine does not have. On a
+    GPU `settings`, as `tuning.tuned` returns them, may name another than Triton, which is taken where it is there.
     """
     name = _forced.get()
     if name is not None:
@@ -72,6 +77,9 @@ def pick(tensor: torch.Tensor, **implementations: Implementation | None) -> Impl
             raise ValueError(f"this operation has no implementation {name!r} here")
         return found
     if tensor.device.type == "cuda":
+        if (settings or {}).get("implementation") == "cuda" and cuda.available(tensor):
+            assert implementations["cuda"] is not None
+            return implementations["cuda"]
         fast = implementations.get("triton") if triton is not None else None
         if fast is not None:
             return fast

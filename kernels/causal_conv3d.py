@@ -28,8 +28,9 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 
-from .backend import is_forced, is_opaque, jit, launch, pick, register, tl, triton
+from .backend import is_forced, is_opaque, jit, launch, next_power_of_2, pick, register, tl, triton
 from .checks import expect_floating, expect_shape
+from .tuning import tuned
 
 
 def causal_conv3d_ref(
@@ -276,6 +277,9 @@ def causal_conv3d_triton(
     assert weight.numel() < 2**31 and height * width < 2**31
     out = _new_output(x, weight, stride)
     tile = choose_tile(channels, outs, height * width, batch * outputs, x.element_size())
+    cells = next_power_of_2(height * width * batch * outputs)
+    found = tuned("causal_conv3d", f"{channels} to {outs} by {taps}x{rows}x{columns} {cells}", x.device)
+    tile = tile._replace(**{name: value for name, value in found.items() if name in Tile._fields})
     tiles = -(-height * width // tile.block)
     launch(
         causal_conv3d_kernel,
@@ -296,7 +300,7 @@ def causal_conv3d_triton(
             "BLOCK": tile.block, "N": tile.n, "TAIL": tile.tail, "K": tile.k,
         },
         num_warps=tile.warps,
-        num_stages=STAGES,
+        num_stages=found.get("num_stages", STAGES),
     )  # fmt: skip
     return out
 

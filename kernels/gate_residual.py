@@ -18,6 +18,7 @@ from .backend import is_opaque, jit, launch, next_power_of_2, pick, register, tl
 from .checks import expect_floating, expect_groups, expect_shape
 from .cuda import gate_residual_cuda, gate_residual_modulate_cuda
 from .modulate import adapt, expect_modulation, modulate_ref
+from .tuning import tuned
 
 
 def gate_residual_ref(x: torch.Tensor, y: torch.Tensor, gate: torch.Tensor | None) -> torch.Tensor:
@@ -71,6 +72,9 @@ def gate_residual_kernel(
         vector = row * vector_row + (place // group).to(tl.int64) * D
         adapted = adapt(total.to(tl.float32), lanes, vector, scale, shift, weight, bias, eps, D)
         tl.store(h + target, adapted.to(h.dtype.element_ty), mask=inside)
+
+
+OPERATIONS = ("gate_residual", "gate_residual_modulate")  # without and with the norm, for what was tuned
 
 
 def gate_residual_triton(x: torch.Tensor, y: torch.Tensor, gate: torch.Tensor | None) -> torch.Tensor:
@@ -128,20 +132,22 @@ def _launch(
             "eps": eps,
         },
         {"D": width, "BLOCK": block},
-        num_warps=max(1, min(16, block // 512)),
+        num_warps=tuned(OPERATIONS[norm], str(width), x.device).get("num_warps", max(1, min(16, block // 512))),
     )  # fmt: skip
     return out, out if h is None else h
 
 
 def gate_residual_picked(x: torch.Tensor, *others: Any) -> torch.Tensor:
     """What runs eagerly, and behind `torch.ops.runtime.gate_residual`."""
-    return pick(x, ref=gate_residual_ref, triton=gate_residual_triton, cuda=gate_residual_cuda)(x, *others)
+    found = tuned(OPERATIONS[0], str(x.shape[2]), x.device)
+    return pick(x, found, ref=gate_residual_ref, triton=gate_residual_triton, cuda=gate_residual_cuda)(x, *others)
 
 
 def gate_residual_modulate_picked(x: torch.Tensor, *others: Any) -> tuple[torch.Tensor, torch.Tensor]:
     """What runs eagerly, and behind `torch.ops.runtime.gate_residual_modulate`."""
+    found = tuned(OPERATIONS[1], str(x.shape[2]), x.device)
     chosen = pick(
-        x, ref=gate_residual_modulate_ref, triton=gate_residual_modulate_triton, cuda=gate_residual_modulate_cuda
+        x, found, ref=gate_residual_modulate_ref, triton=gate_residual_modulate_triton, cuda=gate_residual_modulate_cuda
     )
     return chosen(x, *others)
 

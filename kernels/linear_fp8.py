@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from .backend import capability_of, is_forced, is_opaque, jit, launch, next_power_of_2, pick, register, tl, triton
 from .checks import expect_floating, expect_shape
 from .mlp import linear_triton, rows_of
+from .tuning import tuned
 
 LARGEST = 448.0  # of e4m3
 SMALLEST = 1e-12  # a row of zeros has a scale all the same
@@ -134,7 +135,9 @@ def linear_fp8_picked(
     """The forced implementation; else PyTorch's product where it takes the call, then Triton's, then the reference."""
     if x.numel() == 0:
         return x.new_zeros(*x.shape[:-1], weight_fp8.shape[0])
-    if not is_forced() and cutlass_takes(x, weight_fp8):
+    found = tuned("linear_fp8", f"{x.shape[-1]} to {len(weight_fp8)}", x.device)
+    ours_first = found.get("implementation") == "triton" and has_fp8(x.device)
+    if not is_forced() and not ours_first and cutlass_takes(x, weight_fp8):
         return linear_fp8_cutlass(x, weight_fp8, weight_scale, bias, gelu)
     ours = linear_fp8_triton if has_fp8(x.device) else None
     return pick(x, ref=linear_fp8_ref, triton=ours)(x, weight_fp8, weight_scale, bias, gelu)

@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from .backend import is_forced, is_opaque, jit, launch, pick, register, tl, triton
 from .checks import expect_floating, expect_groups, expect_shape
 from .gate_residual import gate_residual
+from .tuning import tuned
 
 
 def mlp_ref(
@@ -146,7 +147,9 @@ def linear_triton(
     out = torch.empty(tokens, features, dtype=dtype or x.dtype, device=x.device)
     gate = None if gate is None else gate.contiguous()
     # 128 bytes deep: one shared-memory line; three stages of both operands are 96 KiB, which every GPU has.
-    block_t, block_f, block_i = (128, 128, 128 // x.element_size())
+    found = tuned("linear", f"{inner} to {features} {8 * x.element_size()}", x.device)
+    block_t, block_f = found.get("block_t", 128), found.get("block_f", 128)
+    block_i = found.get("block_i", 128 // x.element_size())
     launch(
         linear_kernel,
         (-(-tokens // block_t) * -(-features // block_f),),
@@ -161,8 +164,8 @@ def linear_triton(
             "FEATURES": features, "INNER": inner, "GELU": gelu,
             "BLOCK_T": block_t, "BLOCK_F": block_f, "BLOCK_I": block_i, "SWIZZLE": 8,
         },
-        num_warps=8,
-        num_stages=3,
+        num_warps=found.get("num_warps", 8),
+        num_stages=found.get("num_stages", 3),
     )  # fmt: skip
     return out
 
@@ -208,7 +211,8 @@ def mlp_picked(
         return x.new_zeros(*x.shape[:2], w_out.shape[0])
     if not is_forced():
         if x.device.type == "cuda" and x.dtype in (torch.float16, torch.bfloat16):
-            return mlp_cublas(*arguments)
+            ours = tuned("mlp", f"{x.shape[2]} by {len(w_in)}", x.device).get("implementation") == "triton"
+            return (mlp_triton if ours and triton is not None else mlp_cublas)(*arguments)
         if x.device.type == "cpu" and x.dtype == torch.float32 and torch.backends.mkldnn.is_available():
             return mlp_onednn(*arguments)
         return mlp_ref(*arguments)

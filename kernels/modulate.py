@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from .backend import is_opaque, jit, launch, next_power_of_2, pick, register, tl
 from .checks import expect_floating, expect_groups, expect_shape
 from .cuda import modulate_cuda
+from .tuning import tuned
 
 
 def modulate_ref(
@@ -100,14 +101,15 @@ def modulate_triton(
             "length": length, "group": 1 if scale is None else length // scale.shape[1], "eps": eps,
         },
         {"D": width, "BLOCK": block},
-        num_warps=max(1, min(16, block // 512)),
+        num_warps=tuned("modulate", str(width), x.device).get("num_warps", max(1, min(16, block // 512))),
     )  # fmt: skip
     return out
 
 
 def modulate_picked(x: torch.Tensor, *others: Any) -> torch.Tensor:
     """What runs eagerly, and behind `torch.ops.runtime.modulate`."""
-    return pick(x, ref=modulate_ref, triton=modulate_triton, cuda=modulate_cuda)(x, *others)
+    found = tuned("modulate", str(x.shape[2]), x.device)
+    return pick(x, found, ref=modulate_ref, triton=modulate_triton, cuda=modulate_cuda)(x, *others)
 
 
 register(

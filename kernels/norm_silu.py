@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from .backend import is_forced, is_opaque, jit, launch, next_power_of_2, pick, register, tl
 from .checks import expect_floating
 from .cuda import norm_silu_cuda
+from .tuning import tuned
 
 SMALLEST_NORM = 1e-12
 BLOCK = 2**16  # numbers that a core of a CPU takes at a time: 256 KiB in float32
@@ -92,7 +93,8 @@ def norm_silu_triton(x: torch.Tensor, gamma: torch.Tensor, silu: bool, inplace: 
         shape[-3:-1] = [2 * shape[-3], 2 * shape[-2]]
     out = pixels if inplace or (copied and not upsample) else torch.empty(shape, dtype=x.dtype, device=x.device)
     count, block = pixels.numel() // max(channels, 1), next_power_of_2(channels)
-    tile = max(1, 4096 // block)
+    found = tuned("norm_silu", f"{channels}{' upsample' if upsample else ''}", x.device)
+    tile = max(1, found.get("numbers", 4096) // block)
     launch(
         norm_silu_kernel,
         (-(-count // tile),),
@@ -101,7 +103,7 @@ def norm_silu_triton(x: torch.Tensor, gamma: torch.Tensor, silu: bool, inplace: 
             "root": math.sqrt(channels), "smallest": SMALLEST_NORM,
         },
         {"C": channels, "CHANNELS": block, "PIXELS": tile, "SILU": silu, "UPSAMPLE": upsample},
-        num_warps=max(4, min(16, tile * block // 1024)),
+        num_warps=found.get("num_warps", max(4, min(16, tile * block // 1024))),
     )  # fmt: skip
     if inplace:
         return x.copy_(out.movedim(-1, 1)) if copied else x
@@ -112,7 +114,9 @@ def norm_silu_picked(x: torch.Tensor, gamma: torch.Tensor, silu: bool, inplace: 
     """What runs eagerly, and behind `torch.ops.runtime.norm_silu` (to channels-last) and `norm_silu_` (in place)."""
     if x.device.type == "cpu" and x.element_size() == 2 and not is_forced():
         return norm_silu_blocks(x, gamma, silu, inplace, upsample)
-    return pick(x, ref=norm_silu_ref, triton=norm_silu_triton, cuda=norm_silu_cuda)(x, gamma, silu, inplace, upsample)
+    found = tuned("norm_silu", f"{x.shape[1]}{' upsample' if upsample else ''}", x.device)
+    chosen = pick(x, found, ref=norm_silu_ref, triton=norm_silu_triton, cuda=norm_silu_cuda)
+    return chosen(x, gamma, silu, inplace, upsample)
 
 
 def norm_silu_fake(x: torch.Tensor, gamma: torch.Tensor, silu: bool, upsample: bool) -> torch.Tensor:

@@ -26,6 +26,7 @@ import torch.nn.functional as F
 from .backend import is_opaque, jit, launch, next_power_of_2, pick, register, tl
 from .checks import expect_floating, expect_shape
 from .cuda import qk_norm_rope_cuda
+from .tuning import tuned
 
 NORMS = ("rms", "rms_head", "layer_head", "none")
 PAIRINGS = ("interleaved", "half")
@@ -296,7 +297,8 @@ def qk_norm_rope_triton(
             "PAIRS_T": 0 if table is None else table.shape[1], "PAIRS_H": 0 if table_h is None else table_h.shape[1],
             "NORM": norm, "HALF": pairing == "half",
         },
-        num_warps=max(1, min(8, tail * pairs // 128)),  # 16 bytes for each thread of the smaller tile
+        # 16 bytes for each thread of the smaller tile
+        num_warps=tuned("qk_norm_rope", f"{width}", qkv.device).get("num_warps", max(1, min(8, tail * pairs // 128))),
     )  # fmt: skip
     q, k, v = qkv.unflatten(2, (3, heads, size)).unbind(2)
     return q, k, v
@@ -315,7 +317,8 @@ def _separate_tokens(qkv: torch.Tensor) -> bool:
 
 def qk_norm_rope_picked(qkv: torch.Tensor, *others: Any) -> Parts:
     """What runs eagerly."""
-    return pick(qkv, ref=qk_norm_rope_ref, triton=qk_norm_rope_triton, cuda=qk_norm_rope_cuda)(qkv, *others)
+    found = tuned("qk_norm_rope", f"{qkv.shape[2] // 3}", qkv.device)
+    return pick(qkv, found, ref=qk_norm_rope_ref, triton=qk_norm_rope_triton, cuda=qk_norm_rope_cuda)(qkv, *others)
 
 
 def qk_norm_rope_inplace(

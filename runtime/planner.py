@@ -16,6 +16,7 @@ import torch
 
 from runtime.calibration import local
 from runtime.kernels.attention import Call, choose
+from runtime.kernels.tuning import slug
 from runtime.lora import Lora
 from runtime.machine import GPUS, Machine
 from runtime.model import Model, choose_device, choose_dtype, load, locate
@@ -185,7 +186,7 @@ def attention_core(machine: Machine, spec: ModelSpec, costs: Costs, request: Req
     latents = spec.latent_shape(request.num_frames, request.height, request.width)[1:]
     length = math.prod(n // p for n, p in zip(latents, spec.patch, strict=True))
     call = Call(1, length, length, heads, size, dtype, False, machine.capability)
-    return choose(call, f"nvidia-{machine.name}")
+    return choose(call, slug(machine.name))
 
 
 def parse_bytes(text: str) -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 
@@ -12,7 +13,7 @@ import torch
 import torch.nn.functional as F
 
 from runtime import kernels
-from runtime.kernels import backend
+from runtime.kernels import backend, tuning
 from runtime.kernels.cases import Case, Maker, attention_cases, linear_fp8_cases, mlp_cases
 from runtime.kernels.linear_fp8 import linear_fp8, quantise_rows, quantise_rows_ref, quantise_rows_triton
 from runtime.kernels.tolerance import judge
@@ -142,7 +143,7 @@ TAKEN: list[str] = []
 
 
 @pytest.fixture
-def cores(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> ModuleType:
+def cores(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[ModuleType]:
     """The table with every core's own conditions, each only noting that it was called; all packages importable."""
     TAKEN.clear()
 
@@ -152,9 +153,10 @@ def cores(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> ModuleType:
     fakes = {name: ATTENTION.Core(noting(name), core.can, core.package) for name, core in ATTENTION.CORES.items()}
     monkeypatch.setattr(ATTENTION, "CORES", fakes)
     monkeypatch.setattr(ATTENTION, "why_absent", lambda package: None)
-    monkeypatch.setattr(ATTENTION, "TUNED", tmp_path)
-    ATTENTION.tuned_table.cache_clear()
-    return ATTENTION
+    monkeypatch.setattr(tuning, "TUNED", tmp_path)
+    tuning.table.cache_clear()
+    yield ATTENTION
+    tuning.table.cache_clear()
 
 
 def call(
@@ -182,7 +184,7 @@ def call(
     ],
 )
 def test_order(cores: ModuleType, given: object, expected: str) -> None:
-    assert cores.choose(given, "nvidia-h200") == expected
+    assert cores.choose(given, "h200") == expected
 
 
 def test_bias_goes_to_cores_that_take_it(cores: ModuleType) -> None:
@@ -192,9 +194,9 @@ def test_bias_goes_to_cores_that_take_it(cores: ModuleType) -> None:
 
 def test_absent_cores_are_passed_over(cores: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cores, "why_absent", lambda package: "ImportError: none")
-    assert cores.choose(call(size=256), "nvidia-h200") == "flash"
-    (cores.TUNED / "nvidia-h200.json").write_text(json.dumps({"attention": {call().key: "fa3"}}))
-    assert cores.choose(call(), "nvidia-h200") == "cudnn"
+    assert cores.choose(call(size=256), "h200") == "flash"
+    (tuning.TUNED / "h200.json").write_text(json.dumps({"attention": {call().key: {"core": "fa3"}}}))
+    assert cores.choose(call(), "h200") == "cudnn"
     with pytest.raises(ValueError, match=r"core 'fa3' needs the package flash_attn_interface.*ImportError: none"):
         cores.named("fa3", call())
 
@@ -202,13 +204,14 @@ def test_absent_cores_are_passed_over(cores: ModuleType, monkeypatch: pytest.Mon
 def test_tuned_file_wins(cores: ModuleType) -> None:
     assert call().key == "128 bfloat16 plain 32768 32768"
     assert call(biased=True).key == "128 bfloat16 biased 32768 512"
-    table = {call().key: "triton", call(biased=True).key: "flash", call(size=64).key: "nonesuch"}
-    (cores.TUNED / "nvidia-h200.json").write_text(json.dumps({"attention": table}))
-    assert cores.choose(call(), "nvidia-h200") == "triton"
-    assert cores.choose(call(), "nvidia-h100-80gb-hbm3") == "cudnn"
-    assert cores.choose(call(biased=True), "nvidia-h200") == "efficient"  # flash takes no bias
-    with pytest.raises(ValueError, match=r"nvidia-h200.json names the core 'nonesuch'; legal: cudnn, "):
-        cores.choose(call(size=64), "nvidia-h200")
+    cores_by_key = {call().key: "triton", call(biased=True).key: "flash", call(size=64).key: "nonesuch"}
+    table = {key: {"core": core} for key, core in cores_by_key.items()}
+    (tuning.TUNED / "h200.json").write_text(json.dumps({"attention": table}))
+    assert cores.choose(call(), "h200") == "triton"
+    assert cores.choose(call(), "h100-80gb-hbm3") == "cudnn"
+    assert cores.choose(call(biased=True), "h200") == "efficient"  # flash takes no bias
+    with pytest.raises(ValueError, match=r"h200.json names the core 'nonesuch'; legal: cudnn, "):
+        cores.choose(call(size=64), "h200")
 
 
 def test_core_by_name(cores: ModuleType) -> None:

@@ -1,8 +1,9 @@
-"""One command for a bare machine with an NVIDIA GPU: build csrc, run the GPU tests, measure; `make gpu`.
+"""One command for a bare machine with an NVIDIA GPU: build csrc, run the GPU tests, measure, tune; `make gpu`.
 
-Nothing is downloaded or installed: it runs with the Python that starts it, which needs torch, triton and pytest. All
-parts together end within the budget; what was measured until then is kept and printed last. Exit status: 0 all well,
-1 something failed or was cut off, 2 no GPU.
+Nothing is downloaded or installed: it runs with the Python that starts it, which needs torch, triton and pytest; what
+else it finds (diffusers, av, ftfy) it uses. All parts together end within the budget; what was measured until then is
+kept, in the folder OUT where that variable names one, and printed last. Exit status: 0 all well, 1 something failed
+or was cut off, 2 no GPU.
 """
 
 from __future__ import annotations
@@ -22,12 +23,21 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 LINKED = ROOT / "build" / "gpu"
-DEMO = Path(os.environ.get("OUT", ROOT / "out")) / "demo-model"
-PARTS = ("tests", "kernels")
-LONG = ("latency", "demo")  # run only where asked for
-TEST_PROCESSES = 6
-TEST_SHARE = 0.5  # of the time that is left when they begin, at most
+OUT = Path(os.environ.get("OUT", ROOT / "out"))
+# In the order in which they run: name -> share of the time that is left when it begins.
+PARTS = {"tests": 0.55, "kernels": 1.0, "tune": 0.3, "published": 1.0, "latency": 0.75, "demo": 1.0}
+USUAL = ("tests", "kernels")
+TEST_PROCESSES = 8  # compiling takes most of the time, the largest cases 10 GB of memory
+CHECKERS = ("memcheck", "racecheck")
+SANITIZERS = ("compute-sanitizer", "/usr/local/cuda/bin/compute-sanitizer")
 LAST = 20.0  # seconds kept for printing the table
+# What is most wanted first: in each part a later group, or row, is what the time may end before.
+PUBLISHED = (("step-1.3b-480p,decode-480p,decode-720p", 0.55), ("step-14b-480p", 0.8), ("step-5b-704p", 1.0))
+LATENCY = (
+    ("wan2.1-t2v-1.3b", "480p,720p,vertical,1080p", "81,1", 0.5),
+    ("wan2.1-t2v-14b", "480p,720p", "81", 0.6),
+    ("wan2.2-ti2v-5b", "1280x704", "121,1", 1.0),
+)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -35,35 +45,25 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python tools/gpu.py", description=__doc__)
     parser.add_argument("--budget", type=float, default=540, help="seconds for all (default 540)")
     parser.add_argument(
-        "--only", default=",".join(PARTS), help=f"some of {','.join(PARTS)} (default: these), {','.join(LONG)}"
+        "--only", default=",".join(USUAL), help=f"some of {','.join(PARTS)} (default {','.join(USUAL)})"
     )
     args = parser.parse_args(argv)
-    parts = args.only.split(",")
-    if unknown := [part for part in parts if part not in PARTS + LONG]:
-        parser.error(f"--only {', '.join(unknown)}: legal are {', '.join(PARTS + LONG)}, joined by commas")
-    began = time.time()
-    end = began + args.budget
+    given = args.only.split(",")
+    if unknown := [part for part in given if part not in PARTS]:
+        parser.error(f"--only {', '.join(unknown)}: legal are {', '.join(PARTS)}, joined by commas")
+    asked = [part for part in PARTS if part in given]
+    end = time.time() + args.budget
     if (gpu := output(sys.executable, "-c", "import torch; print(torch.cuda.get_device_name())")) is None:
         print("no NVIDIA GPU that this Python's torch can use is here, so there is nothing to run", file=sys.stderr)
         return 2
-    print(f"{gpu}; {args.budget:.0f} s for {', '.join(parts)}", flush=True)
+    print(f"{gpu}; {args.budget:.0f} s for {', '.join(asked)}", flush=True)
     notes = [build(end)]
     environment = reachable()
-    if "tests" in parts:
-        notes.append(tests(environment, time.time() + TEST_SHARE * (end - time.time())))
-    if "kernels" in parts:
-        notes.append(speeds(environment, began, end))
-    if "latency" in parts:
-        left = end - time.time() - LAST
-        command = [
-            sys.executable, "-m", "benchmarks", "latency", "--model", "wan2.1-t2v-1.3b@random", "--device", "cuda",
-            "--sizes", "480p,vertical,1024x1024,720p,1080p", "--frames", "1,17,81", "--engines", "eager,cuda_graph",
-            "--steps", "4", "--budget", f"{max(left - LAST, 0):.0f}", *against(),
-        ]  # fmt: skip
-        notes.append(failed("benchmarks latency", command, environment, end))
-    if "demo" in parts:  # goes on with what an earlier run left in the folder
-        train = [sys.executable, "-m", "tools.demo_model", "train", "--size", "gpu", "--out", str(DEMO)]
-        notes.append(failed("training the demo model", train, environment, end))
+    steps = {"tests": tests, "kernels": speeds, "tune": tune, "published": published, "latency": latency, "demo": demo}
+    for part in asked:
+        share = 1.0 if part == asked[-1] else PARTS[part]
+        notes.append(steps[part](environment, time.time() + share * (end - time.time())))
+        print(f"{part}: {end - time.time():.0f} s are left", flush=True)
     for note in filter(None, notes):
         print(note, file=sys.stderr)
     return 1 if any(notes) else 0
@@ -71,7 +71,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def reachable() -> dict[str, str]:
     """Return an environment in which `runtime.kernels` is this repository's kernels, without installing anything."""
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1", "PYTHONUNBUFFERED": "1"}
+    given = [folder for folder in [os.environ.get("PYTHONPATH", "")] if folder]
+    own = {"PYTHONPATH": os.pathsep.join([str(ROOT), *given]), "HF_HUB_OFFLINE": "1", "PYTHONUNBUFFERED": "1"}
+    environment = os.environ | own
     environment.pop("TRITON_INTERPRET", None)
     question = "from runtime.kernels import __file__; print(__file__)"
     found = output(sys.executable, "-c", question, environment=environment)
@@ -82,7 +84,7 @@ def reachable() -> dict[str, str]:
     for entry in [*(ROOT / "runtime").iterdir(), ROOT / "kernels"]:
         (LINKED / "runtime" / entry.name).symlink_to(entry)
     # Safe path: else Python puts this folder first, whose runtime/ has no kernels in it.
-    return environment | {"PYTHONPATH": os.pathsep.join([str(LINKED), str(ROOT)]), "PYTHONSAFEPATH": "1"}
+    return environment | {"PYTHONPATH": os.pathsep.join([str(LINKED), str(ROOT), *given]), "PYTHONSAFEPATH": "1"}
 
 
 def build(end: float) -> str:
@@ -96,48 +98,117 @@ def build(end: float) -> str:
 def tests(environment: dict[str, str], end: float) -> str:
     """Run what is marked gpu, in the files whose imports this machine has, in several processes: compiling takes most.
 
-    Neighbours stay in one process, so that the few tests that need most of the memory run one after the other.
+    Neighbours stay in one process, so that the few tests that need most of the memory run one after the other. Beside
+    them small cases run under compute-sanitizer.
     """
     pytest = [sys.executable, "-m", "pytest", "-m", "gpu", "-p", "no:cacheprovider", "--import-mode=append"]
+    files = [file for file in sorted((ROOT / "tests").glob("test_*.py")) if "mark.gpu" in file.read_text()]
+    with ThreadPoolExecutor(len(files)) as pool:
+        collected = list(
+            pool.map(lambda file: output(*pytest, "--collect-only", str(file), environment=environment), files)
+        )
     names: list[str] = []
-    for file in sorted((ROOT / "tests").glob("test_*.py")):
-        if "mark.gpu" not in file.read_text():
-            continue
-        if (found := output(*pytest, "--collect-only", str(file), environment=environment)) is None:
-            print(f"{file.name} is left out: it does not import here, or marks nothing", flush=True)
+    for file, found in zip(files, collected, strict=True):
+        if found is None:
+            print(f"{file.name} is left out: it does not import here", flush=True)
         else:
             names += [line for line in found.splitlines() if "::" in line]
     if not names:
         return "no GPU test can run here"
     size = -(-len(names) // TEST_PROCESSES)
     shares = [names[first : first + size] for first in range(0, len(names), size)]
-    logs = [LINKED.with_name(f"gpu-tests-{number}.log") for number in range(len(shares))]
-    logs[0].parent.mkdir(exist_ok=True)
-    with ThreadPoolExecutor(len(shares)) as pool:
-        commands = [[*pytest, "-rf", "--tb=short", "--maxfail=20", *share] for share in shares]
-        notes = list(pool.map(lambda item: failed("the GPU tests", item[0], environment, end, item[1]),
-                              zip(commands, logs, strict=True)))  # fmt: skip
-    for log in logs:
-        print("\n".join(log.read_text(errors="replace").splitlines()[-40:]), flush=True)
+    commands = {f"tests {i}": [*pytest, "-rf", "--tb=short", "--maxfail=20", *each] for i, each in enumerate(shares)}
+    commands |= checkers()
+    logs = {name: LINKED.with_name(f"gpu-{name.replace(' ', '-')}.log") for name in commands}
+    LINKED.parent.mkdir(exist_ok=True)
+    # Freed memory of a cache is legal to touch for the checker, so it must be given back.
+    bare = environment | {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
+    with ThreadPoolExecutor(len(commands)) as pool:
+        notes = list(pool.map(lambda name: failed(name, commands[name], bare if name in CHECKERS else environment, end,
+                                                  logs[name]), commands))  # fmt: skip
+    texts = {name: log.read_text(errors="replace") for name, log in logs.items()}
+    if "OUT" in os.environ:
+        (OUT / "tests.log").write_text("\n".join(f"==== {name}\n{text}" for name, text in texts.items()))
+    for name, text in texts.items():
+        print(f"{name}:", "\n".join(text.splitlines()[-25:]), flush=True)
     return "; ".join(sorted(set(filter(None, notes))))
 
 
-def speeds(environment: dict[str, str], began: float, end: float) -> str:
+def checkers() -> dict[str, list[str]]:
+    """Return the commands that run small cases under compute-sanitizer, none where it is missing."""
+    program = next(filter(None, map(shutil.which, SANITIZERS)), None)
+    if program is None:
+        print("compute-sanitizer is not here; nothing runs under it", flush=True)
+        return {}
+    driver = [sys.executable, str(ROOT / "tools" / "smallest.py")]
+    return {tool: [program, "--tool", tool, "--error-exitcode", "9", *driver] for tool in CHECKERS}
+
+
+def speeds(environment: dict[str, str], end: float) -> str:
     """Measure the operations; where the time ends it, print what is in the file by then."""
-    left = end - time.time() - LAST
-    command = [sys.executable, "-m", "benchmarks", "kernels", "--budget", f"{max(left - LAST, 0):.0f}"]
+    began = time.time()
+    command = [*benchmark("kernels", "kernels"), "--budget", f"{max(end - time.time() - 2 * LAST, 0):.0f}"]
     note = failed("benchmarks kernels", command, environment, end - LAST)
     if "out of time" in note:
-        newest = max(RESULTS.glob("*/*.json"), key=lambda file: file.stat().st_mtime, default=None)
+        newest = max(
+            [*RESULTS.glob("*/*.json"), *OUT.glob("*.json")], key=lambda file: file.stat().st_mtime, default=None
+        )
         if newest is not None and newest.stat().st_mtime >= began:
             show = [sys.executable, "-m", "benchmarks", "kernels", "--show", str(newest)]
             failed("the table", show, environment, time.time() + LAST)
     return note
 
 
-def against() -> list[str]:
+def tune(environment: dict[str, str], end: float) -> str:
+    """Measure the choices of each operation at real shapes; what runs after it reads them."""
+    budget = f"{max(end - time.time() - LAST, 0):.0f}"
+    note = failed("tuning", [sys.executable, "-m", "tools.tune", "--jobs", "10", "--budget", budget], environment, end)
+    if "OUT" in os.environ:
+        for file in (ROOT / "kernels" / "tuned").glob("*.json"):
+            shutil.copy(file, OUT / f"tuned-{file.name}")
+    return note
+
+
+def published(environment: dict[str, str], end: float) -> str:
+    """Measure steps and decodes of true size beside diffusers, profiled; each group is a process of its own."""
+    notes = []
+    for number, (parts, share) in enumerate(PUBLISHED):
+        until = time.time() + share * (end - time.time())
+        budget = f"{max(until - time.time() - 2 * LAST, 0):.0f}"
+        command = [*benchmark("published", f"published-{number}"), "--only", parts, "--profile", "--budget", budget]
+        notes.append(failed(f"benchmarks published {parts}", [*command, *against(environment)], environment, until))
+    return "; ".join(filter(None, notes))
+
+
+def latency(environment: dict[str, str], end: float) -> str:
+    """Measure whole requests of many sizes, a process per row; rows that do not fit into the time are left out."""
+    notes = []
+    for number, (model, sizes, frames, share) in enumerate(LATENCY):
+        until = time.time() + share * (end - time.time())
+        command = [
+            *benchmark("latency", f"latency-{number}"), "--model", f"{model}@random", "--device", "cuda",
+            "--sizes", sizes, "--frames", frames, "--engines", "cuda_graph", "--steps", "4", "--repeats", "2",
+            "--budget", f"{max(until - time.time() - 3 * LAST, 0):.0f}", *against(environment),
+        ]  # fmt: skip
+        notes.append(failed(f"benchmarks latency {model}", command, environment, until))
+    return "; ".join(filter(None, notes))
+
+
+def demo(environment: dict[str, str], end: float) -> str:
+    """Train the built-in model in its GPU size; goes on with what an earlier run left in the folder."""
+    train = [sys.executable, "-m", "tools.demo_model", "train", "--size", "gpu", "--out", str(OUT / "demo-model")]
+    return failed("training the demo model", train, environment, end)
+
+
+def benchmark(name: str, kept: str) -> list[str]:
+    """Return the command of a benchmark, which keeps its results in OUT where that is set."""
+    command = [sys.executable, "-m", "benchmarks", name]
+    return [*command, "--json", str(OUT / f"{kept}.json")] if "OUT" in os.environ else command
+
+
+def against(environment: dict[str, str]) -> list[str]:
     """Return the option that measures diffusers as well, where it is installed."""
-    found = output(sys.executable, "-c", "import diffusers, accelerate")
+    found = output(sys.executable, "-c", "import diffusers, accelerate", environment=environment)
     return [] if found is None else ["--against", "diffusers"]
 
 
