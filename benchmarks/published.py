@@ -122,8 +122,9 @@ def measured(
             ours = Ours(case, device)
             rivals = sides.rival(args.against)
             theirs = Diffusers(case, device) if rivals else None
-        for side in filter(None, (ours, theirs)):
-            at_case(side, case)
+        at_case(ours, case)
+        if theirs is not None:
+            at_case(theirs, case)
         with tried(found, "all"):
             calls = versions(part, ours, theirs, end, found)
             found |= timed(calls, part.stage, found)
