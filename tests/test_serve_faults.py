@@ -14,7 +14,10 @@ import pytest
 
 pytest.importorskip("fastapi")
 
-from runtime.serve import forms
+import uvicorn
+from uvicorn.server import ServerState
+
+from runtime.serve import connections, forms
 from runtime.serve.errors import ApiError
 from runtime.serve.settings import read_settings
 from tests.serving import LONG, TINY, Server, frames_of, raw
@@ -131,6 +134,38 @@ def test_a_body_that_stops_half_way_is_ended(monkeypatch: pytest.MonkeyPatch) ->
     with pytest.raises(ApiError, match="nothing of the body came") as caught:
         asyncio.run(read(Half()))
     assert caught.value.status == 408
+
+
+@pytest.mark.fault(20)
+def test_a_connection_that_asks_nothing_is_closed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By a deadline for the first request, on the event loop that servers run on."""
+    monkeypatch.setattr(connections, "HEADER_SECONDS", 0.2)
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        await send({"type": "http.response.start", "status": 200, "headers": [(b"content-length", b"0")]})
+        await send({"type": "http.response.body"})
+
+    config = uvicorn.Config(app, http=connections.Connection, lifespan="off", log_config=None)
+
+    async def visit() -> tuple[bytes, bytes]:
+        loop, served = asyncio.get_running_loop(), ServerState()
+        listener = await loop.create_server(
+            lambda: connections.Connection(config=config, server_state=served, app_state={}), "127.0.0.1"
+        )
+        address = listener.sockets[0].getsockname()
+        silent, _ = await asyncio.open_connection(*address)
+        asking, writer = await asyncio.open_connection(*address)
+        writer.write(raw("GET", "/"))
+        ended = await silent.read()
+        writer.write(raw("GET", "/"))  # whoever has asked once is kept
+        answers = await asking.readuntil(b"\r\n\r\n") + await asking.readuntil(b"\r\n\r\n")
+        listener.close()
+        return ended, answers
+
+    config.load()
+    with asyncio.Runner(loop_factory=config.get_loop_factory()) as runner:
+        ended, answers = runner.run(asyncio.wait_for(visit(), 20))
+    assert ended == b"" and answers.count(b"200 OK") == 2
 
 
 @pytest.mark.fault(23)

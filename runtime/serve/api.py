@@ -109,15 +109,16 @@ class Api:
 
     def full(self) -> ApiError:
         """Return the error of a full queue: come again when the first job that is running is done."""
-        running = [each.done for each in self.outlooks().values() if each.wait == 0.0 and each.done is not None]
+        known = list(self.outlooks().values())
+        running = [each.done for each in known if each.wait == 0.0 and each.done is not None]
         return ApiError(
             429, "the queue is full", code="queue_full", retry_after=min(max(min(running, default=1.0), 1.0), 120.0)
         )
 
-    def outlooks(self, job_id: str | None = None) -> dict[str, Outlook]:
-        """Return what lies before each job, a moment old at most; at once where a job is not in there yet."""
+    def outlooks(self) -> dict[str, Outlook]:
+        """Return what lies before each job, a moment old at most."""
         began = time.monotonic()
-        if began > self._look_at or (job_id is not None and job_id not in self._outlooks):
+        if began > self._look_at:
             self._outlooks = self.store.outlooks(self.settings.workers)
             now = time.monotonic()
             self._look_at = now + max(OUTLOOK_SECONDS, OUTLOOK_REST * (now - began))
@@ -125,8 +126,17 @@ class Api:
 
     def object(self, job: Job) -> dict[str, Any]:
         """Return a job as the API tells of it."""
-        outlook = self.outlooks(job.id).get(job.id) if job.status in ACTIVE and not job.cancel else None
-        return video_object(job, outlook, self.settings.keep)
+        return video_object(job, self.outlook(job), self.settings.keep)
+
+    def outlook(self, job: Job) -> Outlook | None:
+        """Return what lies before a job, None where it ends; one that came after the last look is the last so far."""
+        if job.status not in ACTIVE or job.cancel:
+            return None
+        known = self.outlooks()
+        if job.id not in known:
+            queued = sum(each.wait != 0.0 for each in known.values())
+            known[job.id] = Outlook(queued) if job.status == "queued" else Outlook(0, 0.0)
+        return known[job.id]
 
     def job(self, request: Request, job_id: str) -> Job:
         """Return a video of the asking key; ApiError where there is none."""
@@ -155,7 +165,8 @@ class Api:
         kept = False
         try:
             fields = await read_body(request, own, self.settings.max_upload)
-            digest = await asyncio.to_thread(fingerprint, request.url.path, fields)
+            key = request.headers.get("idempotency-key")
+            digest = await asyncio.to_thread(fingerprint, request.url.path, fields) if key else None
             await fetch_inputs(fields, own, self.settings.fetching)
             told = self.webhook(fields)
             parent, asked = await asyncio.to_thread(verb, fields, own)
@@ -166,7 +177,7 @@ class Api:
             )
             await self.admit(asked, folder)
             values = row(job_id, kind, request.state.owner, asked) | {"parent": parent} | told
-            if key := request.headers.get("idempotency-key"):
+            if key:
                 values |= {"idempotency": key[:256], "digest": digest}
             job = await asyncio.to_thread(self.keep, folder, values)
             kept = job.id == job_id
@@ -225,8 +236,8 @@ class Api:
 
     def keep(self, folder: Path, values: dict[str, Any]) -> Job:
         """Add a job to the store; ApiError where the queue is full."""
-        folder.mkdir(exist_ok=True)
-        sync(folder)
+        if folder.exists():  # something lies in it
+            sync(folder)
         limit = self.settings.limits(values["owner"])
         job = self.store.create(values, max_queue=self.settings.max_queue, max_owner=limit.jobs or 0)
         if job is None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import resource
 from typing import Any
 
@@ -31,7 +30,7 @@ class Connection(HttpToolsProtocol):
 
     def give_up(self) -> None:
         """Close it."""
-        assert isinstance(self.transport, asyncio.Transport)
+        assert self.transport is not None
         self.transport.close()
 
 

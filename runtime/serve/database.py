@@ -6,12 +6,15 @@ import json
 import os
 import sqlite3
 import threading
-from collections.abc import Iterator
+from collections import deque
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
+Found = TypeVar("Found")
 ACTIVE = ("queued", "in_progress")
 TERMINAL = ("completed", "failed", "cancelled")
 
@@ -114,6 +117,8 @@ class Database:
         for name in ("jobs", "workers", "characters"):
             (data / name).mkdir(parents=True, exist_ok=True)
         self._lock = threading.Lock()
+        self._turn = threading.Lock()
+        self._asked: deque[tuple[Callable[[sqlite3.Connection], Any], Future[Any]]] = deque()
         self._writer = self._connect()
         self._reader = self._connect()
         with self._write() as db:
@@ -134,7 +139,6 @@ class Database:
             db = sqlite3.connect(file, isolation_level=None, timeout=10, check_same_thread=False)
             db.row_factory = sqlite3.Row
             db.execute("PRAGMA journal_mode = WAL")
-            db.execute("PRAGMA synchronous = FULL")
         except sqlite3.DatabaseError as error:
             if isinstance(error, sqlite3.OperationalError):
                 raise OSError(f"{file} cannot be opened ({error}); name another data folder") from error
@@ -147,8 +151,10 @@ class Database:
         self._writer.close()
 
     @contextmanager
-    def _write(self) -> Iterator[sqlite3.Connection]:
+    def _write(self, *, durable: bool = True) -> Iterator[sqlite3.Connection]:
+        """A transaction; what need not be `durable` costs no wait for the disk, and is lost only with the power."""
         with self._lock:
+            self._writer.execute(f"PRAGMA synchronous = {'FULL' if durable else 'NORMAL'}")
             self._writer.execute("BEGIN IMMEDIATE")
             try:
                 yield self._writer
@@ -156,6 +162,24 @@ class Database:
                 self._writer.execute("ROLLBACK")
                 raise
             self._writer.execute("COMMIT")
+
+    def _write_together(self, act: Callable[[sqlite3.Connection], Found]) -> Found:
+        """Return what `act` does, durable; acts of threads that wait share a transaction, so one wait for the disk."""
+        mine: Future[Found] = Future()
+        self._asked.append((act, mine))
+        with self._turn:
+            if not mine.done():  # else it was in the transaction of the one before
+                asked = [self._asked.popleft() for _ in range(len(self._asked))]
+                try:
+                    with self._write() as db:
+                        found = [each(db) for each, _ in asked]
+                except BaseException as error:
+                    for _, answer in asked:
+                        answer.set_exception(error)
+                else:
+                    for (_, answer), result in zip(asked, found, strict=True):
+                        answer.set_result(result)
+        return mine.result()
 
 
 def sync(folder: Path) -> None:

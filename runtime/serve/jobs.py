@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import secrets
+import sqlite3
 import time
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -24,13 +25,14 @@ class Store(Leases):
         owner, columns = values["owner"], dict(values)
         for name in ("request", "shown"):
             columns[name] = json.dumps(columns[name])
-        with self._write() as db:
+
+        def add(db: sqlite3.Connection) -> sqlite3.Row | None:
             if values.get("idempotency"):
                 same = db.execute(
                     "SELECT * FROM jobs WHERE owner = ? AND idempotency = ?", (owner, values["idempotency"])
                 ).fetchone()
                 if same is not None:
-                    return Job.of(same)
+                    return same
             (waiting, mine) = db.execute(
                 "SELECT count(*), coalesce(sum(owner = ?), 0) FROM jobs WHERE status IN ('queued', 'in_progress')",
                 (owner,),
@@ -45,11 +47,13 @@ class Store(Leases):
                     (owner,),
                 )
             names = ", ".join(columns)
-            row = db.execute(
+            return db.execute(
                 f"INSERT INTO jobs ({names}, created_at) VALUES ({'?, ' * len(columns)}?) RETURNING *",
                 (*columns.values(), time.time()),
             ).fetchone()
-        return Job.of(row)
+
+        row = self._write_together(add)
+        return None if row is None else Job.of(row)
 
     def get(self, job_id: str) -> Job | None:
         """Return a job; None where there is none, or it was deleted."""
@@ -183,7 +187,7 @@ class Store(Leases):
 
     def estimate(self, job: Job, seconds: float, denoising: float = 0.0) -> None:
         """Keep a prediction: seconds in all, and those of them that go to the steps."""
-        with self._write() as db:
+        with self._write(durable=False) as db:
             db.execute("UPDATE jobs SET estimate = ?, denoising = ? WHERE id = ?", (seconds, denoising, job.id))
 
 

@@ -54,7 +54,7 @@ class Leases(Folders):
         A step further than any before forgives the workers that died over it.
         """
         now = time.time()
-        with self._write() as db:
+        with self._write(durable=False) as db:
             row = db.execute(
                 "UPDATE jobs SET lease_until = ?, losses = CASE WHEN ? > step THEN 0 ELSE losses END, "
                 "stepped_at = CASE WHEN ? > step OR ? > progress THEN ? ELSE stepped_at END, "
@@ -68,7 +68,7 @@ class Leases(Folders):
 
     def renew(self, job: Job) -> None:
         """Renew the lease of a job that takes long over a step; nothing where it is another's."""
-        with self._write() as db:
+        with self._write(durable=False) as db:
             db.execute(
                 "UPDATE jobs SET lease_until = ? WHERE id = ? AND attempt = ? AND status = 'in_progress'",
                 (uptime() + LEASE_SECONDS, job.id, job.attempt),
@@ -97,7 +97,7 @@ class Leases(Folders):
         if status == "completed" and job.attempt == 1 and job.claimed_at is not None:
             self._learn(job.id, now - job.claimed_at)
         for name, stage in (values.get("receipt") or {}).get("stages", {}).items():
-            with self._write() as db:
+            with self._write(durable=False) as db:
                 db.execute(
                     "INSERT INTO stages VALUES (?, ?, ?) ON CONFLICT DO UPDATE SET "
                     "seconds = seconds + excluded.seconds, calls = calls + excluded.calls",
@@ -106,7 +106,7 @@ class Leases(Folders):
 
     def _learn(self, job_id: str, seconds: float) -> None:
         """Take note of what a job took that was made without a break."""
-        with self._write() as db:
+        with self._write(durable=False) as db:
             row = db.execute("SELECT model, estimate FROM jobs WHERE id = ?", (job_id,)).fetchone()
             if row is None or not row["estimate"]:
                 return

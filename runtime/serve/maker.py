@@ -93,6 +93,7 @@ class Maker:
     def make(self, job: Job, model: runtime.Model) -> tuple[dict[str, Any], dict[str, Any]]:
         """Return (output, receipt) of a job whose files are written."""
         folder = self.store.folder(job.id)
+        folder.mkdir(exist_ok=True)
         request = request_of(job.request, folder)
         checkpoints = Patient(self, folder, f"{job.id} {model.fingerprint} {json.dumps(job.request, sort_keys=True)}")
         report = Report(self, job, folder, checkpoints)

@@ -12,6 +12,7 @@ import fcntl
 import json
 import logging
 import math
+import os
 import signal
 import sqlite3
 import sys
@@ -28,6 +29,7 @@ from runtime.certificates import find_signer
 from runtime.decoding import out_of_memory
 from runtime.denoising import Cancelled
 from runtime.lora import Lora
+from runtime.model import choose_device
 from runtime.offload import give_back_memory
 from runtime.planner import foresee_plan
 from runtime.serve.answers import answer, planned
@@ -48,6 +50,7 @@ log = logging.getLogger("runtime.serve.worker")
 IDLE_SECONDS = 0.5  # between two looks at the queue where nobody says that there is something
 RENEW_SECONDS = 5.0
 FORESEE_SECONDS = 0.1  # between two looks for jobs that nobody has predicted
+NICE = 5  # of a worker that computes on the cores which the server answers from
 RESTART = 75  # exit code of a worker whose device cannot be trusted any more
 BROKEN = 3  # exit code where a model cannot be loaded
 
@@ -210,6 +213,8 @@ def main() -> int:
     parser.add_argument("--log", default="text")
     options = parser.parse_args()
     start_logging(options.log)
+    if choose_device(options.device).type == "cpu":
+        os.nice(NICE)
     faulthandler.register(signal.SIGUSR1)  # the supervisor asks a hung worker where it stands
     signer = None
     if not options.no_credentials:

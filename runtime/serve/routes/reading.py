@@ -7,7 +7,9 @@ from pathlib import Path
 
 from fastapi import FastAPI, Query
 from fastapi.responses import FileResponse, JSONResponse, Response
+from starlette.convertors import StringConvertor, register_url_convertor
 from starlette.requests import Request
+from starlette.routing import Route
 
 from runtime.serve.api import SHAPE, Api
 from runtime.serve.database import ACTIVE, TERMINAL, Job
@@ -18,6 +20,15 @@ from runtime.serve.shown import brief
 
 VARIANTS = ("video", "thumbnail", "spritesheet")
 UNDO_SECONDS = 600.0  # that a deleted video can be kept for at most
+
+
+class VideoId(StringConvertor):
+    """The id of a video in an address."""
+
+    regex = SHAPE.pattern
+
+
+register_url_convertor("video_id", VideoId())
 
 
 def add(app: FastAPI, api: Api) -> None:
@@ -53,6 +64,12 @@ def add(app: FastAPI, api: Api) -> None:
     @app.get("/v1/videos/{video_id}", openapi_extra=DESCRIPTIONS)
     async def retrieve(request: Request, video_id: str) -> Response:
         return told(api.job(request, video_id))
+
+    async def poll(request: Request) -> Response:
+        return told(api.job(request, request.path_params["video_id"]))
+
+    # Before all other paths, and without FastAPI's look at parameters: what is asked most takes two thirds of the time.
+    app.router.routes.insert(0, Route("/v1/videos/{video_id:video_id}", poll, methods=["GET"]))
 
     @app.delete("/v1/videos/{video_id}", openapi_extra=DESCRIPTIONS)
     async def delete(
