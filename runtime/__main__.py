@@ -98,7 +98,7 @@ def parser() -> argparse.ArgumentParser:
     check.add_argument("--trust", type=Path, metavar="FILE", help="certificates (PEM) of whom you trust")
     check.add_argument("--json", action="store_true", help="print a JSON object")
 
-    learn = commands.add_parser("calibrate", parents=[shared], help="measure what --quality may skip of a model")
+    learn = commands.add_parser("calibrate", parents=[shared], help="measure what --quality may save of a model")
     learn.set_defaults(run=calibrate)
     learn.add_argument("--prompts", required=True, metavar="FILE", help="a prompt in each line; 20 to 30 are good")
     learn.add_argument("--size", type=parse_size, metavar="WIDTHxHEIGHT", help="pixels, such as 832x480")
@@ -106,6 +106,10 @@ def parser() -> argparse.ArgumentParser:
     learn.add_argument("--steps", type=int, metavar="N", help="denoising steps")
     learn.add_argument("--guidance", type=float, metavar="G", help="guidance scale; 1 is none")
     learn.add_argument("--negative", default="", metavar="TEXT", help="what the videos must not show")
+    learn.add_argument(
+        "--precision", choices=("auto", "full", "fp8"), default="auto",
+        help="fp8: also what layers in 8 bits cost, simulated where need be; auto: where they save time (default)",
+    )  # fmt: skip
     learn.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:N (default: auto)")
     learn.add_argument("--dtype", default="auto", help="auto, float32, bfloat16, float16 (default: auto)")
     learn.add_argument("--quiet", action="store_true", help="print nothing but errors and the result")
@@ -207,7 +211,8 @@ def calibrate(options: argparse.Namespace) -> None:
         num_frames=options.frames, steps=options.steps, guidance=options.guidance,
     )  # fmt: skip
     model = runtime.load(options.model, device=options.device, dtype=options.dtype)
-    found = rungs.calibrate(model, request, prompts, (lambda text: None) if options.quiet else print)
+    fp8 = {"auto": None, "full": False, "fp8": True}[options.precision]
+    found = rungs.calibrate(model, request, prompts, (lambda text: None) if options.quiet else print, fp8=fp8)
     print(rungs.table(found))
     print(f"kept in {budget.write(model, found)}")
 

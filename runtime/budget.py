@@ -1,4 +1,4 @@
-"""A quality -> which steps are skipped for it, by what was measured of the model; nothing is skipped on a guess.
+"""A quality -> what is given up for it, steps and bits, by what was measured of the model; nothing on a guess.
 
 `python -m runtime calibrate` (runtime/rungs.py) measures; this file reads what it wrote and chooses. The planner's
 calibration of the machine, runtime/calibration.py, is another thing: it measures seconds.
@@ -7,14 +7,15 @@ calibration of the machine, runtime/calibration.py, is another thing: it measure
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
-from runtime.caches import Line, Moments, Skips
+from runtime import precision
+from runtime.caches import EXACT, Line, Moments, Savings, Skips
 from runtime.engines.store import cache_root
 from runtime.model import Model
 from runtime.receipt import Receipt
@@ -66,7 +67,7 @@ class Setting:
 
 @dataclass(frozen=True)
 class Rung:
-    """One way to skip, and what it was measured to do on prompts and seeds of its own.
+    """One way to save, and what it was measured to do on prompts and seeds of its own.
 
     `floor` is what 95 % of videos keep, `psnr` and `ssim` are means; seconds are of a whole request, and those of the
     exact one stand beside them in the calibration.
@@ -79,6 +80,7 @@ class Rung:
     ssim: float
     seconds: float
     bound: float  # the guard's: times the expected error
+    fp8: int = 0  # so many layers are in 8 bits, the first ones of the calibration's ranking
 
     def estimate(self, ratio: float) -> float:
         """Return the PSNR in dB to expect where predictions were `ratio` times as wrong as expected."""
@@ -98,58 +100,84 @@ class Calibrated:
     prompts: int  # whose trajectories were seen
     held_out: int  # others, on which the rungs were measured
     created: str
+    ranking: tuple[tuple[str, float], ...] = ()  # (layer, dB that a step keeps with it alone in 8 bits), best first
+    fp8: tuple[Rung, ...] = ()  # what more and more of these layers cost with all steps computed
 
-    def skips(self, rung: Rung) -> Skips:
-        """Return a rung's way to skip."""
+    def savings(self, rung: Rung) -> Savings:
+        """Return a rung's way to save."""
+        layers = frozenset(name for name, _ in self.ranking[: rung.fp8])
+        if len(rung.computed) == self.setting.steps:
+            return Savings(None, layers)
         moments = Moments(np.array(self.moments), rung.order)
-        return Skips(frozenset(rung.computed), moments, rung.order, rung.bound)
+        return Savings(Skips(frozenset(rung.computed), moments, rung.order, rung.bound), layers)
+
+    def usable(self, model: Model) -> list[Rung]:
+        """Return the rungs that a loaded model can take, the fastest first: layers in 8 bits need a device that gains
+        by them, an engine that runs them, and weights that stay; weights in 8 bits alone need all of them so."""
+        if model.precision == "fp8":
+            return [rung for rung in (*self.rungs, *self.fp8) if rung.fp8 == len(self.ranking) > 0]
+        able = precision.gains(model.device) and model.engine in precision.ENGINES and model.offload.blocks is None
+        able = able and {name for name, _ in self.ranking} <= set(model.fp8_layers)
+        return [rung for rung in self.rungs if able or not rung.fp8]
 
 
 @dataclass(frozen=True)
 class Choice:
-    """What is done for a request's quality: `skips` is None where it is exact, `said` goes on the receipt."""
+    """What is done for a request's quality; `said` goes on the receipt."""
 
-    skips: Skips | None
+    savings: Savings
     said: dict[str, Any]
     notes: tuple[str, ...] = ()
     rung: Rung | None = None
 
 
-def choose(model: Model, request: Request, sigmas: torch.Tensor, *, plain: bool) -> Choice | None:
-    """Return what to skip of a schedule `sigmas` [steps + 1] of a resolved request; None where it asks for exact.
+def check(model: Model, request: Request) -> None:
+    """Raise ValueError for a request to be made exactly by a model whose weights are in 8 bits alone."""
+    if model.precision == "fp8" and request.quality == "exact":
+        raise ValueError(
+            "quality is 'exact', and the model was loaded with its weights in 8 bits, which is not exact; ask for "
+            "another: --quality high, fast or a floor in dB, or load it with --precision full"
+        )
 
-    `plain` tells that each step is taken once, from noise, with nothing turned; else nothing is skipped. A budget that
-    nothing is known to keep runs exact, and says so.
+
+def choose(model: Model, request: Request, sigmas: torch.Tensor, *, plain: bool) -> Choice | None:
+    """Return what to save on a schedule `sigmas` [steps + 1] of a resolved request; None where it asks for exact.
+
+    `plain` tells that each step is taken once, from noise, with nothing turned; else nothing is saved. A budget that
+    nothing is known to keep runs exact, and says so; weights that are in 8 bits alone compute every step then.
     """
     if request.quality == "exact":
         return None
-    said = {"asked": request.quality, "floor": request.floor, "basis": "exact", "steps": len(sigmas) - 1}
+    basis, made = "exact", "made exactly"
+    if model.precision == "fp8":
+        basis, made = model.precision, "made with all steps, its weights in 8 bits"
+    said = {"asked": request.quality, "floor": request.floor, "basis": basis, "steps": len(sigmas) - 1}
     if not plain:
-        return Choice(
-            None, said, (f"quality {request.quality}: this task is made exactly; steps are not skipped in it",)
-        )
+        return Choice(EXACT, said, (f"quality {request.quality}: this task is {made}; steps are not skipped in it",))
     known, notes = find(model, Setting.of(model, request))
     if known is not None and request.task == "text":
         said |= {"calibrated": known.created, "device": known.device, "dtype": known.dtype}
-        rung = next((rung for rung in known.rungs if rung.floor >= request.floor), None)
+        rungs = known.usable(model)
+        rung = next((rung for rung in rungs if rung.floor >= request.floor), None)
         if rung is None:
-            best = max((rung.floor for rung in known.rungs), default=0.0)
-            return Choice(None, said, (*notes, (
-                f"quality {request.quality}: no way to skip steps keeps {request.floor:g} dB (the best is calibrated "
-                f"to {best:.1f}); the video is exact"
+            best = f"the best is calibrated to {max(rung.floor for rung in rungs):.1f}" if rungs else "none is measured"
+            return Choice(EXACT, said, (*notes, (
+                f"quality {request.quality}: no way to save time keeps {request.floor:g} dB ({best}); the video is "
+                f"{made}"
             )))  # fmt: skip
-        return Choice(known.skips(rung), said | {"basis": "calibrated", "rung": measured(rung)}, notes, rung)
+        return Choice(known.savings(rung), said | {"basis": "calibrated", "rung": measured(rung)}, notes, rung)
     if request.floor > TABLE_FLOOR or len(sigmas) - 1 < TABLE_STEPS:
-        return Choice(None, said, (*notes, (
+        return Choice(EXACT, said, (*notes, (
             f"quality {request.quality}: the model was not calibrated for this request, and without that no more than "
-            f"{TABLE_FLOOR:g} dB and no fewer than {TABLE_STEPS} steps are dared; the video is exact. Calibrate it "
+            f"{TABLE_FLOOR:g} dB and no fewer than {TABLE_STEPS} steps are dared; the video is {made}. Calibrate it "
             "with: python -m runtime calibrate"
         )))  # fmt: skip
     note = (
         f"quality {request.quality}: the model was not calibrated for this request; a built-in table for any model "
         "skips few steps, and its floor was not measured here. Calibrate it with: python -m runtime calibrate"
     )
-    return Choice(table(sigmas.tolist(), model.spec.boundary), said | {"basis": "table"}, (*notes, note))
+    skips = table(sigmas.tolist(), model.spec.boundary)
+    return Choice(Savings(skips), said | {"basis": "table"}, (*notes, note))
 
 
 def account(receipt: Receipt, choice: Choice, past: Past | None) -> None:
@@ -158,13 +186,17 @@ def account(receipt: Receipt, choice: Choice, past: Past | None) -> None:
     said = receipt.quality = receipt.quality or choice.said | {"windows": []}
     steps = choice.said["steps"]
     window: dict[str, Any] = {"computed": steps}
-    if choice.skips is not None and past is not None:
+    right = f"calibrated to keep {choice.rung.floor:.1f} dB" if choice.rung else "by the table for any model"
+    lines = []
+    if choice.savings.skips is not None and past is not None:
         ratio = (past.ratios / past.checks) ** 0.5 if past.checks else 1.0
         window = {"computed": past.count, "forced": past.forced, "error_ratio": ratio}
-        if choice.rung is not None:
-            window["estimated_psnr"] = choice.rung.estimate(ratio)
-        right = f"calibrated to keep {choice.rung.floor:.1f} dB" if choice.rung else "by the table for any model"
-        receipt.approximations.append(f"{steps - past.count} of {steps} steps predicted, {right}")
+        lines.append(f"{steps - past.count} of {steps} steps predicted, {right}")
+    if choice.rung is not None:
+        window["estimated_psnr"] = choice.rung.estimate(window.get("error_ratio", 1.0))
+    if choice.savings.fp8:
+        lines.append(f"{len(choice.savings.fp8)} linear layers in fp8, {right}")
+    receipt.approximations += [line for line in lines if line not in receipt.approximations]
     said["windows"].append(window)
 
 
@@ -204,7 +236,8 @@ def files(model: Model) -> tuple[Path, Path]:
 
 
 def find(model: Model, setting: Setting) -> tuple[Calibrated | None, tuple[str, ...]]:
-    """Return the calibration of a setting, the newest where there are two, and warnings of files that are ignored."""
+    """Return the calibration of a setting, of this device and the newest where there are more, and warnings of files
+    that are ignored. One of another device tells the same of steps; its layers in 8 bits count where they gain time."""
     found: list[Calibrated] = []
     notes: list[str] = []
     for file in files(model):
@@ -212,7 +245,13 @@ def find(model: Model, setting: Setting) -> tuple[Calibrated | None, tuple[str, 
             found += [entry for entry in read(file) if entry.setting == setting]
         except Unusable as error:
             notes.append(str(error))
-    return max(found, key=lambda entry: entry.created, default=None), tuple(notes)
+    here = device_name(model.device)
+    return max(found, key=lambda entry: (entry.device == here, entry.created), default=None), tuple(notes)
+
+
+def device_name(device: torch.device) -> str:
+    """Return what a calibration calls a device: the GPU's name, or "cpu"."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
 
 
 def read(file: Path) -> list[Calibrated]:
@@ -235,26 +274,33 @@ def entry_of(given: dict[str, Any]) -> Calibrated:
     moments = np.array(given["moments"], dtype=float)
     if moments.shape != (setting.steps, setting.steps) or not np.isfinite(moments).all():
         raise ValueError(f"the moments of {setting.steps} steps have shape {list(moments.shape)} or are not finite")
-    rungs = tuple(Rung(**rung | {"computed": tuple(rung["computed"])}) for rung in given["rungs"])
-    for rung in rungs:
+    rungs, fp8 = (
+        tuple(Rung(**rung | {"computed": tuple(rung["computed"])}) for rung in found)
+        for found in (given["rungs"], given.get("fp8", ()))
+    )
+    ranking = tuple((str(name), float(decibel)) for name, decibel in given.get("ranking", ()))
+    for rung in (*rungs, *fp8):
         numbers = rung.floor, rung.psnr, rung.ssim, rung.seconds, rung.bound
         if not np.isfinite(np.array(numbers, dtype=float)).all() or rung.order not in (1, 2):
             raise ValueError(f"a rung has the numbers {numbers} and the order {rung.order}")
         if not all(isinstance(step, int) and 0 <= step < setting.steps for step in rung.computed) or not rung.computed:
             raise ValueError(f"a rung computes the steps {list(rung.computed)} of {setting.steps}")
-    rest = {f.name: given[f.name] for f in fields(Calibrated) if f.name not in ("setting", "moments", "rungs")}
-    return Calibrated(setting, tuple(map(tuple, moments.tolist())), rungs, **rest)
+        if not 0 <= rung.fp8 <= len(ranking):
+            raise ValueError(f"a rung has {rung.fp8} layers in 8 bits, and {len(ranking)} are ranked")
+    rest = {name: given[name] for name in ("exact_seconds", "device", "dtype", "prompts", "held_out", "created")}
+    return Calibrated(setting, tuple(map(tuple, moments.tolist())), rungs, **rest, ranking=ranking, fp8=fp8)
 
 
 def write(model: Model, entry: Calibrated) -> Path:
     """Keep a calibration beside the model, or in the store where that cannot be written; return the file.
 
-    An older one of the same setting is replaced.
+    An older one of the same setting and device is replaced.
     """
     beside, stored = files(model)
     for file in (beside, stored):
         try:
-            others = [old for old in read(file) if old.setting != entry.setting]
+            key = entry.setting, entry.device
+            others = [old for old in read(file) if (old.setting, old.device) != key]
         except Unusable:
             others = []
         rows = [json.dumps(asdict(each)) for each in (*others, entry)]
@@ -274,6 +320,6 @@ def write(model: Model, entry: Calibrated) -> Path:
 
 def spread(row: str) -> str:
     """Return a calibration's JSON with a line for each part, so that it can be read."""
-    for mark in ('"setting"', '"moments"', '"rungs"', '"exact_seconds"'):
+    for mark in ('"setting"', '"moments"', '"rungs"', '"exact_seconds"', '"ranking"', '"fp8": ['):
         row = row.replace(mark, f"\n {mark}")
     return row.replace('{"computed"', '\n  {"computed"').replace("], [", "],\n  [")

@@ -79,6 +79,17 @@ class Skips:
     bound: float  # times the expected error beyond which the steps that follow are computed
 
 
+@dataclass(frozen=True)
+class Savings:
+    """What is given up for speed: steps that are predicted (None: none), layers in 8 bits beside those loaded so."""
+
+    skips: Skips | None = None
+    fp8: frozenset[str] = frozenset()
+
+
+EXACT = Savings()
+
+
 class Cached:
     """A Denoiser that asks the network at the computed steps alone; all it remembers is `past`, which may be saved."""
 

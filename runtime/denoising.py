@@ -12,7 +12,7 @@ from itertools import count
 
 import torch
 
-from runtime.caches import Skips, cached
+from runtime.caches import EXACT, Savings, cached
 from runtime.engines import engine
 from runtime.engines.cuda_graph import captured
 from runtime.guidance import guided
@@ -131,13 +131,16 @@ def rolled(denoiser: Denoiser, called: int = 0) -> Denoiser:
     return denoise
 
 
-def compose(model: Model, request: Request, tokens: int) -> Denoiser:
-    """Return the Denoiser of a resolved request: the engine's, guided per expert, switched between experts."""
+def compose(model: Model, request: Request, tokens: int, fp8: frozenset[str] = frozenset()) -> Denoiser:
+    """Return the Denoiser of a resolved request: the engine's, guided per expert, switched between experts.
+
+    `fp8` are layers of `model.fp8_layers` that are in 8 bits.
+    """
     build = engine(model.engine).build
     scales = (request.guidance, request.guidance_2)
     experts = [
         guided(build(network, i, model.fingerprint), float(scale or 0.0), batched=tokens <= BATCHED_TOKENS)
-        for i, (network, scale) in enumerate(zip(model.transformers, scales, strict=False))
+        for i, (network, scale) in enumerate(zip(model.in_fp8(fp8), scales, strict=False))
     ]
     if model.engine == "cuda_graph":
         experts = [captured(expert) for expert in experts]
@@ -158,14 +161,14 @@ def denoise(
     known: Known | None = None,
     channels: torch.Tensor | None = None,
     periodic: bool = False,
-    skips: Skips | None = None,
+    savings: Savings = EXACT,
 ) -> torch.Tensor:
     """Return the denoised latents [1, C, T, H, W] float32 of `noise`, same shape, over `sigmas` [steps + 1].
 
     `known` frames are held, and where `sigmas` begin below 1 also what sampling starts from; `channels` are seen behind
     those of x; with `periodic` the last frame is followed by the first. `on_state(state, estimate)` is called after
     each step, with what the step took for the clean latents, and may raise Cancelled. A state in the place of `noise`
-    goes on from there, to the same numbers. `skips` says which steps are predicted, none where None.
+    goes on from there, to the same numbers. `savings` says what is given up for speed.
     Raises FloatingPointError where the latents stop being finite.
     """
     resumed = noise.to(model.device) if isinstance(noise, SamplerState) else None
@@ -173,10 +176,10 @@ def denoise(
     patch = model.spec.patch
     tokens = noise[0, 0].numel() // (patch[0] * patch[1] * patch[2])
     levels = sigmas.tolist()
-    denoiser = compose(model, request, tokens)
+    denoiser = compose(model, request, tokens, savings.fp8)
     cache = None
-    if skips is not None:
-        denoiser = cache = cached(denoiser, skips, levels, resumed.past if resumed is not None else None)
+    if savings.skips is not None:
+        denoiser = cache = cached(denoiser, savings.skips, levels, resumed.past if resumed is not None else None)
     if channels is not None and model.spec.conditioning == "channels":
         denoiser = widened(denoiser, channels.to(model.device))
     state = start(noise.to(model.device))

@@ -68,7 +68,9 @@ def open_model(options: Options, request: Request) -> Model:
     from runtime.offload import Offload
     from runtime.planner import load_within
 
-    how = {"device": options.device, "dtype": options.dtype, "engine": options.engine}
+    how = {
+        "device": options.device, "dtype": options.dtype, "engine": options.engine, "precision": options.precision,
+    }  # fmt: skip
     if options.blocks is not None or options.text_encoder is not None:
         if options.blocks is not None and options.blocks < 0:
             raise ValueError(f"--blocks is {options.blocks}; legal: 0 or more blocks that stay on the device")

@@ -11,11 +11,13 @@ from typing import Any, cast
 
 import torch
 
+from runtime import precision as eight_bits
 from runtime import weights
 from runtime.engines import engine as find_engine
 from runtime.lora import Fits, Lora, fit, merge
 from runtime.models import open_checkpoint, repository
 from runtime.models.costs import Costs
+from runtime.models.layers import LinearFp8
 from runtime.models.spec import Autoencoder, Checkpoint, ModelSpec, Transformer
 from runtime.offload import Offload, Shelf, give_back_memory, load_streamed
 from runtime.trace import Stages, recording, span
@@ -39,8 +41,11 @@ class Model:
     memory: int | None = None  # bytes that may be used; None: what the device has
     loras: tuple[Lora, ...] = ()  # merged into the transformers
     merged: tuple[frozenset[str], ...] = ()  # the parameters of each transformer that they changed
+    precision: str = "full"  # "fp8": the weights of all layers that may be are there in 8 bits alone
     tile: tuple[int, int] | None = None  # (height, width) in pixels decoded at once; None: the whole frame
     _other_vae: tuple[torch.device, torch.dtype, Autoencoder] | None = field(default=None, repr=False)
+    _fp8: tuple[dict[str, LinearFp8], ...] = field(default=(), repr=False)  # per expert, the layers quantised so far
+    _narrowed: dict[frozenset[str], tuple[Transformer, ...]] = field(default_factory=dict, repr=False)
 
     @property
     def spec(self) -> ModelSpec:
@@ -51,6 +56,31 @@ class Model:
     def costs(self) -> Costs:
         """The formulas of what its networks compute and hold."""
         return self.checkpoint.costs()
+
+    @cached_property
+    def fp8_layers(self) -> tuple[str, ...]:
+        """The layers that may be in 8 bits, by expert and name: "transformer.blocks.0.ffn_in"."""
+        parts = zip(self.checkpoint.transformers, self.transformers, strict=True)
+        return tuple(f"{part.name}.{name}" for part, network in parts for name in eight_bits.candidates(network))
+
+    def in_fp8(self, layers: frozenset[str]) -> tuple[Transformer, ...]:
+        """Return the experts with some of `fp8_layers` in 8 bits, quantised at first use and kept beside the others."""
+        if not layers:
+            return self.transformers
+        if layers not in self._narrowed:
+            self._fp8 = self._fp8 or tuple({} for _ in self.transformers)
+            found = []
+            for part, network, made in zip(self.checkpoint.transformers, self.transformers, self._fp8, strict=True):
+                prefix = f"{part.name}."
+                names = sorted(name.removeprefix(prefix) for name in layers if name.startswith(prefix))
+                found.append(eight_bits.to_fp8(network, names, made))
+            self._narrowed[layers] = tuple(found)
+        return self._narrowed[layers]
+
+    def forget_fp8(self) -> None:
+        """Let go of what `in_fp8` quantised, because the weights are others now."""
+        self._fp8 = ()
+        self._narrowed.clear()
 
     def autoencoder(self, device: torch.device, dtype: torch.dtype) -> Autoencoder:
         """Return the autoencoder on a device in a dtype; beside the loaded one, the last other copy is kept."""
@@ -181,11 +211,13 @@ def load(
     engine: str = "eager",
     offload: Offload | None = None,
     loras: Sequence[Lora] = (),
+    precision: str = "full",
 ) -> Model:
     """Load a model: "demo", a folder in a published layout, or a repository id in the local Hugging Face cache.
 
     `dtype` is the transformer's and the text encoder's; the VAE computes in float32, as published. `offload` says which
-    weights stay on the device (None: all). `loras` are merged into the transformers, in turn. Raises ValueError or
+    weights stay on the device (None: all). `loras` are merged into the transformers, in turn. `precision` "fp8" keeps
+    the large layers of the blocks in 8 bits alone: half the memory, and no exact videos. Raises ValueError or
     FileNotFoundError with what is wrong and what to do.
     """
     place = choose_device(device)
@@ -196,6 +228,7 @@ def load(
             f"engine is {engine!r} and {offload.blocks} transformer blocks are to stay on the device; blocks that come "
             "and go are run by the engine 'eager': take it, or keep all blocks"
         )
+    check_precision(precision, engine, offload)
     checkpoint = open_checkpoint(locate(name_or_path))
     if checkpoint.missing:
         more = f" and {len(checkpoint.missing) - 5} more" if len(checkpoint.missing) > 5 else ""
@@ -204,19 +237,48 @@ def load(
         )
     stages: Stages = {}
     with recording(stages), span("load", memory=True):
-        transformers = tuple(load_transformers(checkpoint, place, kind, offload or Offload()))
+        # In 8 bits a GPU need not have room for the full weights: they wait in the host's memory.
+        first = place if precision == "full" else torch.device("cpu")
+        transformers = tuple(load_transformers(checkpoint, first, kind, offload or Offload()))
         vae = cast(Autoencoder, weights.load(checkpoint.vae, place, torch.float32))
         model = Model(checkpoint, transformers, vae, place, kind, engine, stages, offload or Offload())
         change_loras(model, loras)
+        if precision == "fp8":
+            for network in transformers:
+                eight_bits.narrow(network, place)
+            model.precision = precision
     return model
 
 
+def check_precision(precision: str, engine: str, offload: Offload | None) -> None:
+    """Raise ValueError for a precision that is not known, or that an engine or blocks that come and go cannot have."""
+    if precision not in eight_bits.PRECISIONS:
+        raise ValueError(f"precision is {precision!r}; legal: {', '.join(eight_bits.PRECISIONS)}")
+    if precision == "full":
+        return
+    if engine not in eight_bits.ENGINES:
+        raise ValueError(
+            f"precision is {precision!r} and engine {engine!r}; layers in 8 bits are run by the engines "
+            f"{', '.join(eight_bits.ENGINES)}: take one of them, or --precision full"
+        )
+    if offload is not None and offload.blocks is not None:
+        raise ValueError(
+            f"precision is {precision!r}, and {offload.blocks} transformer blocks are to stay on the device; blocks "
+            "that come and go are read as they were published: keep all blocks, or take --precision full"
+        )
+
+
 def fit_loras(model: Model, loras: Sequence[Lora]) -> list[list[Fits]]:
-    """Return where LoRAs change each transformer; ValueError where one does not fit, or blocks come and go."""
+    """Return where LoRAs change each transformer; ValueError where one does not fit, or the weights cannot change."""
     if loras and model.offload.blocks is not None:
         raise ValueError(
             f"{len(loras)} LoRAs are given, and {model.offload.blocks} transformer blocks are to stay on the device; "
             "blocks that come and go are read from the published files: keep all blocks, or leave the LoRAs out"
+        )
+    if model.precision == "fp8":
+        raise ValueError(
+            "other LoRAs are asked for, and the weights are in 8 bits already; LoRAs are merged before that: load the "
+            "model with them, or with --precision full"
         )
     experts = len(model.transformers)
     parts = zip(model.checkpoint.transformers, model.transformers, strict=True)
@@ -243,6 +305,7 @@ def change_loras(model: Model, loras: Sequence[Lora]) -> None:
         merged.append(frozenset().union(*names))
     model.loras, model.merged = tuple(loras), tuple(merged)
     model.__dict__.pop("fingerprint", None)
+    model.forget_fp8()
 
 
 def load_transformers(

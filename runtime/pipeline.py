@@ -11,7 +11,8 @@ from itertools import islice
 import numpy as np
 import torch
 
-from runtime.budget import Choice, account, choose
+from runtime.budget import Choice, account, check, choose
+from runtime.caches import EXACT
 from runtime.canvas import framed
 from runtime.checkpoints import Checkpoints
 from runtime.clips import Clip, conformed, part_of
@@ -55,6 +56,7 @@ def generate(
     there, to the same frames. Raises ValueError for what cannot be made.
     """
     request = request.resolved(model.spec)
+    check(model, request)
     assert request.width and request.height and request.fps
     footage = [conformed(clip, request.width, request.height, request.fps, request.fit) for clip in request.clips]
     plan = plan_task(request, model.spec, [clip.num_frames for clip in footage])
@@ -177,7 +179,7 @@ def sample(job: Job, index: int, given: Mapping[int, np.ndarray], noise: torch.T
             latents = denoise(
                 model, kept or noise, context, sigmas, request, job.told(index, total, choice),
                 known=told.known, channels=told.channels, periodic=window.periodic,
-                skips=None if choice is None else choice.skips,
+                savings=EXACT if choice is None else choice.savings,
             )  # fmt: skip
     return latents[:, :, extra:].clone().cpu()
 
@@ -316,9 +318,12 @@ def before_first(job: Job) -> list[np.ndarray]:
 def start_receipt(model: Model, request: Request) -> Receipt:
     """Return the receipt of a resolved request, its stages still to come but for the loading."""
     assert request.seed is not None and request.height and request.width
+    approximations = [] if request.positions is None else [f"positions spread by {request.positions}"]
+    if model.precision == "fp8":
+        approximations.append(f"{len(model.fp8_layers)} linear layers in fp8, as the model was loaded")
     return Receipt(
         request=request.record(),
-        approximations=[] if request.positions is None else [f"positions spread by {request.positions}"],
+        approximations=approximations,
         canvas=model.spec.canvas(request.height, request.width)[::-1],
         seed=request.seed,
         model=model.spec.name,

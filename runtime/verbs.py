@@ -207,6 +207,10 @@ def add_output(parser: Parser, output: str) -> None:
     parser.add_argument("-o", "--output", default=output, metavar="PATH", help=".mp4 .webm .gif .png or a folder")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:N (default: auto)")
     parser.add_argument("--dtype", default="auto", help="auto, float32, bfloat16, float16 (default: auto)")
+    parser.add_argument(
+        "--precision", default="full",
+        help="full (default), or fp8: the large layers' weights in 8 bits, half the memory; not exact",
+    )  # fmt: skip
     parser.add_argument("--engine", default="eager", help="eager (default), cuda_graph, inductor, tensorrt")
     parser.add_argument(
         "--memory", metavar="SIZE", help="bytes that may be used, such as 12GiB; the planner keeps to it"

@@ -185,7 +185,7 @@ def test_a_calibration_is_kept_found_and_kept_to(
 def test_nothing_calibrated_keeps_it(model: runtime.Model, measured: budget.Calibrated, files: Any) -> None:
     budget.write(model, measured)
     video = runtime.generate(model, runtime.Request(**SMALL, quality=95))
-    assert any("keeps 95 dB" in note and "is exact" in note for note in video.receipt.notes)
+    assert any("keeps 95 dB" in note and "is made exactly" in note for note in video.receipt.notes)
     assert np.array_equal(video.frames, runtime.generate(model, runtime.Request(**SMALL)).frames)
 
 

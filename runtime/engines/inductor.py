@@ -21,6 +21,7 @@ from torch.func import functional_call
 from runtime.engines.export import MOST_KEYS, MOST_TOKENS
 from runtime.engines.store import Damaged, Key, Store, architecture, code_hash
 from runtime.kernels.backend import forced
+from runtime.models.layers import LinearFp8
 from runtime.models.spec import Context, Denoiser, Transformer
 from runtime.trace import note, span
 
@@ -53,10 +54,10 @@ class Compiled:
 
     def run(self, block: nn.Module, *arguments: torch.Tensor | None) -> torch.Tensor:
         """Call a block by its kind's compiled code."""
-        sizes = pattern(block, arguments)
-        if (call := self.kinds.get(sizes)) is None:
+        sizes, narrow = pattern(block, arguments), narrow_layers(block)
+        if (call := self.kinds.get((sizes, narrow))) is None:
             with span("denoise/compile"):
-                call = self.kinds[sizes] = self.load(block, arguments, sizes)
+                call = self.kinds[sizes, narrow] = self.load(block, arguments, sizes)
         return call(list(block.parameters()), *arguments)
 
     def load(self, block: nn.Module, arguments: tuple, sizes: tuple[str, ...]) -> Callable[..., torch.Tensor]:
@@ -71,6 +72,8 @@ class Compiled:
             "gpu": architecture(device),
             "libraries": f"torch {torch.__version__}",
         }
+        if narrow := narrow_layers(block):
+            parts["fp8"] = ", ".join(narrow)
         try:
             return Store().fetch(
                 Key("inductor", parts), lambda folder: package(block, arguments, folder / PACKAGE), load_package
@@ -79,6 +82,11 @@ class Compiled:
             note(f"no compiled package could be made ({error}); each block is compiled in this process instead")
             compiled = torch.compile(functional(block), dynamic=True)
             return lambda parameters, *given: compiled(parameters, *given)
+
+
+def narrow_layers(block: nn.Module) -> tuple[str, ...]:
+    """Return the names of a block's layers in 8 bits: with others so it is another kind."""
+    return tuple(name for name, module in block.named_modules() if isinstance(module, LinearFp8))
 
 
 class CannotPackage(Exception):

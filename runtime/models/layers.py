@@ -7,8 +7,38 @@ from collections.abc import Sequence
 from functools import lru_cache
 
 import torch
+import torch.nn.functional as F
+from torch import nn
 
+from runtime.kernels import gate_residual, linear_fp8, mlp, quantise_rows
 from runtime.models.spec import Stretch
+
+
+class LinearFp8(nn.Module):
+    """A linear layer in 8-bit floating point: its weights scaled per output channel, x per token as it comes."""
+
+    def __init__(self, linear: nn.Linear) -> None:
+        super().__init__()
+        weight, scale = quantise_rows(linear.weight)
+        self.weight = nn.Parameter(weight, requires_grad=False)  # [E, D] e4m3
+        self.scale = nn.Parameter(scale, requires_grad=False)  # [E] float32
+        self.bias = linear.bias
+
+    def forward(self, x: torch.Tensor, *, gelu: bool = False) -> torch.Tensor:
+        """x, or GELU_tanh(x), [..., D] -> [..., E] in x's dtype."""
+        return linear_fp8(x, self.weight, self.scale, self.bias, gelu=gelu)
+
+
+def feed_forward(
+    x: torch.Tensor, first: nn.Module, second: nn.Module, residual: torch.Tensor, gate: torch.Tensor
+) -> torch.Tensor:
+    """Return residual + gate * second(GELU_tanh(first(x))), [B, L, D]; each layer may be in 8 bits."""
+    if isinstance(first, nn.Linear) and isinstance(second, nn.Linear):
+        return mlp(x, first.weight, first.bias, second.weight, second.bias, residual=residual, gate=gate)
+    inner = first(x)
+    if isinstance(second, LinearFp8):
+        return gate_residual(residual, second(inner, gelu=True), gate)
+    return gate_residual(residual, second(F.gelu(inner, approximate="tanh")), gate)
 
 
 def timestep_embedding(time: torch.Tensor, width: int) -> torch.Tensor:

@@ -209,10 +209,12 @@ def run_block(block: nn.Module, *arguments: Any) -> torch.Tensor:
 class Transformer(Protocol):
     """What the stations ask of a family's transformer.
 
-    The class of its blocks declares `shapes`, one per argument that there may be: "B L D" by the dimension key.
+    The class of its blocks declares `shapes`, one per argument that there may be: "B L D" by the dimension key; and
+    `may_be_fp8`, the names in it of the linear layers that may be in 8 bits.
     """
 
     config: Any  # a frozen dataclass
+    blocks: Sequence[nn.Module]
 
     @property
     def text_dim(self) -> int:

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from runtime import kernels
-from runtime.models.layers import rotary_table, timestep_embedding
+from runtime.models.layers import feed_forward, rotary_table, timestep_embedding
 from runtime.models.spec import Projected, RunBlock, Stretch, config_from, run_block
 from runtime.trace import mark
 
@@ -218,6 +218,10 @@ class Block(nn.Module):
 
     # Of forward's arguments; P are tokens of pictures.
     shapes = ("B L D", "B M 6 D", "R S N K", "R S N K", "R 1 1 S", "L K/2 2", "1 P N K", "1 P N K")
+    # The layers that every video token passes in every step; the text's are passed once per request.
+    may_be_fp8 = (
+        "self_attention.qkv", "self_attention.out", "cross_attention.q", "cross_attention.out", "ffn_in", "ffn_out",
+    )  # fmt: skip
 
     def __init__(self, config: TransformerConfig, attention: Attention) -> None:
         super().__init__()
@@ -253,8 +257,7 @@ class Block(nn.Module):
             y = self.cross_attention(cross, keys, values, bias, *images)
             h, x = kernels.gate_residual_modulate(h.expand_as(y), y, None, scale2, shift2, eps=self.eps)
         with mark("denoise/mlp"):
-            weights = self.ffn_in.weight, self.ffn_in.bias, self.ffn_out.weight, self.ffn_out.bias
-            return kernels.mlp(x, *weights, residual=h, gate=gate2)
+            return feed_forward(x, self.ffn_in, self.ffn_out, h, gate2)
 
 
 class SelfAttention(nn.Module):
