@@ -21,6 +21,7 @@ from runtime.model import Model
 from runtime.receipt import Receipt
 from runtime.request import Request
 from runtime.samplers import Past
+from runtime.schedules import make_schedule
 
 FILE = "quality.json"
 FORMAT = 1
@@ -112,12 +113,13 @@ class Calibrated:
         return Savings(Skips(frozenset(rung.computed), moments, rung.order, rung.bound), layers)
 
     def usable(self, model: Model) -> list[Rung]:
-        """Return the rungs that a loaded model can take, the fastest first: layers in 8 bits need a device that gains
-        by them, an engine that runs them, and weights that stay; weights in 8 bits alone need all of them so."""
+        """Return the rungs that a loaded model can take, the fastest first: layers in 8 bits, which are held beside the
+        full ones, need a device that gains by them, an engine that runs them, weights that stay, and no budget of
+        memory; weights in 8 bits alone need all of them so."""
         if model.precision == "fp8":
             return [rung for rung in (*self.rungs, *self.fp8) if rung.fp8 == len(self.ranking) > 0]
         able = precision.gains(model.device) and model.engine in precision.ENGINES and model.offload.blocks is None
-        able = able and {name for name, _ in self.ranking} <= set(model.fp8_layers)
+        able = able and model.memory is None and {name for name, _ in self.ranking} <= set(model.fp8_layers)
         return [rung for rung in self.rungs if able or not rung.fp8]
 
 
@@ -178,6 +180,15 @@ def choose(model: Model, request: Request, sigmas: torch.Tensor, *, plain: bool)
     )
     skips = table(sigmas.tolist(), model.spec.boundary)
     return Choice(Savings(skips), said | {"basis": "table"}, (*notes, note))
+
+
+def computed_steps(model: Model, request: Request) -> int | None:
+    """Return how many steps of a resolved request are computed where each is taken once, from noise; None: all."""
+    if request.quality == "exact":
+        return None
+    assert request.steps and request.shift is not None
+    choice = choose(model, request, make_schedule(model.spec.schedule, request.steps, request.shift), plain=True)
+    return None if choice is None or choice.savings.skips is None else len(choice.savings.skips.computed)
 
 
 def account(receipt: Receipt, choice: Choice, past: Past | None) -> None:

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 
+from runtime.budget import computed_steps
 from runtime.calibration import local
 from runtime.kernels.attention import Call, choose
 from runtime.kernels.tuning import slug
@@ -42,6 +43,7 @@ def plan_request(
     memory: str | None = None,
     dtype: str = "auto",
     tile: Tile = None,
+    precision: str = "full",
     **asked: Any,
 ) -> Prediction:
     """Predict a request, `asked` as in Request, for a model by name or folder, on a GPU by name or on this machine.
@@ -66,6 +68,7 @@ def plan_request(
         memory=machine.memory if memory is None else parse_bytes(memory),
         attention=attention_core(machine, spec, costs, request, kind),
         tile=tile,
+        fp8=precision == "fp8",
     )
     return predict(spec, costs, request, machine, setting)
 
@@ -81,7 +84,8 @@ def foresee(model: Model, request: Request, *, measure: bool = False) -> Predict
     setting = setting_of(model.spec, model.costs, request, machine, model.dtype, model.engine)
     setting = replace(
         setting, memory=model.memory or UNLIMITED, offload=model.offload, tile=model.tile,
-        text_known=embeddings_known(model, request),
+        text_known=embeddings_known(model, request), computed=computed_steps(model, request),
+        fp8=model.precision == "fp8",
     )  # fmt: skip
     found = predict(model.spec, model.costs, request, machine, setting)
     return found if model.memory else replace(found, memory=machine.memory)
@@ -98,11 +102,14 @@ def foresee_plan(model: Model, request: Request, plan: Plan) -> Prediction | Non
     for window in plan.windows:
         frames = 1 + (window.shape[1] - 1) * model.spec.stride[0]
         prompt = window.prompt or request.prompt
-        once = foresee(model, replace(request, storyboard=(), prompt=prompt, num_frames=frames, window=frames))
+        known = sum(given.count for given in window.given) + window.tail
+        blended = known > 0 and model.spec.conditioning == "blend"
+        plain = window.start == 1 and not window.periodic and not blended
+        alone = replace(request, storyboard=(), prompt=prompt, num_frames=frames, window=frames)
+        once = foresee(model, alone if plain else replace(alone, quality="exact"))
         if once is None:
             return None
         steps = len(make_schedule(model.spec.schedule, request.steps, request.shift, window.start)) - 1
-        known = sum(given.count for given in window.given) + window.tail
         encoded = 1.0 if model.checkpoint.channels is not None else min(known / frames, 1.0)
         seconds = {
             "text": 0.0 if prompt in texts else once.seconds["text"],
@@ -126,6 +133,7 @@ def load_within(
     engine: str = "eager",
     offload: Offload | None = None,
     loras: Sequence[Lora] = (),
+    precision: str = "full",
 ) -> Model:
     """Load a model so that a request, and all smaller ones, keep a budget of memory such as "12GiB".
 
@@ -140,10 +148,10 @@ def load_within(
     assert machine is not None  # it is measured where it was not
     resolved = request.resolved(spec)
     setting = setting_of(spec, costs, resolved, machine, kind, engine)
-    setting = replace(setting, memory=parse_bytes(memory), offload=offload)
+    setting = replace(setting, memory=parse_bytes(memory), offload=offload, fp8=precision == "fp8")
     found = predict(spec, costs, resolved, machine, setting).choices
     chosen = Offload(found["offload"]["text_encoder"], found["offload"]["blocks"])
-    model = load(name, device=place, dtype=kind, engine=engine, offload=chosen, loras=loras)
+    model = load(name, device=place, dtype=kind, engine=engine, offload=chosen, loras=loras, precision=precision)
     return replace(model, memory=setting.memory, tile=found["tiles"])
 
 

@@ -34,6 +34,8 @@ class Setting:
     tile: Tile = None  # None: the planner chooses
     text_tokens: tuple[int, ...] | None = None  # of each prompt; None: as many as the model takes
     text_known: bool = False  # the prompts' embeddings are in the cache, so that no encoder is loaded
+    computed: int | None = None  # steps that the network is asked at; None: all
+    fp8: bool = False  # the transformer's large layers are in 8 bits; their seconds are not foreseen, their bytes are
 
 
 class Job:
@@ -44,6 +46,8 @@ class Job:
         self.spec, self.costs, self.machine, self.setting = spec, costs, machine, setting
         self.width, self.height, self.steps = request.width, request.height, request.steps
         self.canvas = spec.canvas(self.height, self.width)
+        self.computed = setting.computed or request.steps
+        self.weights = costs.transformer.in_fp8() if setting.fp8 else costs.transformer
         self.frames = min(request.num_frames, request.window or request.num_frames)  # made at once
         self.latents = spec.latent_shape(self.frames, self.height, self.width)[1:]
         self.tokens = math.prod(n // p for n, p in zip(self.latents, spec.patch, strict=True))
@@ -75,8 +79,8 @@ class Job:
         return _repeated(self.costs.forward(self.shape(self.batched)), self.rows // self.batched)
 
     def denoise(self) -> Work:
-        """All steps, and what is projected before them."""
-        steps = _repeated(self.step(), self.steps)
+        """All steps that are computed, and what is projected before them."""
+        steps = _repeated(self.step(), self.computed)
         if self.published:
             return steps
         projected = self.costs.project(self.shape(self.rows))
@@ -102,14 +106,14 @@ class Job:
 
     def seconds(self, offload: Offload, tile: Tile) -> dict[str, float]:
         """Seconds of each stage and of the request; weights come while others compute, and cost what is not hidden."""
-        size, weights = self.setting.itemsize, self.costs.transformer
+        size, weights = self.setting.itemsize, self.weights
         found = dict(self._plain_seconds(tile))
         if offload.text != "resident" and not self.setting.text_known:
             found["text"] += self.machine.transfer(self.costs.text_encoder.bytes(size))
-        rest = found["denoise"] - self.steps * found["step"]
+        rest = found["denoise"] - self.computed * found["step"]
         coming = self.machine.transfer(offload.coming_bytes(weights, size)) * (self.rows // self.batched)
         found["step"] = max(found["step"], coming)
-        found["denoise"] = rest + self.steps * found["step"]
+        found["denoise"] = rest + self.computed * found["step"]
         if offload.blocks is not None and self.experts > 1:  # each expert's blocks that stay come once
             staying = self.machine.transfer(min(offload.blocks, weights.blocks) * weights.block_bytes(size))
             found["denoise"] += self.experts * max(staying + coming - found["step"], 0.0)
@@ -126,7 +130,7 @@ class Job:
     def peaks(self, offload: Offload, tile: Tile) -> dict[str, int]:
         """Peak memory of each stage in bytes."""
         size = self.setting.itemsize
-        transformer = offload.transformer_bytes(self.costs.transformer, self.experts, size)
+        transformer = offload.transformer_bytes(self.weights, self.experts, size)
         always = transformer + self.costs.vae.bytes(VAE_ITEMSIZE)
         text = 0 if self.setting.text_known else offload.text_bytes(self.costs.text_encoder, size)
         known = "known " if self.setting.text_known else ""
@@ -193,7 +197,7 @@ def predict(spec: ModelSpec, costs: Costs, request: Request, machine: Machine, s
         bound={stage: machine.bound(work, stage) for stage, work in works.items()},
         weights_bytes={
             "text_encoder": costs.text_encoder.bytes(setting.itemsize),
-            "transformer": job.experts * costs.transformer.bytes(setting.itemsize),
+            "transformer": job.experts * job.weights.bytes(setting.itemsize),
             "vae": costs.vae.bytes(VAE_ITEMSIZE),
         },
         memory=setting.memory,
@@ -206,14 +210,20 @@ def fit(job: Job) -> tuple[Offload, Tile] | None:
 
     Of equally fast ones, the first: what stays on the device, and whole frames.
     """
-    ways = choices(job.costs.transformer, job.experts) if job.setting.offload is None else [job.setting.offload]
     fitting = [
         (offload, tile)
         for tile in tile_choices(job)
-        for offload in ways
+        for offload in ways(job)
         if job.most(offload, tile) <= job.setting.memory
     ]
     return min(fitting, key=lambda way: job.seconds(*way)["total"], default=None)
+
+
+def ways(job: Job) -> list[Offload]:
+    """Return the ways to hold the weights: the user's alone, or all; in 8 bits no block comes and goes."""
+    if job.setting.offload is not None:
+        return [job.setting.offload]
+    return [way for way in choices(job.weights, job.experts) if way.blocks is None or not job.setting.fp8]
 
 
 def tile_choices(job: Job) -> list[Tile]:
@@ -237,7 +247,7 @@ def count_flops(job: Job, *, published: bool) -> dict[str, float]:
     else:
         passes = costs.forward(job.shape(job.batched)).flops * (job.rows // job.batched)
         projected = costs.project(job.shape(job.rows)).flops * job.experts
-        found["total"] = job.text().flops + projected + job.steps * passes + found["decode"]
+        found["total"] = job.text().flops + projected + job.computed * passes + found["decode"]
     return found
 
 
@@ -263,18 +273,14 @@ def describe(job: Job, offload: Offload, tile: Tile) -> dict[str, Any]:
 
 def refusal(job: Job, request: Request) -> str:
     """Say what does not fit, and the nearest that does."""
-    least = min(
-        job.most(offload, tile)
-        for offload in choices(job.costs.transformer, job.experts)[-1:]
-        for tile in tile_choices(job)
-    )
+    least = min(job.most(offload, tile) for offload in ways(job)[-1:] for tile in tile_choices(job))
     given = f"{job.width}x{job.height} with {job.frames} frames of {job.spec.name}"
     has = f"{job.setting.memory / GIB:.2f} GiB"
-    ways = [f"--{name} {text}" for name, text in nearest(job, request).items()]
-    ways.append(f"--memory {math.ceil(least / GIB * 100) / 100:.2f}GiB or more on a device that has it")
+    remedies = [f"--{name} {text}" for name, text in nearest(job, request).items()]
+    remedies.append(f"--memory {math.ceil(least / GIB * 100) / 100:.2f}GiB or more on a device that has it")
     return (
         f"{given} take at least {least / GIB:.2f} GiB on {job.machine.name}, and {has} may be used; "
-        f"legal is what fits: take {', or '.join(ways)}"
+        f"legal is what fits: take {', or '.join(remedies)}"
     )
 
 

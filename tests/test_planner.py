@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -191,6 +192,26 @@ def predict_with(name: str, offload: Offload, **asked: Any) -> Any:
     request = Request(prompt="x", seed=0, **asked).resolved(spec)
     setting = Setting(dtype="bfloat16", itemsize=2, memory=64 * GIB, offload=offload)
     return predict(spec, costs, request, GPUS["4090"], setting)
+
+
+def test_predicted_steps_and_weights_in_8_bits_count_less() -> None:
+    spec, costs = find_model("wan2.1-t2v-14b")
+    asked = Request(prompt="a", width=832, height=480, num_frames=81, steps=50, seed=0).resolved(spec)
+    setting = Setting(dtype="bfloat16", itemsize=2, memory=GPUS["h200"].memory)
+    full, fewer, narrow = (
+        predict(spec, costs, asked, GPUS["h200"], replace(setting, **more))
+        for more in ({}, {"computed": 20}, {"fp8": True})
+    )
+    assert fewer.seconds["denoise"] == pytest.approx(0.4 * full.seconds["denoise"])
+    assert fewer.seconds["decode"] == full.seconds["decode"]
+    layers = 40 * (6 * 5120**2 + 2 * 5120 * 13824)
+    rows = 40 * (7 * 5120 + 13824)
+    assert full.weights_bytes["transformer"] - narrow.weights_bytes["transformer"] == layers - 4 * rows
+    assert full.peak_bytes["denoise"] - narrow.peak_bytes["denoise"] == layers - 4 * rows
+    small = replace(setting, memory=24 * GIB)
+    assert predict(spec, costs, asked, GPUS["4090"], small).choices["offload"]["transformer"] == "streamed"
+    found = predict(spec, costs, asked, GPUS["4090"], replace(small, fp8=True))
+    assert found.choices["offload"]["transformer"] == "resident"
 
 
 def test_a_measured_machine_adds_up_what_is_executed() -> None:

@@ -21,6 +21,7 @@ from runtime.caches import Savings
 from runtime.checkpoints import Checkpoints
 from runtime.denoising import Cancelled
 from runtime.lora import Lora
+from runtime.models.costs import Weights
 from runtime.models.layers import LinearFp8, feed_forward
 from tests.published import Tiny, write
 from tests.test_lora import published as lora_tensors
@@ -200,8 +201,14 @@ def test_two_experts_are_loaded_in_8_bits_behind_their_loras(tmp_path: Path) -> 
 
     wide = model_bytes(full)
     assert held(full) - held(narrow) == wide * 3 // 4 - 4 * rows_of(full)  # float32 to a byte, and a scale per row
+    assert {held(full), held(narrow)} == {2 * each.bytes(4) for each in weights_of(full)}
     with pytest.raises(ValueError, match="its weights in 8 bits, which is not exact; ask for another"):
         runtime.generate(narrow, replace(request, quality="exact"))
+
+
+def weights_of(model: runtime.Model) -> tuple[Weights, Weights]:
+    """What the planner counts for an expert, in full and in 8 bits."""
+    return model.costs.transformer, model.costs.transformer.in_fp8()
 
 
 def linears(model: runtime.Model) -> list[nn.Linear]:

@@ -182,6 +182,18 @@ def test_a_calibration_is_kept_found_and_kept_to(
     json.loads(video.receipt.to_json())
 
 
+def test_the_planner_counts_the_steps_that_are_computed(
+    model: runtime.Model, measured: budget.Calibrated, files: tuple[Path, Path]
+) -> None:
+    budget.write(model, measured)
+    for quality in ("exact", 95.0, measured.rungs[0].floor if measured.rungs[0].floor > 0 else 1.0):
+        request = runtime.Request(**SMALL, quality=quality).resolved(model.spec)
+        found = budget.computed_steps(model, request)
+        said = runtime.generate(model, request).receipt.quality
+        asked = SMALL["steps"] if said is None else said["windows"][0]["computed"] - said["windows"][0].get("forced", 0)
+        assert (found or SMALL["steps"]) == asked
+
+
 def test_nothing_calibrated_keeps_it(model: runtime.Model, measured: budget.Calibrated, files: Any) -> None:
     budget.write(model, measured)
     video = runtime.generate(model, runtime.Request(**SMALL, quality=95))

@@ -54,6 +54,19 @@ class Weights:
     block: int = 0
     block_float32: int = 0
     blocks: int = 0
+    block_bytewise: int = 0  # numbers of one byte
+    may_be_fp8: tuple[int, int] = (0, 0)  # of a block's numbers, those that may be of one byte, and the rows they form
+
+    def in_fp8(self) -> Weights:
+        """Return the same with all that may be in 8 bits, and a float32 scale per row."""
+        numbers, rows = self.may_be_fp8
+        return replace(
+            self,
+            block=self.block - numbers,
+            block_float32=self.block_float32 + rows,
+            block_bytewise=numbers,
+            may_be_fp8=(0, 0),
+        )
 
     def outer_bytes(self, itemsize: int) -> int:
         """Bytes outside the blocks, at `itemsize` bytes per number of the chosen dtype."""
@@ -61,7 +74,7 @@ class Weights:
 
     def block_bytes(self, itemsize: int) -> int:
         """Bytes of one block."""
-        return self.block * itemsize + self.block_float32 * 4
+        return self.block * itemsize + self.block_float32 * 4 + self.block_bytewise
 
     def bytes(self, itemsize: int) -> int:
         """Bytes of the whole network."""

@@ -70,7 +70,8 @@ class WanCosts:
             norms += d
             outer += (c.image_dim + 1) * (c.image_dim + d) + (c.pos_embed_seq_len or 0) * c.image_dim
             wide += 2 * c.image_dim + 2 * d
-        return Weights(outer, wide, block, norms, c.num_layers)
+        narrow = 6 * d * d + 2 * d * c.ffn_dim, 7 * d + c.ffn_dim  # Block.may_be_fp8
+        return Weights(outer, wide, block, norms, c.num_layers, may_be_fp8=narrow)
 
     @cached_property
     def vae(self) -> Weights:
