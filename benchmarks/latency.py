@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import argparse
 import itertools
-import json
 import os
 import shutil
 import sys
@@ -24,7 +23,7 @@ import torch
 
 from benchmarks import plot, sides, true_size
 from benchmarks.latency_report import bars, table
-from benchmarks.machine import describe, keep, results_file
+from benchmarks.machine import describe, keep, opened
 from benchmarks.measure import Refused, alternate, check_equal, fresh_process, peak_growth
 from benchmarks.sides import Case, Diffusers, Ours, Side
 from runtime.engines.store import cache_root
@@ -102,7 +101,8 @@ def run(args: argparse.Namespace) -> int:
     """Measure row after row, keep each, print the table; 130 where it was interrupted."""
     began, device = time.monotonic(), choose_device(args.device)
     torch.set_num_threads(args.threads or torch.get_num_threads())
-    record, file = opened(args, describe(device))
+    asked = {"model": args.model, "steps": args.steps, "dtype": args.dtype, "repeats": args.repeats}
+    record, file = opened("latency", asked, describe(device), args.resume, args.json)
     with tempfile.TemporaryDirectory(prefix="benchmarks-") as scratch:
         if (calibrated := cache_root() / "machine").is_dir():
             shutil.copytree(calibrated, Path(scratch) / "cache" / "machine")
@@ -128,22 +128,6 @@ def run(args: argparse.Namespace) -> int:
         picture = plot.stacked(f"{args.model}, {record['machine']['name']}: seconds per request, floor in black", found)
         print(f"\nsamples: {file}\nplot: {plot.save(file.with_suffix('.svg'), picture)}", file=sys.stderr)
     return status
-
-
-def opened(args: argparse.Namespace, machine: dict[str, Any]) -> tuple[dict[str, Any], Path]:
-    """Return the record, as far as an earlier run came, and its file; ValueError where that measured something else."""
-    asked = {"model": args.model, "steps": args.steps, "dtype": args.dtype, "repeats": args.repeats}
-    if args.resume is None:
-        return {"benchmark": "latency", "machine": machine, "asked": asked, "rows": []}, args.json or results_file(
-            machine
-        )
-    record = json.loads(args.resume.read_text(encoding="utf-8"))
-    then = record.get("machine", {})
-    same = {key: then.get(key) == machine[key] for key in ("name", "commit", "versions")}
-    same["settings"] = record.get("asked") == asked
-    if differing := [key for key, equal in same.items() if not equal]:
-        raise ValueError(f"{args.resume} was measured with another {', '.join(differing)}; begin anew without --resume")
-    return record, args.json or args.resume
 
 
 def model_folder(name: str, scratch: Path) -> Path:

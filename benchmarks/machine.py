@@ -62,6 +62,24 @@ def results_file(machine: dict[str, Any]) -> Path:
     return file
 
 
+def opened(
+    benchmark: str, asked: dict[str, Any], machine: dict[str, Any], resume: Path | None, file: Path | None
+) -> tuple[dict[str, Any], Path]:
+    """Return the record of a benchmark, as far as an earlier run came, and its file.
+
+    ValueError where the file to go on from was measured with other settings, by other code, or on another machine.
+    """
+    if resume is None:
+        return {"benchmark": benchmark, "machine": machine, "asked": asked, "rows": []}, file or results_file(machine)
+    record = json.loads(resume.read_text(encoding="utf-8"))
+    then = record.get("machine", {})
+    same = {key: then.get(key) == machine[key] for key in ("name", "commit", "versions")}
+    same["settings"] = record.get("asked") == asked
+    if differing := [key for key, equal in same.items() if not equal]:
+        raise ValueError(f"{resume} was measured with another {', '.join(differing)}; begin anew without --resume")
+    return record, file or resume
+
+
 def keep(record: dict[str, Any], file: Path) -> None:
     """Write results, whole or not at all; the listing of those in the repository follows."""
     file.parent.mkdir(parents=True, exist_ok=True)

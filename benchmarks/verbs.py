@@ -2,31 +2,35 @@
 
 No human judges. Prompts are held-out scenes of the world that the built-in model was trained on, so what is given is
 drawn, and what was to come is known. Things, grounds and tracks are read by the rules that also score the model
-(`tools/demo_model/score.py`); seams and loops by frame differences. A contact sheet per verb is written to look at.
+(`tools/demo_model/score.py`); seams and loops by frame differences. A contact sheet per verb is written to look at,
+and one of all. Each verb's measures are kept as it is done; `--resume` goes on behind an interruption.
 """
 
 from __future__ import annotations
 
 import argparse
-import statistics
-from collections.abc import Callable
+import sys
+import time
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import torch
 
 from benchmarks import pixels
+from benchmarks.machine import describe, keep, opened
+from benchmarks.verbs_report import plain, save_overview, save_sheet, table
+from runtime.verbs import parse_size
 
 if TYPE_CHECKING:
-    from runtime import Model
+    from runtime import Model, Request
     from tools.demo_model.world import Scene
 
 LENGTH = 17  # frames of a drawn clip
 HEAD = 9  # those of them that an extension is given
-EVEN = 1.5  # the largest step at a seam that passes, in medians inside
-STEERED = 45.0  # degrees by which a direction may differ and is kept
 EDIT = 0.8  # strength
 
 Measures = dict[str, float]
@@ -157,10 +161,8 @@ def loop_clip(trial: Trial) -> Result:
 def edit(trial: Trial) -> Result:
     """Ask for another time of day."""
     from runtime import Clip
-    from tools.demo_model.world import SKIES
 
-    times = list(SKIES)
-    wanted = replace(trial.scene, time=times[(times.index(trial.scene.time) + 1) % len(times)])
+    wanted = another_time(trial.scene)
     frames = trial.make(clips=(Clip(trial.truth),), strength=EDIT, prompt=captioned(wanted))
     read = things(wanted, frames, moving=True)
     return frames, {**read, "time of day as asked": judged(wanted, frames)["time"]}
@@ -179,6 +181,46 @@ def fill(trial: Trial) -> Result:
     }
 
 
+def keyframes(trial: Trial) -> Result:
+    """Pictures of the first, the middle and the last frame."""
+    from runtime import Clip
+
+    places = [0, LENGTH // 2, LENGTH - 1]
+    clips = tuple(Clip(trial.truth[place], at=place if place < LENGTH - 1 else "end") for place in places)
+    frames = trial.make(clips=clips, num_frames=LENGTH)
+    return frames, {
+        "given unchanged": same(frames[places], trial.truth[places]),
+        **seams(frames, [1, places[1], places[1] + 1, places[2]]),
+        **things(trial.scene, frames, moving=True),
+        **motion(trial, frames, slice(0, LENGTH)),
+    }
+
+
+def storyboard(trial: Trial) -> Result:
+    """Two cards: the scene, then the same thing at another time of day, which begins with a picture of it."""
+    from runtime import Clip
+    from runtime.storyboard import Card
+
+    later = another_time(trial.scene)
+    picture = replace(trial, scene=later).truth[0]
+    cards = Card(0, 2, trial.prompt), Card(2, 4, captioned(later), Clip(picture))
+    frames = trial.make(storyboard=cards, prompt="", width=trial.width, height=trial.height)
+    return frames, {
+        "as long as its cards": len(frames) == 32,
+        "given unchanged": same(frames[16], picture),
+        **things(trial.scene, frames[:13]),
+        "time of day as on the second card": judged(later, frames[16:])["time"],
+    }
+
+
+def another_time(scene: Scene) -> Scene:
+    """Return a scene at the next time of day."""
+    from tools.demo_model.world import SKIES
+
+    times = list(SKIES)
+    return replace(scene, time=times[(times.index(scene.time) + 1) % len(times)])
+
+
 def finish(trial: Trial) -> Result:
     """A draft at half the model's own size, and its final video at that size."""
     import runtime
@@ -189,11 +231,25 @@ def finish(trial: Trial) -> Result:
     whole = runtime.Request(prompt=trial.prompt, seed=trial.seed, steps=trial.steps).resolved(model.spec)
     assert whole.width and whole.height
     draft = whole.drafted(model.spec)
+    rough_seconds, whole_seconds = (seconds_of(model, each) for each in (draft, whole))
     final = final_request(model, draft, whole.width, whole.height, steps=trial.steps)
     rough = np.stack([fit_frame(frame, whole.width, whole.height, "crop") for frame in final.clips[0].video])
     frames = runtime.generate(model, final).frames
     like = pixels.psnr(pixels.low_pass(frames, 8), pixels.low_pass(rough, 8))
-    return frames, {"low-pass of the draft, dB": like, **things(trial.scene, frames, moving=True)}
+    return frames, {
+        "low-pass of the draft, dB": like,
+        "draft, share of the seconds": rough_seconds / whole_seconds,
+        **things(trial.scene, frames, moving=True),
+    }
+
+
+def seconds_of(model: Model, request: Request) -> float:
+    """Return the seconds that a request takes, decoding included."""
+    import runtime
+
+    began = time.perf_counter()
+    assert runtime.generate(model, request).frames.size
+    return time.perf_counter() - began
 
 
 def long(trial: Trial) -> Result:
@@ -208,18 +264,10 @@ def long(trial: Trial) -> Result:
 
 
 VERBS: dict[str, Callable[[Trial], Result]] = {
-    "text": text, "image": image, "animate": animate, "extend": extend, "extend backward": prepend, "connect": connect,
-    "loop": loop, "loop a clip": loop_clip, "edit": edit, "fill": fill, "draft and finish": finish, "long": long,
+    "text": text, "image": image, "animate": animate, "keyframes": keyframes, "extend": extend,
+    "extend backward": prepend, "connect": connect, "loop": loop, "loop a clip": loop_clip, "edit": edit,
+    "fill": fill, "storyboard": storyboard, "draft and finish": finish, "long": long,
 }  # fmt: skip
-
-BARS: dict[str, Callable[[float], bool]] = {
-    "step at the seam": lambda v: v <= EVEN,
-    "colour step at the seam": lambda v: v <= EVEN,
-    "last to first": lambda v: v <= EVEN,
-    "low-pass of the draft, dB": lambda v: v >= 24,
-    "direction off, degrees": lambda v: v <= STEERED,
-    "speed, of the drawn one": lambda v: 0.5 <= v <= 1.5,
-}
 
 
 def same(one: np.ndarray, other: np.ndarray) -> bool:
@@ -279,8 +327,15 @@ def add_command(commands: Any) -> None:
     parser.add_argument("--prompts", type=int, default=24, metavar="N", help="prompts per verb (default 24)")
     parser.add_argument("--size", default="96x64", metavar="WIDTHxHEIGHT", help="of clips and results (default 96x64)")
     parser.add_argument("--steps", type=int, default=12, metavar="N", help="denoising steps (default 12)")
-    parser.add_argument("--verbs", nargs="+", choices=VERBS, default=list(VERBS), metavar="VERB")
-    parser.add_argument("--sheets", type=Path, default=Path("out/verbs"), metavar="FOLDER", help="for contact sheets")
+    parser.add_argument(
+        "--verbs", nargs="+", choices=VERBS, default=list(VERBS), metavar="VERB", help=f"of: {', '.join(VERBS)}"
+    )
+    parser.add_argument("--threads", type=int, help="threads on the CPU (default: as many as PyTorch takes)")
+    parser.add_argument("--budget", type=float, metavar="SECONDS", help="begin no verb after so long")
+    parser.add_argument("--resume", type=Path, metavar="FILE", help="go on with the verbs that this file lacks")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="measures (default: benchmarks/results/<device>/"
+                        "<date>-<commit>.json); table and sheet of all verbs lie beside it")  # fmt: skip
+    parser.add_argument("--sheets", type=Path, default=Path("out/verbs"), metavar="FOLDER", help="a sheet per verb")
 
 
 def trials(model: Model, count: int, width: int, height: int, steps: int) -> list[Trial]:
@@ -293,39 +348,51 @@ def trials(model: Model, count: int, width: int, height: int, steps: int) -> lis
 
 
 def run(args: argparse.Namespace) -> int:
-    """Measure, print a table, write the sheets."""
+    """Measure verb after verb, keep each, print the table, write the sheets; 130 where it was interrupted."""
     import runtime
-    from runtime.verbs import parse_size
-    from runtime.video import Video
 
-    model = runtime.load(args.model)
+    torch.set_num_threads(args.threads or torch.get_num_threads())
+    began, model = time.monotonic(), runtime.load(args.model)
     width, height = parse_size(args.size)
-    args.sheets.mkdir(parents=True, exist_ok=True)
-    asked = trials(model, args.prompts, width, height, args.steps)
-    print(
-        f"{model.spec.name} ({model.fingerprint[:19]}), known frames by {model.spec.conditioning}, {len(asked)} "
-        f"held-out prompts per verb, {width}x{height}, {args.steps} steps\n"
-    )
-    print("| verb | measure | median | worst | passes |\n| --- | --- | ---: | ---: | ---: |", flush=True)
-    for name in args.verbs:
-        results = [VERBS[name](each) for each in asked]
-        for measure in results[0][1]:
-            print(line(name, measure, [measures[measure] for _, measures in results]), flush=True)
-        picture = pixels.sheet([frames for frames, _ in results])
-        rows, columns, _ = picture.shape
-        still = Video(picture[None], fps=1, num_frames=1, height=rows, width=columns)
-        still.save(args.sheets / f"{name.replace(' ', '-')}.png")
-    print(f"\ncontact sheets: {args.sheets}")
-    return 0
+    asked = {"weights": model.fingerprint, "prompts": args.prompts, "size": args.size, "steps": args.steps}
+    record, file = opened("verbs", asked, describe(model.device), args.resume, args.json)
+    record |= {"model": model.spec.name, "conditioning": model.spec.conditioning}
+    done = {row["verb"] for row in record["rows"]}
+    wanted = [name for name in args.verbs if name not in done]
+    scenes, status = trials(model, args.prompts, width, height, args.steps), 0
+    try:
+        for name in wanted:
+            if args.budget is not None and time.monotonic() - began > args.budget:
+                print("out of time; go on with --resume", file=sys.stderr)
+                break
+            record["rows"].append(row(name, scenes, args.sheets))
+            keep(record, file)
+            took = [each["seconds"] for each in record["rows"]]
+            left = (len(args.verbs) - len(took)) * sum(took) / len(took)
+            print(f"{name}: {took[-1]:.0f} s; about {max(left, 0):.0f} s to go", file=sys.stderr, flush=True)
+    except KeyboardInterrupt:
+        print(f"interrupted; what was measured is kept, go on with --resume {file}", file=sys.stderr)
+        status = 130
+    print(table(record))
+    if record["rows"]:
+        file.with_suffix(".md").write_text(table(record) + "\n", encoding="utf-8")
+        sheets = {each["verb"]: sheet_file(args.sheets, each["verb"]) for each in record["rows"]}
+        overview = save_overview(sheets, args.prompts, file.with_suffix(".png"))
+        print(f"\nmeasures: {file}\nsheet: {overview}\nsheets per verb: {args.sheets}", file=sys.stderr)
+    return status
 
 
-def line(verb: str, measure: str, values: list[float]) -> str:
-    """Return one row: median and worst of a measure, and how many pass where it has a bar; unseen ones do not pass."""
-    seen = [value for value in values if not np.isnan(value)]
-    if all(isinstance(value, bool) for value in values):
-        return f"| {verb} | {measure} | | | {sum(values)} of {len(values)} |"
-    if not seen:
-        return f"| {verb} | {measure} | not seen | | |"
-    worst = min(seen) if measure.endswith("dB") else max(seen)
-    passed = f"{sum(map(BARS[measure], seen))} of {len(values)}" if measure in BARS else ""
-    return f"| {verb} | {measure} | {statistics.median(seen):.2f} | {worst:.2f} | {passed} |"
+def row(name: str, scenes: Sequence[Trial], folder: Path) -> dict[str, Any]:
+    """Return what a verb did to each scene, and write its sheet."""
+    began, results = time.monotonic(), [VERBS[name](each) for each in scenes]
+    save_sheet([frames for frames, _ in results], sheet_file(folder, name))
+    return {
+        "verb": name,
+        "seconds": round(time.monotonic() - began, 2),
+        "measures": [plain(measures) for _, measures in results],
+    }
+
+
+def sheet_file(folder: Path, name: str) -> Path:
+    """Return the file of a verb's sheet."""
+    return folder / f"{name.replace(' ', '-')}.png"

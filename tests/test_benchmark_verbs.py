@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from benchmarks import pixels
 from benchmarks.__main__ import main
-from benchmarks.verbs import VERBS, line, motion, things, trials
+from benchmarks.verbs import VERBS, Trial, motion, things, trials
+from benchmarks.verbs_report import line, plain
 from tools.demo_model.captions import held_out
 
 
@@ -71,16 +74,38 @@ def test_what_is_drawn_passes_and_its_reverse_does_not() -> None:
 
 def test_rows() -> None:
     assert line("a", "direction right", [True, False]) == "| a | direction right | | | 1 of 2 |"
-    assert line("a", "step at the seam", [1.0, 1.6, float("nan")]) == "| a | step at the seam | 1.30 | 1.60 | 1 of 3 |"
+    assert line("a", "step at the seam", [1.0, 1.6, None]) == "| a | step at the seam | 1.30 | 1.60 | 1 of 3 |"
     assert line("a", "as it was drawn, dB", [20.0, 30.0]) == "| a | as it was drawn, dB | 25.00 | 20.00 |  |"
-    assert line("a", "speed", [float("nan")]) == "| a | speed | not seen | | |"
+    assert line("a", "speed", [None]) == "| a | speed | not seen | | |"
+    assert plain({"a": float("nan"), "b": np.bool_(True), "c": float("inf")}) == {"a": None, "b": True, "c": 1e9}
 
 
-def test_a_small_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Every verb on one prompt: its rows and its sheet are there, and what is given comes back."""
-    assert main(["verbs", "--prompts", "1", "--steps", "2", "--sheets", str(tmp_path)]) == 0
+def test_a_small_run_that_is_interrupted_goes_on(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every verb on one prompt: its measures and its sheet are there, and what is given comes back."""
+    file, sheets = tmp_path / "a.json", tmp_path / "sheets"
+    asked = ["verbs", "--prompts", "1", "--steps", "2", "--sheets", str(sheets)]
+    with monkeypatch.context() as patch:
+        patch.setitem(VERBS, "connect", interrupted)
+        assert main([*asked, "--json", str(file)]) == 130
+    first = [row["verb"] for row in json.loads(file.read_text())["rows"]]
+    assert first == list(VERBS)[: list(VERBS).index("connect")]
+    with monkeypatch.context() as patch:
+        patch.setitem(VERBS, "text", interrupted)  # is there already
+        assert main([*asked, "--resume", str(file)]) == 0
+    record = json.loads(file.read_text())
+    assert [row["verb"] for row in record["rows"]] == list(VERBS)
+    assert all(len(row["measures"]) == 1 and row["seconds"] > 0 for row in record["rows"])
     told = capsys.readouterr().out
-    assert told.count("| given unchanged | | | 1 of 1 |") == 6
-    assert "| loop | last to first |" in told
-    assert {path.stem for path in tmp_path.iterdir()} == {name.replace(" ", "-") for name in VERBS}
-    assert all(f"| {name} | " in told for name in VERBS)
+    assert told.endswith(file.with_suffix(".md").read_text())
+    assert file.with_suffix(".md").read_text().count("| given unchanged | | | 1 of 1 |") == 8
+    assert {path.stem for path in sheets.iterdir()} == {name.replace(" ", "-") for name in VERBS}
+    with Image.open(file.with_suffix(".png")) as overview:
+        assert overview.width > 700 and overview.height > 50 * len(VERBS)
+    assert main([*asked, "--steps", "3", "--resume", str(file)]) == 2
+    assert "another settings" in capsys.readouterr().err
+
+
+def interrupted(trial: Trial) -> None:
+    raise KeyboardInterrupt
