@@ -65,6 +65,11 @@ least["step"] = least["denoise"] / request.steps
 print(json.dumps({"bytes": peaks, "seconds": least}))
 """
 
+# What a brief measurement takes for granted, as found on a processor of 2025: seconds of Python around an operation,
+# and bytes of a process with PyTorch, with the libraries that cut and encode text beside it or not.
+GLUE = dict.fromkeys(("text", "step", "denoise", "decode", "encode"), 1e-4)
+RESIDENT = {**dict.fromkeys(GLUE, 490 * 10**6), **{f"known {stage}": 375 * 10**6 for stage in GLUE}}
+
 Case = tuple[Operation, Callable[[], object]]
 
 
@@ -76,6 +81,7 @@ class Calibration:
     resident: dict[str, int]
     glue: dict[str, float]  # seconds around each operation, per stage
     read: float  # bytes/s of weights from the system's file cache
+    brief: bool = False  # each operation once, and the rest taken for granted
 
 
 def local(device: torch.device, dtype: torch.dtype, *, measure: bool = True) -> Measured | None:
@@ -90,16 +96,32 @@ def local(device: torch.device, dtype: torch.dtype, *, measure: bool = True) -> 
     memory, capability = host_memory(), (0, 0)
     if device.type == "cuda":
         memory, capability = torch.cuda.mem_get_info(device)[0], torch.cuda.get_device_capability(device)
-    return Measured(machine_name(device), memory, rates, own.resident, own.glue, own.read, capability)
+    name = f"{machine_name(device)}{', measured briefly' if own.brief else ''}"
+    return Measured(name, memory, rates, own.resident, own.glue, own.read, capability)
 
 
 _known: dict[Path, Calibration] = {}
 
 
+def measure_briefly(device: torch.device, dtype: torch.dtype) -> bool:
+    """Measure a CPU in a second or two, where it has not been measured before, for this process until it is measured
+    whole; return whether that is still to be done."""
+    for kind in {dtype, torch.float32}:
+        if calibration(device, kind, measure=False) is None:
+            rates = fit(time_cases(device, kind, rounds=1))
+            _known[place(device, kind)] = Calibration(rates, RESIDENT, GLUE, read_rate(device, rounds=1), brief=True)
+    return any(_known[place(device, kind)].brief for kind in (dtype, torch.float32))
+
+
+def place(device: torch.device, dtype: torch.dtype) -> Path:
+    """Return the file of a calibration."""
+    return cache_root() / "machine" / f"{key(device, dtype)}.json"
+
+
 def calibration(device: torch.device, dtype: torch.dtype, measure: bool) -> Calibration | None:
     """Return the calibration of a device for a dtype: from this process, from the cache, or measured now."""
-    file = cache_root() / "machine" / f"{key(device, dtype)}.json"
-    if file not in _known:
+    file = place(device, dtype)
+    if file not in _known or (measure and _known[file].brief):
         found = _read(file)
         if found is None:
             if not measure:
@@ -139,11 +161,11 @@ def threads(device: torch.device) -> int:
 
 
 @torch.inference_mode()
-def time_cases(device: torch.device, dtype: torch.dtype) -> list[tuple[Operation, float]]:
+def time_cases(device: torch.device, dtype: torch.dtype, rounds: int = ROUNDS) -> list[tuple[Operation, float]]:
     """Return the median seconds of each case; the cases take turns, so that what disturbs meets all of them."""
     made = list(cases(device, dtype))
     samples: list[list[float]] = [[] for _ in made]
-    for turn in range(ROUNDS + 1):  # the first is not counted
+    for turn in range(rounds + 1):  # the first is not counted
         for (_, call), times in zip(made, samples, strict=True):
             if turn and times[-1] < BRIEF:
                 call()  # operands in the cache, as after the operation before
@@ -163,11 +185,11 @@ def timed(call: Callable[[], object], device: torch.device) -> float:
     return time.perf_counter() - began
 
 
-def read_rate(device: torch.device) -> float:
+def read_rate(device: torch.device, rounds: int = ROUNDS) -> float:
     """Return bytes/s at which weights come: of a file that the system has in memory; over the link, on a GPU."""
     if device.type == "cuda":
         host = torch.empty(2**28, dtype=torch.uint8, pin_memory=True)
-        return host.nbytes / min(timed(partial(host.to, device), device) for _ in range(ROUNDS))
+        return host.nbytes / min(timed(partial(host.to, device), device) for _ in range(rounds))
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "weights.safetensors"
         publish(file, {str(i): torch.zeros(2**22) for i in range(4)}, {})
@@ -177,7 +199,7 @@ def read_rate(device: torch.device) -> float:
             for _, _, _, piece in pieces((file,)):
                 place[: len(piece)].copy_(piece)
 
-        return file.stat().st_size / statistics.median(timed(read, device) for _ in range(ROUNDS))
+        return file.stat().st_size / statistics.median(timed(read, device) for _ in range(rounds))
 
 
 def built_in(

@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 from runtime.serve import jobs, leases
 from runtime.serve.forecast import in_turn, learned, pace, size_of
 from runtime.serve.jobs import Job, Store, new_id
+from tests.serving import LONG, TINY, Server
 
 WITHIN = 0.25  # of the truth
 
@@ -171,3 +172,22 @@ def test_paces() -> None:
     paces = {("m", 0): 2.0, ("m", 5): 4.0, ("n", 0): 8.0}
     assert (pace(paces, "m", 1.2), pace(paces, "m", 1000.0), pace(paces, "o", 1.0)) == (2.0, 4.0, 1.0)
     assert learned(None, 3.0, 2.0) == 1.5 and 1.0 < learned(1.0, 3.0, 2.0) < 1.5
+
+
+def test_who_is_ready_can_foresee(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a machine that nobody has measured, too: in short at first, whole as soon as there is nothing else to do."""
+    monkeypatch.setenv("DIT_RUNTIME_CACHE", str(tmp_path / "cache"))
+    server = Server(tmp_path / "data")
+
+    def machine() -> str:
+        answer = server.http.post("/v1/plan", json=TINY)
+        assert answer.status_code == 200, answer.text
+        return answer.json()["predicted"]["machine"]
+
+    assert machine().endswith(", measured briefly")
+    film = server.create(LONG)["id"]
+    server.until(lambda: server.video(film).get("eta_seconds"))
+    server.http.delete(f"/v1/videos/{film}")
+    server.until(lambda: list((tmp_path / "cache" / "machine").glob("*.json")))
+    server.until(lambda: not machine().endswith("briefly"))
+    assert server.stop() == 0

@@ -65,7 +65,6 @@ def test_a_plan(server: Server, video: dict[str, Any]) -> None:
         assert answer.status_code == 200, answer.text
         return answer.json()
 
-    server.until(lambda: server.http.post("/v1/plan", json=TINY).status_code == 200)  # the machine is measured
     small, large = plan(), plan(num_inference_steps=20)
     assert small["predicted"]["fits"] and small["num_frames"] == 5 and small["queue_position"] == 0
     ratio = large["predicted"]["seconds"]["denoise"] / small["predicted"]["seconds"]["denoise"]

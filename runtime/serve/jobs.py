@@ -181,8 +181,10 @@ class Store(Leases):
             db.execute("INSERT OR REPLACE INTO models VALUES (?, ?)", (name, json.dumps(card)))
 
     def unestimated(self) -> list[Job]:
-        """Return queued jobs that nobody has predicted yet."""
-        rows = self._reader.execute("SELECT * FROM jobs WHERE status = 'queued' AND estimate IS NULL ORDER BY seq")
+        """Return queued and running jobs that nobody has predicted yet: an idle worker takes one at once."""
+        rows = self._reader.execute(
+            "SELECT * FROM jobs WHERE status IN ('queued', 'in_progress') AND estimate IS NULL ORDER BY seq"
+        )
         return [Job.of(row) for row in rows.fetchall()]
 
     def estimate(self, job: Job, seconds: float, denoising: float = 0.0) -> None:

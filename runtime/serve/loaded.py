@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, replace
+from functools import partial
 from typing import Any
 
 import torch
 
 import runtime
+from runtime.calibration import local, measure_briefly
 from runtime.lora import Lora
 from runtime.machine import host_memory
 from runtime.model import change_loras, choose_device, fit_loras
@@ -40,6 +42,17 @@ class Loaded(dict[str, runtime.Model]):
         loras = self.meant(asked)
         self[name] = load_within(self.places[name], request, memory=memory, device=self.device, loras=loras)
         return self[name]
+
+    def prepare(self) -> list[Callable[[], object]]:
+        """Measure the device as far as a forecast needs it; return what is better done while nobody waits: the whole
+        measurement, and loading the libraries that the first prompt needs."""
+        left: list[Callable[[], object]] = [partial(warm, model) for model in self.values()]
+        for device, dtype in {(model.device, model.dtype) for model in self.values()}:
+            if device.type != "cpu":
+                local(device, dtype)
+            elif measure_briefly(device, dtype):
+                left.append(partial(local, device, dtype))
+        return left
 
     def meant(self, asked: Sequence[str]) -> list[Lora]:
         """Return the LoRAs that texts stand for; ValueError for a name that the operator gives no more."""
@@ -74,6 +87,13 @@ def fits(model: runtime.Model, loras: Sequence[Lora]) -> str | None:
     except ValueError as error:
         return str(error)
     return None
+
+
+def warm(model: runtime.Model) -> None:
+    """Load what cuts and encodes text, without its weights."""
+    with torch.device("meta"):
+        model.checkpoint.text_encoder.build()
+    assert model.tokenizer is not None
 
 
 def free_memory(device: str) -> int:

@@ -18,13 +18,13 @@ import sqlite3
 import sys
 import threading
 import time
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 from typing import IO, Any
 
 import torch
 
-from runtime.calibration import local
 from runtime.certificates import find_signer
 from runtime.decoding import out_of_memory
 from runtime.denoising import Cancelled
@@ -62,6 +62,7 @@ class Worker:
         self.store, self.name, self.maker = store, name, maker
         self.stopping, self.wake = maker.stopping, threading.Event()
         self.job: Job | None = None
+        self.chores: list[Callable[[], object]] = []  # for when there is nothing else to do, each some seconds
 
     def stop(self) -> None:
         """Let the process end at the next step."""
@@ -74,7 +75,8 @@ class Worker:
             self.wake.clear()
             job = self.next_job()
             if job is None:
-                self.wake.wait(IDLE_SECONDS)
+                if not self.wake.wait(IDLE_SECONDS) and self.chores and not self.store.active():
+                    self.do(self.chores.pop(0))
                 continue
             self.job = job
             job_id.set(job.id)
@@ -87,6 +89,13 @@ class Worker:
                 self.job = None
                 job_id.set("")
                 say("idle")
+
+    def do(self, chore: Callable[[], object]) -> None:
+        """Do what can wait; where it fails, the first job that needs it says so."""
+        try:
+            chore()
+        except (ValueError, OSError, RuntimeError):
+            log.exception("what was to be done beforehand failed")
 
     def next_job(self) -> Job | None:
         """Return the job whose turn it is; None where there is none, or the disk is full."""
@@ -106,7 +115,7 @@ class Worker:
                     self.store.renew(job)
 
     def foresee(self) -> None:
-        """Predict what is queued, also while a job is made; a model that is not loaded yet is predicted later."""
+        """Predict what is queued or just taken, also while a job is made; what is of no loaded model is left out."""
         while not self.stopping.wait(FORESEE_SECONDS):
             for job in self.store.unestimated():
                 if job.model in self.maker.models:
@@ -238,9 +247,8 @@ def main() -> int:
     except (ValueError, OSError) as error:
         log.error("a model or LoRA cannot be loaded: %s", error)
         return BROKEN
+    worker.chores = models.prepare()
     say("ready")
-    for model in models.values():
-        local(model.device, model.dtype)  # measured once on a machine, before a job could disturb it
     worker.work()
     lock.close()
     return 0
