@@ -23,6 +23,7 @@ from runtime.serve.logs import start_logging
 from runtime.serve.opening import open_store
 from runtime.serve.settings import Settings, model_place, read_settings
 from runtime.serve.supervisor import Supervisor
+from runtime.serve.telemetry import start_telemetry
 from runtime.serve.webhooks import Webhooks
 
 log = logging.getLogger("runtime.serve")
@@ -74,6 +75,7 @@ def main() -> int:
     api = Api(settings, store, supervisor.wake)
     api.ready, api.answer = lambda: bool(supervisor.ready), supervisor.ask
     api.metrics.ready = lambda: len(supervisor.ready)
+    api.telemetry = telemetry = start_telemetry()
     api.anchors = None if signer is None else signer.anchor
     host, port = listener.getsockname()[:2]
     config = uvicorn.Config(
@@ -94,6 +96,8 @@ def main() -> int:
     finally:
         supervisor.stop()
         supervisor.wait(settings.grace)
+        if telemetry is not None:
+            telemetry.close()
         lock.close()
     return 0
 

@@ -32,6 +32,7 @@ from runtime.serve.schema import Asked, Given, Offer, check_frame, parse_request
 from runtime.serve.settings import Settings, model_place
 from runtime.serve.shown import shown, video_object
 from runtime.serve.supervisor import Unanswered
+from runtime.serve.telemetry import Telemetry
 
 log = logging.getLogger("runtime.serve.api")
 
@@ -55,6 +56,7 @@ class Api:
         self.metrics = Metrics(store)
         self.ready: Callable[[], bool] = lambda: False
         self.answer: Callable[..., Awaitable[dict[str, Any]]] = nobody
+        self.telemetry: Telemetry | None = None
         self.anchors: bytes | None = None  # certificates that vouch for what this server makes
 
     def accepting(self) -> None:
@@ -239,6 +241,7 @@ class Api:
         if folder.exists():  # something lies in it
             sync(folder)
         limit = self.settings.limits(values["owner"])
+        values["trace"] = None if self.telemetry is None else self.telemetry.here()
         job = self.store.create(values, max_queue=self.settings.max_queue, max_owner=limit.jobs or 0)
         if job is None:
             raise self.full()

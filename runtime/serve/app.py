@@ -14,6 +14,7 @@ from runtime.serve.api import Api
 from runtime.serve.errors import ApiError
 from runtime.serve.gate import Gate, answer, answer_http, answer_invalid
 from runtime.serve.routes import characters, events, images, making, page, planning, provenance, reading, state
+from runtime.serve.telemetry import Traced
 
 
 def make_app(api: Api) -> FastAPI:
@@ -28,6 +29,8 @@ def make_app(api: Api) -> FastAPI:
     provenance.add(app, api)
     state.add(app, api)
     page.add(app)
+    if api.telemetry is not None:
+        app.add_middleware(Traced, telemetry=api.telemetry)
     app.add_middleware(Gate, keys=api.settings.keys, metrics=api.metrics, host=api.settings.host)
     app.exception_handler(ApiError)(answer)
     app.exception_handler(HTTPException)(answer_http)

@@ -54,6 +54,8 @@ CREATE TABLE refusals (
     "ALTER TABLE jobs ADD COLUMN webhook_url TEXT; ALTER TABLE jobs ADD COLUMN webhook_due REAL; "
     "ALTER TABLE jobs ADD COLUMN webhook_tries INTEGER NOT NULL DEFAULT 0; "
     "CREATE INDEX jobs_to_tell ON jobs (webhook_due) WHERE webhook_due IS NOT NULL",
+    # the span that asked for a job, as a traceparent
+    "ALTER TABLE jobs ADD COLUMN trace TEXT",
 )
 
 
@@ -99,6 +101,7 @@ class Job:
     webhook_url: str | None
     webhook_due: float | None
     webhook_tries: int
+    trace: str | None  # the traceparent of the span that asked for it
 
     @classmethod
     def of(cls, row: sqlite3.Row) -> Job:

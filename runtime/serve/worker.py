@@ -19,7 +19,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from pathlib import Path
 from typing import IO, Any
 
@@ -44,6 +44,7 @@ from runtime.serve.maker import Maker, Stopping, say
 from runtime.serve.moderation import Refused, Rule
 from runtime.serve.records import request_of
 from runtime.serve.settings import model_place
+from runtime.serve.telemetry import start_telemetry
 
 log = logging.getLogger("runtime.serve.worker")
 
@@ -62,6 +63,7 @@ class Worker:
         self.store, self.name, self.maker = store, name, maker
         self.stopping, self.wake = maker.stopping, threading.Event()
         self.job: Job | None = None
+        self.telemetry = start_telemetry()
         self.chores: list[Callable[[], object]] = []  # for when there is nothing else to do, each some seconds
 
     def stop(self) -> None:
@@ -82,7 +84,8 @@ class Worker:
             job_id.set(job.id)
             say("job")
             try:
-                self.run(job)
+                with nullcontext() if self.telemetry is None else self.telemetry.making(job):
+                    self.run(job)
             except LostLease:
                 log.warning("another has job %s by now, or it is gone", job.id)
             finally:
@@ -250,6 +253,8 @@ def main() -> int:
     worker.chores = models.prepare()
     say("ready")
     worker.work()
+    if worker.telemetry is not None:
+        worker.telemetry.close()
     lock.close()
     return 0
 
