@@ -19,7 +19,6 @@ from runtime.model import Model
 from runtime.models.spec import Context
 from runtime.request import Request
 from runtime.samplers import make_sampler, start
-from runtime.schedules import make_schedule
 from runtime.text import encode_prompt
 
 WARM = 0.2  # share of the steps that EasyCache computes at first, as published (10 of 50)
@@ -114,7 +113,7 @@ def polynomial(model: Model, request: Request) -> np.ndarray:
     assert request.steps and request.shift is not None and request.seed is not None and request.sampler is not None
     assert request.num_frames and request.height and request.width
     shape = model.spec.latent_shape(request.num_frames, request.height, request.width)
-    sigmas = make_schedule(model.spec.schedule, request.steps, request.shift)
+    sigmas = request.schedule(model.spec)
     sampler = make_sampler(request.sampler, model.spec.sampler_options)
     network: Any = model.transformers[0]
     outputs: list[torch.Tensor] = []

@@ -24,7 +24,6 @@ from runtime.latents import draw_noise
 from runtime.model import choose_dtype
 from runtime.models.spec import Context, Denoiser, ModelSpec
 from runtime.request import Request
-from runtime.schedules import make_schedule
 from runtime.tasks import plan_task
 from runtime.text import encode_prompt
 from runtime.weights import read_json
@@ -134,7 +133,7 @@ class Ours:
         with torch.inference_mode():
             context = prepare_context(self.model, self.text(0), case.shape)
         middle = request.steps // 2
-        sigma = make_schedule(case.spec.schedule, request.steps, request.shift)[middle : middle + 1]
+        sigma = request.schedule(case.spec)[middle : middle + 1]
         return self.latents.to(self.device), sigma, context
 
     def by(self, engine: str) -> Ours:

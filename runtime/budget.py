@@ -7,7 +7,7 @@ calibration of the machine, runtime/calibration.py, is another thing: it measure
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,6 @@ from runtime.model import Model
 from runtime.receipt import Receipt
 from runtime.request import Request
 from runtime.samplers import Past
-from runtime.schedules import make_schedule
 
 FILE = "quality.json"
 FORMAT = 1
@@ -52,6 +51,7 @@ class Setting:
     sampler: str
     guidance: float
     guidance_2: float | None
+    sigmas: tuple[float, ...] | None = None  # where they were given
 
     @classmethod
     def of(cls, model: Model, request: Request) -> Setting:
@@ -62,7 +62,7 @@ class Setting:
         height, width = model.spec.canvas(request.height, request.width)
         return cls(
             model.fingerprint, width, height, request.num_frames, request.steps, float(request.shift),
-            request.sampler, float(request.guidance), second,
+            request.sampler, float(request.guidance), second, request.sigmas,
         )  # fmt: skip
 
 
@@ -168,6 +168,11 @@ def choose(model: Model, request: Request, sigmas: torch.Tensor, *, plain: bool)
                 f"{made}"
             )))  # fmt: skip
         return Choice(known.savings(rung), said | {"basis": "calibrated", "rung": measured(rung)}, notes, rung)
+    if request.sigmas is not None:
+        return Choice(EXACT, said, (*notes, (
+            f"quality {request.quality}: the schedule is of {len(sigmas) - 1} given levels, too far apart for one step "
+            f"to be predicted from another; the video is {made}"
+        )))  # fmt: skip
     if request.floor > TABLE_FLOOR or len(sigmas) - 1 < TABLE_STEPS:
         return Choice(EXACT, said, (*notes, (
             f"quality {request.quality}: the model was not calibrated for this request, and without that no more than "
@@ -186,8 +191,7 @@ def computed_steps(model: Model, request: Request) -> int | None:
     """Return how many steps of a resolved request are computed where each is taken once, from noise; None: all."""
     if request.quality == "exact":
         return None
-    assert request.steps and request.shift is not None
-    choice = choose(model, request, make_schedule(model.spec.schedule, request.steps, request.shift), plain=True)
+    choice = choose(model, request, request.schedule(model.spec), plain=True)
     return None if choice is None or choice.savings.skips is None else len(choice.savings.skips.computed)
 
 
@@ -282,6 +286,8 @@ def read(file: Path) -> list[Calibrated]:
 def entry_of(given: dict[str, Any]) -> Calibrated:
     """Return a calibration of its JSON; ValueError, KeyError or TypeError where that does not hold together."""
     setting = Setting(**given["setting"])
+    if setting.sigmas is not None:
+        setting = replace(setting, sigmas=tuple(setting.sigmas))
     moments = np.array(given["moments"], dtype=float)
     if moments.shape != (setting.steps, setting.steps) or not np.isfinite(moments).all():
         raise ValueError(f"the moments of {setting.steps} steps have shape {list(moments.shape)} or are not finite")

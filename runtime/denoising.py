@@ -194,7 +194,7 @@ def denoise(
     if periodic:
         denoiser = rolled(denoiser, called=state.step * rounds)
     assert request.sampler is not None and request.seed is not None
-    sampler = make_sampler(request.sampler, model.spec.sampler_options)
+    sampler = make_sampler(request.sampler, {**model.spec.sampler_options, "seed": request.seed})
     total = len(levels) - 1
     generator = torch.Generator().manual_seed((request.seed + 1) % 2**64)
     for _ in range(min(state.step, total - 1) * (rounds - 1)):

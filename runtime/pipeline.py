@@ -28,7 +28,6 @@ from runtime.planner import foresee
 from runtime.receipt import Receipt
 from runtime.request import Request
 from runtime.samplers import SamplerState
-from runtime.schedules import make_schedule
 from runtime.sound import Sound, cut
 from runtime.splicing import Splicer
 from runtime.tasks import Given, Part, Plan, Window, plan_task
@@ -93,6 +92,8 @@ def final_request(
     if draft.task not in ("text", "place"):
         raise ValueError(f"the draft is of the task {draft.task!r}; legal: a draft of a prompt, or of pictures in it")
     footage = Clip(generate(model, draft))
+    if steps is not None:
+        draft = replace(draft, recipe=None, sigmas=None)
     return replace(
         draft, width=width, height=height, steps=steps, num_frames=None, seconds=None, window=None,
         clips=(footage, *draft.clips),
@@ -153,7 +154,7 @@ def sample(job: Job, index: int, given: Mapping[int, np.ndarray], noise: torch.T
     if noise is None:
         noise = draw_noise(shape, (request.seed + index) % 2**64)
     noise = check_latents(noise, shape, "noise")
-    sigmas = make_schedule(model.spec.schedule, request.steps, request.shift, window.start)
+    sigmas = request.schedule(model.spec, window.start)
     with recording(job.receipt.stages, job.receipt.notes), torch.inference_mode():
         with span("text", memory=True):
             prompt = request.prompt if window.prompt is None else window.prompt

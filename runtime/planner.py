@@ -27,7 +27,6 @@ from runtime.models.spec import ModelSpec
 from runtime.offload import Offload
 from runtime.prediction import GIB, Prediction
 from runtime.request import Request
-from runtime.schedules import make_schedule
 from runtime.tasks import Plan
 from runtime.text import embeddings_known
 from runtime.weighing import Setting, Tile, predict
@@ -109,7 +108,7 @@ def foresee_plan(model: Model, request: Request, plan: Plan) -> Prediction | Non
         once = foresee(model, alone if plain else replace(alone, quality="exact"))
         if once is None:
             return None
-        steps = len(make_schedule(model.spec.schedule, request.steps, request.shift, window.start)) - 1
+        steps = len(request.schedule(model.spec, window.start)) - 1
         encoded = 1.0 if model.checkpoint.channels is not None else min(known / frames, 1.0)
         seconds = {
             "text": 0.0 if prompt in texts else once.seconds["text"],

@@ -8,19 +8,38 @@ import secrets
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from runtime.clips import FITS, Clip, natural_size
 from runtime.expansion import Expansion
 from runtime.models.spec import ModelSpec, nearest_counts
+from runtime.recipes import RECIPES
 from runtime.samplers import LEGAL_OPTIONS
 from runtime.storyboard import Card, card_of, check_cards
+
+if TYPE_CHECKING:
+    import torch
 
 DIRECTIONS = {"forward": "extend", "backward": "prepend", "between": "connect"}
 SMALL_AREA = 416 * 240  # pixels of a draft that shows something, where a quarter of the model's own size is more
 POSITIONS = ("ntk", "riflex")
 QUALITIES = {"exact": math.inf, "high": 32.0, "fast": 26.0}  # least PSNR in dB against the exact video of the seed
 WHOLE = 3  # up to so many times the model's own length a video is made at once, beyond that window by window
+
+
+def check_sigmas(given: Any) -> tuple[float, ...]:
+    """Return noise levels as floats; ValueError unless they fall from 1 at most to more than 0."""
+    numbers = (
+        isinstance(given, list | tuple)
+        and given
+        and all(isinstance(s, int | float) and not isinstance(s, bool) for s in given)
+    )
+    levels = tuple(float(s) for s in given) if numbers else ()
+    if not levels or any(not high > low for high, low in zip((1.0 + 1e-9, *levels), (*levels, 0.0), strict=True)):
+        raise ValueError(
+            f"sigmas is {given!r}; legal: falling numbers from 1 at most to more than 0, such as 1,0.75,0.5"
+        )
+    return levels
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,6 +57,8 @@ class Request:
     cards instead of a prompt. `fit` ("crop", "pad", "stretch") brings clips to the size asked for. A video much longer
     than the model's own length is made in windows of `window` frames that share `overlap`. `expand` says who writes the
     prompt out. `positions` ("ntk", "riflex") spreads them where a video is larger or longer than the model's own.
+    `recipe` names how distilled weights are sampled (runtime/recipes.py); `sigmas` are the levels that the network is
+    asked at, falling from 1 at most to more than 0, in the place of `steps` and `shift`.
     `quality` is "exact", or what may be given up for speed: "high", "fast", or a floor in dB of the PSNR against the
     exact video of the same seed.
     """
@@ -68,6 +89,8 @@ class Request:
     expand: Expansion | None = None
     positions: str | None = None
     quality: str | float = "exact"
+    recipe: str | None = None
+    sigmas: tuple[float, ...] | None = None
 
     def __post_init__(self) -> None:
         for name in ("prompt", "negative_prompt"):
@@ -98,6 +121,7 @@ class Request:
             ("direction", sorted(DIRECTIONS)),
             ("fit", FITS),
             ("positions", POSITIONS),
+            ("recipe", sorted(RECIPES)),
         ):
             if (given := getattr(self, name)) is not None and given not in legal:
                 raise ValueError(f"{name} is {given!r}; legal: {', '.join(legal)}")
@@ -105,6 +129,8 @@ class Request:
         number = isinstance(given, int | float) and not isinstance(given, bool) and math.isfinite(given) and given > 0
         if not number and (not isinstance(given, str) or given not in QUALITIES):
             raise ValueError(f"quality is {given!r}; legal: {', '.join(QUALITIES)}, or a floor in dB such as 32")
+        if self.sigmas is not None:
+            object.__setattr__(self, "sigmas", check_sigmas(self.sigmas))
         if isinstance(self.expand, Mapping):
             object.__setattr__(self, "expand", Expansion(**self.expand))
         self._check_clips()
@@ -190,14 +216,11 @@ class Request:
         own = spec.defaults
         if self.guidance_2 is not None and spec.boundary is None:
             raise ValueError(f"guidance_2 is {self.guidance_2:g}, but {spec.name} has one expert; leave it out")
-        filled: dict[str, Any] = {
-            name: getattr(own, name)
-            for name in ("steps", "guidance", "shift", "sampler")
-            if getattr(self, name) is None
-        }
+        filled = self._sampling(spec)
         if self.guidance_2 is None and spec.boundary is not None:
             guidance = filled.get("guidance", self.guidance)
-            filled["guidance_2"] = own.guidance_2 if own.guidance_2 is not None else guidance
+            alike = own.guidance_2 is None or filled.get("recipe", self.recipe) is not None
+            filled["guidance_2"] = guidance if alike else own.guidance_2
         if self.seed is None:
             filled["seed"] = secrets.randbelow(2**31)
         if self.fps is None:
@@ -213,18 +236,54 @@ class Request:
         request._check_size(spec)
         return request
 
+    def _sampling(self, spec: ModelSpec) -> dict[str, Any]:
+        """Return what the recipe and the model's defaults fill in of steps, sigmas, sampler, shift and guidance.
+
+        The model's own recipe and sigmas hold where the request gives no steps of its own.
+        """
+        own, filled = spec.defaults, dict[str, Any]()
+        free = self.steps is None and self.sigmas is None
+        recipe, sigmas = self.recipe or (own.recipe if free else None), self.sigmas
+        if recipe is not None:
+            filled |= {"recipe": recipe, "sampler": RECIPES[recipe].sampler, "guidance": RECIPES[recipe].guidance}
+            sigmas = sigmas or RECIPES[recipe].sigmas
+        elif free and own.sigmas is not None:
+            sigmas = check_sigmas(own.sigmas)
+        if sigmas is not None:
+            if self.steps not in (None, len(sigmas)):
+                raise ValueError(f"steps is {self.steps}, and {len(sigmas)} sigmas are given; leave the steps out")
+            filled |= {"sigmas": sigmas, "steps": len(sigmas)}
+        defaults = {name: getattr(own, name) for name in ("steps", "guidance", "shift", "sampler")}
+        return {
+            name: value
+            for name, value in (defaults | filled).items()
+            if name in ("recipe", "sigmas") or getattr(self, name) is None
+        }
+
+    def schedule(self, spec: ModelSpec, start: float = 1.0) -> torch.Tensor:
+        """Return the sigmas [steps + 1] float64 of a resolved request; those above `start` are skipped."""
+        from runtime.schedules import NEARLY_NOISE, given_schedule, make_schedule
+
+        assert self.steps and self.shift is not None
+        if self.sigmas is None:
+            return make_schedule(spec.schedule, self.steps, self.shift, start)
+        first = min(self.sigmas[0], NEARLY_NOISE) if self.sampler == "unipc" else self.sigmas[0]
+        return given_schedule((first, *self.sigmas[1:]), start)
+
     def drafted(self, spec: ModelSpec) -> Request:
         """Return a resolved request as a draft, of at most a fifth of its cost.
 
-        Half as wide and high with half the steps; where that is too small to show anything, a fifth of the steps.
+        Half as wide and high with half the steps; where that is too small to show anything, a fifth of the steps. Given
+        sigmas stay: a distilled model has no step to spare.
         """
         assert self.width and self.height and self.steps
         down, across = spec.size_multiple
         if self.width * self.height >= min(spec.defaults.width * spec.defaults.height, 4 * SMALL_AREA):
             width = max(across, self.width // 2 // across * across)
             height = max(down, self.height // 2 // down * down)
-            return replace(self, width=width, height=height, steps=max(1, self.steps // 2))
-        return replace(self, steps=max(1, self.steps // 5))
+            fewer = self.steps if self.sigmas is not None else max(1, self.steps // 2)
+            return replace(self, width=width, height=height, steps=fewer)
+        return self if self.sigmas is not None else replace(self, steps=max(1, self.steps // 5))
 
     def _lengths(self, spec: ModelSpec) -> dict[str, Any]:
         """Return `num_frames`, `window` and `overlap`, each as given or as fits the task."""

@@ -27,7 +27,6 @@ from runtime.latents import draw_noise
 from runtime.model import Model
 from runtime.request import Request
 from runtime.samplers import Past, SamplerState
-from runtime.schedules import make_schedule
 from runtime.text import encode_prompt
 
 SHARES = (0.16, 0.2, 0.24, 0.28, 0.32, 0.36, 0.4, 0.48, 0.56, 0.68)  # of the steps that are computed
@@ -70,7 +69,8 @@ def calibrate(
         exact.append(make(model, asked))
         say(f"exact, held out {number} of {len(held_out)}: {exact[-1].seconds:.2f} s")
     trial = Trial(held_out, exact, say)
-    rungs = worth_it(trial.skipping(model, moments), {0: 1.0})
+    # A step of a few-step schedule is too far from the one before to be predicted from it.
+    rungs = () if requests[0].sigmas is not None else worth_it(trial.skipping(model, moments), {0: 1.0})
     ranking: sensitivity.Ranking = ()
     narrow: list[Rung] = []
     if precision.gains(model.device) if fp8 is None else fp8:
@@ -119,7 +119,7 @@ class Trial:
         """Return rungs that predict steps: for each number of computed ones the best of them."""
         asked = self.requests[0]
         assert asked.steps
-        sigmas = schedule(model, asked).tolist()
+        sigmas = asked.schedule(model.spec).tolist()
         rungs: list[Rung] = []
         for count in sorted({max(2, round(share * asked.steps)) for share in SHARES}):
             for order in ORDERS:
@@ -201,7 +201,7 @@ def sum_of_products(model: Model, requests: Sequence[Request], say: Callable[[st
 
 def velocities(model: Model, request: Request) -> list[torch.Tensor]:
     """Return the velocity of each step of an exact sampling, from where it stood and what it took for clean."""
-    sigmas = schedule(model, request).tolist()
+    sigmas = request.schedule(model.spec).tolist()
     found: list[torch.Tensor] = []
     noise = before = draw_noise(shape_of(model, request), request.seed or 0).to(model.device)
 
@@ -231,19 +231,13 @@ def sample(
     with torch.inference_mode():
         texts, _ = encode_prompt(model, request)
         context = prepare_context(model, texts, shape_of(model, request))
-        return denoise(model, noise, context, schedule(model, request), request, on_state, savings=savings)
+        return denoise(model, noise, context, request.schedule(model.spec), request, on_state, savings=savings)
 
 
 def shape_of(model: Model, request: Request) -> tuple[int, int, int, int]:
     """Return [C, T, H, W] of the latents of a resolved request."""
     assert request.num_frames and request.height and request.width
     return model.spec.latent_shape(request.num_frames, request.height, request.width)
-
-
-def schedule(model: Model, request: Request) -> torch.Tensor:
-    """Return the sigmas [steps + 1] of a resolved request."""
-    assert request.steps and request.shift is not None
-    return make_schedule(model.spec.schedule, request.steps, request.shift)
 
 
 def worth_it(rungs: Sequence[Rung], paces: Mapping[int, float]) -> tuple[Rung, ...]:

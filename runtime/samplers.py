@@ -5,6 +5,7 @@ All take a flow-matching velocity: x = (1 - sigma) * video + sigma * noise, velo
 
 from __future__ import annotations
 
+import hashlib
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -16,7 +17,7 @@ import numpy as np
 if TYPE_CHECKING:
     import torch
 
-LEGAL_OPTIONS = {"unipc": ("order", "solver", "skip_corrector"), "euler": ()}
+LEGAL_OPTIONS = {"unipc": ("order", "solver", "skip_corrector"), "euler": (), "lcm": ("seed",)}
 
 
 @dataclass(frozen=True)
@@ -62,6 +63,29 @@ def euler(state: SamplerState, velocity: torch.Tensor, sigmas: Sequence[float]) 
     """One Euler step of the flow's ordinary differential equation."""
     here, there = (float(np.float32(s)) for s in sigmas[state.step : state.step + 2])
     return SamplerState(state.step + 1, state.x.add(velocity, alpha=there - here))
+
+
+def lcm(state: SamplerState, velocity: torch.Tensor, sigmas: Sequence[float], *, seed: int = 0) -> SamplerState:
+    """One step to the clean video that the network sees, and back up to the next sigma with fresh noise.
+
+    The noise follows from the seed and the step alone, so that a resumed run draws the same.
+    Source: multistep consistency sampling, https://arxiv.org/abs/2303.01469, algorithm 1.
+    """
+    here, there = (float(np.float32(s)) for s in sigmas[state.step : state.step + 2])
+    clean = state.x.sub(velocity, alpha=here)
+    if there == 0:
+        return SamplerState(state.step + 1, clean)
+    fresh = fresh_noise(state.x, seed, state.step)
+    return SamplerState(state.step + 1, (1 - there) * clean + there * fresh)
+
+
+def fresh_noise(x: torch.Tensor, seed: int, step: int) -> torch.Tensor:
+    """Return the noise like x that a step draws, on x's device; the numbers are the CPU's on every device."""
+    import torch
+
+    digest = hashlib.sha256(f"seed {seed}, behind step {step}".encode()).digest()
+    generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little"))
+    return torch.randn(x.shape, generator=generator).to(x.device)
 
 
 def unipc(
@@ -150,7 +174,7 @@ def make_sampler(name: str, options: Mapping[str, Any] | None = None) -> Step:
     if name not in LEGAL_OPTIONS:
         raise ValueError(f"sampler {name!r} is not known; legal: {', '.join(sorted(LEGAL_OPTIONS))}")
     chosen = {key: value for key, value in (options or {}).items() if key in LEGAL_OPTIONS[name]}
-    return partial({"unipc": unipc, "euler": euler}[name], **chosen)
+    return partial({"unipc": unipc, "euler": euler, "lcm": lcm}[name], **chosen)
 
 
 def start(noise: torch.Tensor) -> SamplerState:

@@ -6,12 +6,13 @@ made from them; the samplers' arithmetic rounds them to float32, again as publis
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
 
 TRAIN_STEPS = 1000  # of the published flow-matching schedulers
+NEARLY_NOISE = 1 - 1e-6  # where samplers of higher order start: at 1 the signal's logarithm is infinite
 
 
 def shifted(sigmas: np.ndarray, shift: float) -> np.ndarray:
@@ -23,7 +24,7 @@ def flow_linear(steps: int, shift: float) -> np.ndarray:
     """Evenly spaced from 1 towards 1/1000, shifted, then 0: flow-matching UniPC as Wan publishes it."""
     sigmas = shifted(np.linspace(1, 1 / TRAIN_STEPS, steps + 1)[:-1], shift)
     if abs(sigmas[0] - 1) < 1e-6:
-        sigmas[0] -= 1e-6  # at 1 the signal's logarithm is infinite
+        sigmas[0] -= 1 - NEARLY_NOISE
     return np.append(sigmas, 0.0)
 
 
@@ -39,7 +40,16 @@ SCHEDULES: dict[str, Callable[[int, float], np.ndarray]] = {"flow_linear": flow_
 
 def make_schedule(name: str, steps: int, shift: float, start: float = 1.0) -> torch.Tensor:
     """Return sigmas [steps' + 1] float64, descending to 0; those above `start` are skipped and the next is `start`."""
-    sigmas = torch.from_numpy(SCHEDULES[name](steps, shift).astype(np.float64))
+    return started(torch.from_numpy(SCHEDULES[name](steps, shift).astype(np.float64)), start)
+
+
+def given_schedule(sigmas: Sequence[float], start: float = 1.0) -> torch.Tensor:
+    """Return the sigmas that were given, and 0 behind them, as `make_schedule` does."""
+    return started(torch.tensor([*sigmas, 0.0], dtype=torch.float64), start)
+
+
+def started(sigmas: torch.Tensor, start: float) -> torch.Tensor:
+    """Return a schedule from `start` on."""
     if start < 1:
         below = sigmas[sigmas <= start]
         sigmas = torch.cat([torch.tensor([start], dtype=torch.float64), below[1:] if len(below) > 1 else below])

@@ -19,7 +19,6 @@ from runtime.model import Model
 from runtime.models.spec import Context
 from runtime.request import Request
 from runtime.samplers import SamplerState
-from runtime.schedules import make_schedule
 from runtime.text import encode_prompt
 
 STEPS = 3  # that each expert is asked at: early, in the middle and late
@@ -50,7 +49,7 @@ def watched(model: Model, request: Request) -> list[Place]:
     """Return STEPS places of each expert on the way of one exact sampling."""
     assert request.num_frames and request.height and request.width and request.steps and request.shift is not None
     shape = model.spec.latent_shape(request.num_frames, request.height, request.width)
-    sigmas = make_schedule(model.spec.schedule, request.steps, request.shift)
+    sigmas = request.schedule(model.spec)
     noise = draw_noise(shape, request.seed or 0).to(model.device)
     context = prepare_context(model, encode_prompt(model, request)[0], shape)
     levels = sigmas.tolist()[:-1]

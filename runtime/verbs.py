@@ -177,7 +177,13 @@ def add_sampling(parser: Parser) -> None:
     parser.add_argument("--guidance", type=float, metavar="G", help="guidance scale; 1 is none")
     parser.add_argument("--guidance-2", type=float, metavar="G", help="guidance scale of the second expert")
     parser.add_argument("--shift", type=float, metavar="S", help="how far the schedule leans to noise")
-    parser.add_argument("--sampler", metavar="NAME", help="unipc or euler")
+    parser.add_argument("--sampler", metavar="NAME", help="unipc, euler or lcm")
+    parser.add_argument(
+        "--recipe", metavar="NAME", help="how distilled weights are sampled: lightx2v-4, lightning-4, fastwan-3"
+    )
+    parser.add_argument(
+        "--sigmas", type=parse_levels, metavar="LEVELS", help="noise levels to visit, such as 1,0.94,0.83,0.63"
+    )
     parser.add_argument("--seed", type=int, metavar="N", help="the same seed makes the same video")
     parser.add_argument("--fit", default="crop", help="how clips get to the size: crop (default), pad, stretch")
     parser.add_argument(
@@ -253,7 +259,7 @@ def request_of(options: Options, **task: Any) -> Request:
         num_frames=options.frames, seconds=options.seconds, fps=options.fps, steps=options.steps,
         guidance=options.guidance, guidance_2=options.guidance_2, shift=options.shift, sampler=options.sampler,
         seed=options.seed, fit=options.fit, window=options.window, overlap=options.overlap,
-        positions=options.positions, quality=options.quality,
+        positions=options.positions, quality=options.quality, recipe=options.recipe, sigmas=options.sigmas,
         references=tuple(clip(path) for path in options.reference), **task,
     )  # fmt: skip
 
@@ -289,6 +295,14 @@ def parse_quality(text: str) -> str | float:
         return float(text)
     except ValueError:
         return text
+
+
+def parse_levels(text: str) -> tuple[float, ...]:
+    """Return the noise levels of a text such as 1,0.94,0.83."""
+    try:
+        return tuple(float(part) for part in text.split(","))
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} are no numbers; legal: noise levels such as 1,0.94,0.83") from None
 
 
 def parse_ranges(text: str) -> tuple[int, ...]:

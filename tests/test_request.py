@@ -68,7 +68,7 @@ def test_frozen_and_keyword_only() -> None:
         ({"num_frames": -4}, "at least 1"),
         ({"seed": -1}, "from 0 to"),
         ({"seed": 2**64}, "from 0 to"),
-        ({"sampler": "ddim"}, "legal: euler, unipc"),
+        ({"sampler": "ddim"}, "legal: euler, lcm, unipc"),
     ],
 )
 def test_refused_for_any_model(values: dict, sentence: str) -> None:

@@ -128,7 +128,7 @@ def test_order_falls_at_both_ends() -> None:
 
 
 def test_unknown_sampler_names_the_legal_ones() -> None:
-    with pytest.raises(ValueError, match="euler, unipc"):
+    with pytest.raises(ValueError, match="euler, lcm, unipc"):
         make_sampler("ddim")
 
 

@@ -40,6 +40,8 @@ class Defaults:
     shift: float
     guidance_2: float | None = None  # the second expert's; None: the same as `guidance`
     sampler: str = "unipc"
+    recipe: str | None = None  # of distilled weights: a key of recipes.RECIPES
+    sigmas: tuple[float, ...] | None = None  # where the network is asked instead of at `steps` levels by `shift`
 
 
 @dataclass(frozen=True, kw_only=True)

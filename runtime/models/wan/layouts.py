@@ -26,7 +26,8 @@ from runtime.models.wan.vae_config import VAEConfig
 from runtime.weights import Component, Slot, find, read_json
 from runtime.weights import shapes as tensor_shapes
 
-PIPELINES = ("WanPipeline", "WanImageToVideoPipeline", "WanVideoToVideoPipeline", "WanVACEPipeline")
+PIPELINES = ("WanPipeline", "WanImageToVideoPipeline", "WanVideoToVideoPipeline", "WanVACEPipeline", "WanDMDPipeline")
+RECIPES = {"WanDMDPipeline": "fastwan-3"}  # of pipelines whose weights are distilled
 
 
 def open_diffusers(folder: Path) -> Checkpoint:
@@ -75,7 +76,9 @@ def open_diffusers(folder: Path) -> Checkpoint:
         image_size = _image_size(read_config(folder / "image_processor" / "preprocessor_config.json"), 2 if two else 1)
     spec = replace(
         spec,
-        defaults=replace(spec.defaults, shift=shift or spec.defaults.shift, sampler=sampler),
+        defaults=replace(
+            spec.defaults, shift=shift or spec.defaults.shift, sampler=sampler, recipe=RECIPES.get(index["_class_name"])
+        ),
     )
     text_config = read_config(folder / "text_encoder" / "config.json")
     tokenizer = folder / "tokenizer"
