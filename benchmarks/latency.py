@@ -14,6 +14,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -169,12 +170,17 @@ def row(cell: Cell, settings: Settings) -> dict[str, Any]:
     kind: type[Side] = Ours if cell.side == Ours.name else Diffusers
     try:
         return found | {"steps": request.steps} | fresh_process(measured, kind, case, settings)
+    except BrokenProcessPool:
+        return found | {"reason": "its process was killed, most likely because the machine's memory was used up"}
     except Exception as error:  # of a process of its own: out of memory, no such engine here, a peer that cannot
         return found | {"reason": (str(error).splitlines() or [""])[0] or type(error).__name__}
 
 
 def floor(settings: Settings, request: Request) -> dict[str, Any] | None:
-    """Return the planner's seconds per stage: at a known GPU's peaks, or by this CPU's calibration; None otherwise."""
+    """Return the planner's seconds per stage: at a known GPU's peaks, or by this CPU's calibration; None otherwise.
+
+    ValueError, the planner's answer, where the request does not fit, or not with all weights on the device.
+    """
     gpu = None
     if settings.device.type == "cuda":
         name = torch.cuda.get_device_name(settings.device).lower()
@@ -184,6 +190,13 @@ def floor(settings: Settings, request: Request) -> dict[str, Any] | None:
     name = settings.model.removesuffix(true_size.SUFFIX) if settings.random else str(settings.folder)
     keys = ("width", "height", "num_frames", "steps", "guidance")
     planned = plan_request(name, gpu=gpu, dtype=settings.dtype, **{key: getattr(request, key) for key in keys})
+    offload = planned.choices["offload"]
+    if offload["text_encoder"] != "resident" or offload["blocks"] is not None:
+        raise ValueError(
+            f"it fits into {planned.memory / 2**30:.2f} GiB only by weights that come and go (text encoder "
+            f"{offload['text_encoder']}, transformer {offload['transformer']}: {planned.most / 2**30:.2f} GiB, about "
+            f"{planned.seconds['total']:.3g} s); all weights stay on the device here"
+        )
     return {"basis": planned.basis, "machine": planned.machine, "predicted": planned.seconds}
 
 

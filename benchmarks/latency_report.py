@@ -60,10 +60,12 @@ def method(rows: list[dict[str, Any]]) -> str:
         frozenset({"ideal"}): "floor: published arithmetic and traffic at the device's peaks",
         frozenset({"measured"}): "floor: what the planner predicts from this machine's calibration, no ideal",
     }[frozenset(bases)]
+    compiled = sorted({each["engine"] for each in rows} & {"inductor", "tensorrt"})
+    made = f" {' and '.join(compiled)}: what is compiled for the first row is kept for the later ones." * bool(compiled)
     return (
         "Medians. Each row is a new process: load, then cold, its first request, then total, further ones with new "
-        "prompts, then the stages by themselves (step: one guided step; encode: the clip back to latents). Peak memory "
-        f"is that of the first request, weights included; {floor}. Peer / ours: of whole requests."
+        f"prompts, then the stages by themselves (step: one guided step; encode: the clip back to latents).{made} Peak "
+        f"memory is that of the first request, weights included; {floor}. Peer / ours: of whole requests."
     )
 
 

@@ -7,6 +7,7 @@ import os
 import platform
 import re
 import subprocess
+from contextlib import suppress
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -32,7 +33,7 @@ def describe(device: torch.device) -> dict[str, Any]:
         "versions": {name: found for name in PACKAGES if (found := installed(name))},
         "commit": commit(),
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "clocks": gpu_state() if cuda else None,
+        "clocks": gpu_state() if cuda else cpu_state(),
         "load": os.getloadavg()[0] if hasattr(os, "getloadavg") else None,  # processes that wanted a core before
     }
 
@@ -46,6 +47,19 @@ def gpu_state() -> dict[str, str] | None:
     except (OSError, subprocess.CalledProcessError):
         return None
     return dict(zip(asked, (value.strip() for value in done.stdout.strip().split(",")), strict=True))
+
+
+def cpu_state() -> dict[str, str] | None:
+    """Return the slowest and the fastest core's clock now, and the governor; None where the system does not tell."""
+    found = {}
+    with suppress(OSError):
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        if clocks := sorted(float(line.partition(":")[2]) for line in lines if line.startswith("cpu MHz")):
+            found["clock"] = f"{clocks[0]:.0f} to {clocks[-1]:.0f} MHz"
+    with suppress(OSError):
+        governor = Path("/sys/devices/system/cpu/cpu0/cpufreq/scaling_governor").read_text()
+        found["governor"] = governor.strip()
+    return found or None
 
 
 def results_file(machine: dict[str, Any]) -> Path:

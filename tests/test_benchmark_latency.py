@@ -8,6 +8,7 @@ import sys
 import xml.etree.ElementTree as ElementTree
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -90,6 +91,17 @@ def test_an_interrupted_run_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert measured == ["64x64", "96x64", "96x64", "96x96"]
     assert main([*QUICK, "--steps", "3", "--resume", str(file)]) == 2, "of other settings"
     assert main([*asked, "--budget", "-1", "--json", str(tmp_path / "b.json")]) == 0, "no row, no fault"
+
+
+def test_weights_that_do_not_stay_are_not_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The planner's answer stands in the row, and nothing is loaded."""
+    offload = {"text_encoder": "released", "transformer": "streamed", "blocks": 3}
+    plan = SimpleNamespace(choices={"offload": offload}, memory=2**34, most=2**33, seconds={"total": 12.0})
+    monkeypatch.setattr(latency, "plan_request", lambda *given, **asked: plan)
+    monkeypatch.setattr(latency, "fresh_process", lambda *given: pytest.fail("it was measured"))
+    assert main([*QUICK, "--sizes", "64x64", "--frames", "1", "--json", str(tmp_path / "a.json")]) == 0
+    [row] = json.loads((tmp_path / "a.json").read_text())["rows"]
+    assert "into 16.00 GiB only by weights that come and go" in row["reason"] and "streamed: 8.00 GiB" in row["reason"]
 
 
 def test_unequal_frames_lose_their_numbers() -> None:
