@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import argparse
+import importlib
 import importlib.util
 import json
 import os
@@ -148,3 +150,36 @@ def test_gpu_tool_links_the_kernels(gpu_tool: ModuleType, tmp_path: Path, monkey
     assert "TRITON_INTERPRET" not in environment
     question = "import runtime; from runtime.kernels import backend; print(runtime.__file__)"
     assert Path(real(sys.executable, "-c", question, environment=environment)).parent == tmp_path / "gpu" / "runtime"
+
+
+def test_gpu_tool_runs_every_part(gpu_tool: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each command is one that its program takes, keeps its results in OUT, and ends before the budget does."""
+    commands: list[list[str]] = []
+    ends: list[float] = []
+
+    def noted(what: str, command: list[str], environment: dict[str, str], end: float, log: Path | None = None) -> str:
+        commands.append(command)
+        ends.append(end)
+        if log:
+            log.write_text("1 passed")
+        return ""
+
+    real = gpu_tool.output
+    monkeypatch.setenv("OUT", str(tmp_path))
+    monkeypatch.setattr(gpu_tool, "OUT", tmp_path)
+    monkeypatch.setattr(gpu_tool, "LINKED", tmp_path / "build" / "gpu")
+    monkeypatch.setattr(gpu_tool, "failed", noted)
+    monkeypatch.setattr(gpu_tool, "checkers", lambda: {tool: ["compute-sanitizer", tool] for tool in gpu_tool.CHECKERS})
+    monkeypatch.setattr(
+        gpu_tool, "output", lambda *command, **more: "tests/a.py::b" if "--collect-only" in command else "a GPU"
+    )
+    began = time.time()
+    assert gpu_tool.main(["--only", ",".join(reversed(gpu_tool.PARTS)), "--budget", "500"]) == 0
+    assert max(ends) <= began + 501 and (tmp_path / "tests.log").exists()
+    asked = [command[3:] for command in commands if command[1:3] == ["-m", "benchmarks"]]
+    assert [each[0] for each in asked] == ["kernels", *["published"] * 3, *["latency"] * 3]
+    for name, *options in asked:
+        parser = argparse.ArgumentParser()
+        importlib.import_module(f"benchmarks.{name}").add_command(parser.add_subparsers())
+        assert parser.parse_args([name, *options]).json.parent == tmp_path
+    assert real(sys.executable, "-m", "tools.tune", "--dry-run", "--only", "modulate") is not None
