@@ -9,7 +9,7 @@ from importlib import import_module
 
 from benchmarks.measure import Refused
 
-COMMANDS = ("kernels", "published", "stages", "latency", "serve", "verbs", "planner", "warm", "compare")
+COMMANDS = ("kernels", "published", "bars", "stages", "latency", "serve", "verbs", "planner", "warm", "compare")
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -1,0 +1,51 @@
+"""`python -m benchmarks bars`: every bar stands where the benchmarks put their numbers, and is judged as it says."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from benchmarks.__main__ import main
+from benchmarks.bars import BARS, Bar
+from benchmarks.published import FP8, PARTS
+from runtime.kernels.cases import cases
+
+MACHINE = {"name": "a GPU", "versions": {"torch": "2"}, "commit": "abc", "date": "2026"}
+
+
+def test_places_exist() -> None:
+    real = {(case.operation, case.name) for case in cases(real=True)}
+    for bar in BARS:
+        benchmark, name, which = bar.place
+        assert (name, which) in real if benchmark == "kernels" else name in PARTS and which in ("16 bits", FP8)
+    steps = {bar.place: bar.seconds for bar in BARS if bar.seconds is not None and bar.place[0] == "published"}
+    for (_, name, which), seconds in steps.items():
+        assert seconds == (PARTS[name].fp8_bar if which == FP8 else PARTS[name].bar)
+
+
+def test_table(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    seconds = {"reference": [9e-4], "triton": [4e-4, 3.5e-4, 3.4e-4], "cuda": [5e-4], "torch.compile": [6e-4]}
+    case = {"operation": "qk_norm_rope", "case": "wan-14b 480p dense", "seconds": seconds, "least_us": 312.0,
+            "bound": "memory", "bytes": 1342e6, "flops": 0}  # fmt: skip
+    part = {"name": "step-14b-480p", "floor": 4.25, "bars": {"16 bits": 5.0, FP8: 3.9}, "seconds": {
+        "ours, eager": [5.2], "ours, cuda_graph": [5.1], FP8: [3.7], "diffusers": [9.0]}}  # fmt: skip
+    files = [tmp_path / "a.json", tmp_path / "b.json"]
+    files[0].write_text(json.dumps({"benchmark": "kernels", "machine": MACHINE, "kernels": [case]}))
+    files[1].write_text(json.dumps({"benchmark": "published", "machine": MACHINE, "parts": [part]}))
+    assert main(["bars", *map(str, files)]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    first = next(line for line in lines if "qk_norm_rope" in line)
+    assert "| 312 us |" in first and "| 350 us | 89% | torch.compile 600 us | met |" in first
+    steps = [line for line in lines if "step-14b" in line]
+    assert [line.split("|")[-2].strip() for line in steps] == ["missed", "met", "not measured", "met"]
+    assert "| 5.1 s | 83% | diffusers 9 s | missed |" in steps[0] and "| 3.7 s |" in steps[3]
+    assert sum("not measured | | | |" in line for line in lines) == len(BARS) - 5
+
+
+def test_rates_and_ratios() -> None:
+    place = ("kernels", "mlp", "a")
+    assert Bar(place, "", rate=3.7e12).met(1e-3, 3.8e9, {}) and not Bar(place, "", rate=3.7e12).met(1e-3, 3.6e9, {})
+    best = Bar(place, "", over="", ratio=1.01)
+    assert best.met(1.0, 0, {"a": 1.0, "b": 2.0}) and not best.met(1.02, 0, {"a": 1.0}) and best.met(1, 0, {}) is None
