@@ -14,10 +14,10 @@ from typing import Any
 
 import torch
 
-from .backend import is_opaque, jit, launch, next_power_of_2, pick, register, tl
+from .backend import is_opaque, jit, launch, pick, register, tl
 from .checks import expect_floating, expect_groups, expect_shape
 from .cuda import gate_residual_cuda, gate_residual_modulate_cuda
-from .modulate import adapt, expect_modulation, modulate_ref
+from .modulate import adapted, expect_modulation, load_token, modulate_ref, normalised, tiles_of
 from .tuning import tuned
 
 
@@ -51,27 +51,32 @@ def gate_residual_modulate_ref(
 def gate_residual_kernel(
     x, y, gate, scale, shift, weight, bias, out, h,
     x_row, x_token, y_row, y_token, gate_row, vector_row, length, gate_group, group, eps,
-    D: tl.constexpr, BLOCK: tl.constexpr,
+    D: tl.constexpr, BODY: tl.constexpr, TAIL: tl.constexpr,
 ):  # fmt: skip
-    """One program per token: read both once, write the sum once, and its norm too where `h` is given."""
+    """One program per token, in two tiles: read both once, write the sum once, and its norm too where `h` is given."""
     token = tl.program_id(0)
     row = (token // length).to(tl.int64)
     place = token % length
     far = place.to(tl.int64)
-    lanes = tl.arange(0, BLOCK)
-    inside = lanes < D
-    values = tl.load(x + row * x_row + far * x_token + lanes, mask=inside, other=0.0).to(tl.float32)
-    branch = tl.load(y + row * y_row + far * y_token + lanes, mask=inside, other=0.0).to(tl.float32)
+    body, tail = tl.arange(0, BODY), BODY + tl.arange(0, TAIL)
+    a, b = load_token(x + row * x_row + far * x_token, body, tail, D)
+    c, d = load_token(y + row * y_row + far * y_token, body, tail, D)
     if gate is not None:
-        vector = row * gate_row + (place // gate_group).to(tl.int64) * D
-        branch = branch * tl.load(gate + vector + lanes, mask=inside, other=0.0)
-    total = (values + branch).to(out.dtype.element_ty)
-    target = token.to(tl.int64) * D + lanes
-    tl.store(out + target, total, mask=inside)
+        gates = gate + row * gate_row + (place // gate_group).to(tl.int64) * D
+        c = c * tl.load(gates + body, mask=body < D, other=0.0)
+        d = d * tl.load(gates + tail, mask=tail < D, other=0.0)
+    kind = out.dtype.element_ty
+    a, b = (a + c).to(kind), (b + d).to(kind)
+    target = token.to(tl.int64) * D
+    tl.store(out + target + body, a, mask=body < D)
+    tl.store(out + target + tail, b, mask=tail < D)
     if h is not None:
         vector = row * vector_row + (place // group).to(tl.int64) * D
-        adapted = adapt(total.to(tl.float32), lanes, vector, scale, shift, weight, bias, eps, D)
-        tl.store(h + target, adapted.to(h.dtype.element_ty), mask=inside)
+        c, d = normalised(a.to(tl.float32), b.to(tl.float32), body, tail, eps, D)
+        c = adapted(c, body, vector, scale, shift, weight, bias, D)
+        d = adapted(d, tail, vector, scale, shift, weight, bias, D)
+        tl.store(h + target + body, c.to(kind), mask=body < D)
+        tl.store(h + target + tail, d.to(kind), mask=tail < D)
 
 
 OPERATIONS = ("gate_residual", "gate_residual_modulate")  # without and with the norm, for what was tuned
@@ -116,7 +121,7 @@ def _launch(
     )
     out = torch.empty(rows, length, width, dtype=x.dtype, device=x.device)
     h = torch.empty_like(out) if norm else None
-    block = next_power_of_2(width)
+    body, tail, warps = tiles_of(width)
     launch(
         gate_residual_kernel,
         (rows * length,),
@@ -131,8 +136,8 @@ def _launch(
             "group": 1 if scale is None else length // scale.shape[1],
             "eps": eps,
         },
-        {"D": width, "BLOCK": block},
-        num_warps=tuned(OPERATIONS[norm], str(width), x.device).get("num_warps", max(1, min(16, block // 512))),
+        {"D": width, "BODY": body, "TAIL": tail},
+        num_warps=tuned(OPERATIONS[norm], str(width), x.device).get("num_warps", warps),
     )  # fmt: skip
     return out, out if h is None else h
 

@@ -41,12 +41,33 @@ def modulate_ref(
 
 
 @jit
-def adapt(values, lanes, vector, scale, shift, weight, bias, eps, D: tl.constexpr):
-    """The formula on one token's values, float32 and zero from D on; `vector` is where its modulation stands."""
+def load_token(start, body, tail, D: tl.constexpr):
+    """One token's numbers in two tiles, float32; past L1, whose room the vectors need that every token reads."""
+    a = tl.load(start + body, mask=body < D, other=0.0, cache_modifier=".cg")
+    b = tl.load(start + tail, mask=tail < D, other=0.0, cache_modifier=".cg")
+    return a.to(tl.float32), b.to(tl.float32)
+
+
+@jit
+def total(a, b):
+    """The sum of both tiles; the larger is folded onto the smaller, so that threads meet once."""
+    folded = tl.reshape(a, (a.shape[0] // b.shape[0], b.shape[0]))
+    return tl.sum(tl.sum(folded, axis=0) + b, axis=0)
+
+
+@jit
+def normalised(a, b, body, tail, eps, D: tl.constexpr):
+    """The layer norm of one token without weights; zeros from D on."""
+    mean = total(a, b) / D
+    a, b = tl.where(body < D, a - mean, 0.0), tl.where(tail < D, b - mean, 0.0)
+    factor = tl.rsqrt(total(a * a, b * b) / D + eps)
+    return a * factor, b * factor
+
+
+@jit
+def adapted(h, lanes, vector, scale, shift, weight, bias, D: tl.constexpr):
+    """One tile weighed, scaled and shifted; `vector` is where its token's modulation stands."""
     inside = lanes < D
-    mean = tl.sum(values, axis=0) / D
-    centred = tl.where(inside, values - mean, 0.0)
-    h = centred * tl.rsqrt(tl.sum(centred * centred, axis=0) / D + eps)
     if weight is not None:
         h = h * tl.load(weight + lanes, mask=inside, other=0.0)
     if bias is not None:
@@ -62,18 +83,31 @@ def adapt(values, lanes, vector, scale, shift, weight, bias, eps, D: tl.constexp
 def modulate_kernel(
     x, scale, shift, weight, bias, out,
     x_row, x_token, vector_row, length, group, eps,
-    D: tl.constexpr, BLOCK: tl.constexpr,
+    D: tl.constexpr, BODY: tl.constexpr, TAIL: tl.constexpr,
 ):  # fmt: skip
-    """One program per token: read it once, write it once."""
+    """One program per token: read it once, write it once.
+
+    Its width is two tiles, BODY and TAIL, both powers of 2: 5120 is 4096 and 1024, where one tile would be 8192.
+    """
     token = tl.program_id(0)
     row = (token // length).to(tl.int64)  # offsets may pass 2^31; the divisions are cheap in 32 bits
     place = token % length
-    lanes = tl.arange(0, BLOCK)
-    inside = lanes < D
-    values = tl.load(x + row * x_row + place.to(tl.int64) * x_token + lanes, mask=inside, other=0.0).to(tl.float32)
+    body, tail = tl.arange(0, BODY), BODY + tl.arange(0, TAIL)
+    a, b = load_token(x + row * x_row + place.to(tl.int64) * x_token, body, tail, D)
     vector = row * vector_row + (place // group).to(tl.int64) * D
-    h = adapt(values, lanes, vector, scale, shift, weight, bias, eps, D)
-    tl.store(out + token.to(tl.int64) * D + lanes, h.to(out.dtype.element_ty), mask=inside)
+    a, b = normalised(a, b, body, tail, eps, D)
+    a = adapted(a, body, vector, scale, shift, weight, bias, D)
+    b = adapted(b, tail, vector, scale, shift, weight, bias, D)
+    target = out + token.to(tl.int64) * D
+    tl.store(target + body, a.to(out.dtype.element_ty), mask=body < D)
+    tl.store(target + tail, b.to(out.dtype.element_ty), mask=tail < D)
+
+
+def tiles_of(width: int) -> tuple[int, int, int]:
+    """Return the two tiles of a width, and warps that load 16 bytes of the smaller one by each thread."""
+    body = max(next_power_of_2(width) // 2, 1)
+    tail = next_power_of_2(width - body)
+    return body, tail, max(1, min(16, tail // 256))
 
 
 def modulate_triton(
@@ -90,7 +124,7 @@ def modulate_triton(
     out = torch.empty(rows, length, width, dtype=x.dtype, device=x.device)
     if scale is not None and shift is not None:
         scale, shift = scale.contiguous(), shift.contiguous()
-    block = next_power_of_2(width)
+    body, tail, warps = tiles_of(width)
     launch(
         modulate_kernel,
         (rows * length,),
@@ -100,8 +134,8 @@ def modulate_triton(
             "vector_row": 0 if scale is None or scale.shape[0] == 1 else scale.stride(0),
             "length": length, "group": 1 if scale is None else length // scale.shape[1], "eps": eps,
         },
-        {"D": width, "BLOCK": block},
-        num_warps=tuned("modulate", str(width), x.device).get("num_warps", max(1, min(16, block // 512))),
+        {"D": width, "BODY": body, "TAIL": tail},
+        num_warps=tuned("modulate", str(width), x.device).get("num_warps", warps),
     )  # fmt: skip
     return out
 
