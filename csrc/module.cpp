@@ -1,5 +1,8 @@
 // runtime._cuda: the operations as Python functions of integers (device pointers, sizes, steps in elements, a stream).
 //
+// For Python `runtime.kernels.cuda` is the side to call; C++ programs call this by pybind11, with memory and streams of
+// their own (tests/embed/kernels.cpp), or compile operations.h and the .cu files in, without Python.
+//
 // A wrong argument is a ValueError, whatever CUDA reports a RuntimeError. Pointers are taken on trust. The module imports
 // where no driver is, and says so when called there.
 #include <pybind11/pybind11.h>

@@ -207,6 +207,26 @@ def emulated() -> ModuleType:
     return module
 
 
+def test_a_caller_in_cpp(emulated: ModuleType, tmp_path: Path) -> None:
+    """Pointers, strides and a stream from a C++ program; its own formula is what they are compared with."""
+    pybind11, paths = pytest.importorskip("pybind11"), sysconfig.get_paths()
+    library = Path(sysconfig.get_config_var("LIBDIR"))
+    build = [
+        "g++", "-std=c++17", "-O0", f"-I{pybind11.get_include()}", f"-I{paths['include']}",
+        ROOT / "tests" / "embed" / "kernels.cpp", "-o", tmp_path / "kernels", f"-L{library}",
+        f"-Wl,-rpath,{library}", f"-lpython{sysconfig.get_python_version()}",
+    ]  # fmt: skip
+    done = subprocess.run(list(map(str, build)), capture_output=True, text=True, check=False)
+    if "cannot find -lpython" in done.stderr:
+        pytest.skip("this Python has no library to embed")
+    assert done.returncode == 0, done.stderr
+    assert emulated.__file__ is not None
+    command = [str(tmp_path / "kernels"), str(Path(emulated.__file__).parent)]
+    told = subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()
+    assert float(told[0].removeprefix("difference: ")) < 1e-5
+    assert "x is a null pointer" in told[1] and any("x is not a multiple of 4 bytes" in line for line in told[2:])
+
+
 @pytest.fixture
 def on_cpu(emulated: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
     """Let the implementation "cuda" be the emulated one, on tensors of the CPU."""
