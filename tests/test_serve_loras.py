@@ -45,7 +45,8 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 @pytest.fixture(scope="module")
 def server(files: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    flags = ["--lora", f"warm={files['warm']}:0.5", "--lora", f"grain={files['grain']}"]
+    flags = ["--dtype", "bfloat16", "--warm", "64x64x5"]
+    flags += ["--lora", f"warm={files['warm']}:0.5", "--lora", f"grain={files['grain']}"]
     started = Server(tmp_path_factory.mktemp("data") / "served", *flags)
     yield started
     assert started.stop() == 0
@@ -66,7 +67,7 @@ def test_made_as_with_the_file(server: Server, files: dict[str, Path], tmp_path:
     again = server.done(server.create()["id"])
     loras = [Lora(files[name], strength) for name, strength in meant.items()]
     request = runtime.Request(prompt=TINY["prompt"], width=64, height=64, num_frames=5, steps=2, seed=3)
-    expected = runtime.generate(runtime.load("demo", loras=loras), request)
+    expected = runtime.generate(runtime.load("demo", dtype="bfloat16", loras=loras), request)
     expected.save(tmp_path / "expected.mp4")
     first, second, third = (frames_of(server.content(video["id"])) for video in (plain, worn, again))
     assert (second == frames_of((tmp_path / "expected.mp4").read_bytes())).all()
@@ -74,6 +75,7 @@ def test_made_as_with_the_file(server: Server, files: dict[str, Path], tmp_path:
     said = [name.partition(":")[0] for name in worn["lora"]]
     assert said == list(meant) and worn["receipt"]["loras"] == worn["lora"] and "lora" not in again
     assert worn["receipt"]["model_hash"] == expected.receipt.model_hash != plain["receipt"]["model_hash"]
+    assert worn["receipt"]["dtype"] == "bfloat16"
     assert str(files["warm"].parent) not in json.dumps(worn)
 
 

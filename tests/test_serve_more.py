@@ -342,3 +342,24 @@ def test_results_are_kept_for_their_time(server: Server) -> None:
     gone = server.http.get(f"/v1/videos/{job['id']}/content")
     assert gone.status_code == 410 and gone.json()["error"]["code"] == "expired"
     assert server.video(job["id"])["status"] == "completed"
+
+
+def test_a_quality(server: Server) -> None:
+    """What may be given up for speed; the words of OpenAI's clients mean the exact video."""
+    for given, meant in (("fast", "fast"), (30, 30.0), ("28.5", 28.5), ("hd", "exact"), ("auto", "exact")):
+        made = server.done(server.create(TINY | {"quality": given})["id"])
+        assert made["receipt"]["request"]["quality"] == meant
+        assert made["quality"] == ("standard" if meant == "exact" else meant)
+    for given in ("best", -1, 0, "nan", [], True):
+        answer = server.http.post("/v1/videos", json=TINY | {"quality": given})
+        assert answer.status_code == 400 and answer.json()["error"]["param"] == "quality"
+
+
+def test_a_preview(server: Server) -> None:
+    made = server.create(LONG)["id"]
+    path = server.until(lambda: server.video(made).get("preview_url"))
+    answer = server.until(lambda: (found := server.http.get(path)).status_code == 200 and found)
+    assert answer.headers["content-type"] == "image/gif" and answer.content.startswith(b"GIF8")
+    server.http.post(f"/v1/videos/{made}/cancel")
+    ended = server.done(made, "cancelled")
+    assert "preview_url" not in ended and server.http.get(path).json()["error"]["code"] == "no_preview"

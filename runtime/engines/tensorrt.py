@@ -35,7 +35,8 @@ SPARE = 0.7  # of the free memory that weights may take; the rest is for activat
 KEPT_RUNS = 4  # sizes whose buffers and graphs stay
 ROUND_KEYS = 64  # text keys are filled up to a multiple, so that prompts of many lengths share a graph
 
-_sessions: WeakKeyDictionary[nn.Module, dict[str, Session]] = WeakKeyDictionary()
+# Open engines of each transformer, by name, with the hash of the weights that they hold.
+_sessions: WeakKeyDictionary[nn.Module, dict[str, tuple[str, Session]]] = WeakKeyDictionary()
 
 
 def build(transformer: Transformer, expert: int, weights: str = "") -> Denoiser:
@@ -65,12 +66,14 @@ def build(transformer: Transformer, expert: int, weights: str = "") -> Denoiser:
             if sizes not in choices:
                 choices[sizes] = choose(trt, transformer, gpu, f"{weights} expert {expert}", *sizes)
             entry, index = choices[sizes]
-            if entry.name not in sessions:
+            if sessions.get(entry.name, (None, None))[0] != weights:  # a LoRA changes the weights of a loaded model
                 with span("denoise/load"):
-                    sessions[entry.name] = session = open_session(trt, entry, device)
+                    sessions.pop(entry.name, None)
+                    session = open_session(trt, entry, device)
                     if entry.key.parts["weights"] == ANY_WEIGHTS:
                         session.refit(transformer, graph_inputs(transformer, x, sigma, one))
-            velocities.append(sessions[entry.name].run(transformer, x, sigma, one, index))
+                    sessions[entry.name] = weights, session
+            velocities.append(sessions[entry.name][1].run(transformer, x, sigma, one, index))
         return torch.cat(velocities)
 
     return denoise

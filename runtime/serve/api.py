@@ -128,7 +128,10 @@ class Api:
 
     def object(self, job: Job) -> dict[str, Any]:
         """Return a job as the API tells of it."""
-        return video_object(job, self.outlook(job), self.settings.keep)
+        found = video_object(job, self.outlook(job), self.settings.keep)
+        if job.status == "in_progress" and job.step and not self.moderator.checks("frames"):
+            found["preview_url"] = f"/v1/videos/{job.id}/content?variant=preview"
+        return found
 
     def outlook(self, job: Job) -> Outlook | None:
         """Return what lies before a job, None where it ends; one that came after the last look is the last so far."""
@@ -303,6 +306,13 @@ class Api:
         if not path.is_file():
             self.store.fail(job, {"code": "output_missing", "message": "the file of this video is gone"})
             raise ApiError(404, "the file of this video is gone", code="output_missing")
+        return path
+
+    def preview(self, job: Job) -> Path:
+        """Return the newest look at a job that is being made; ApiError where there is none."""
+        path = self.store.folder(job.id) / "preview.gif"
+        if not path.is_file():
+            raise ApiError(404, "there is no preview of the video now", code="no_preview")
         return path
 
     async def wait(self, request: Request, job: Job) -> Job:

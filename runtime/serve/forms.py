@@ -17,7 +17,7 @@ from starlette.requests import Request
 
 from runtime.serve.errors import ApiError, bad
 
-EXTRA = ("extra_body", "extra_params")  # fields that hold more fields, as some clients write them
+EXTRA = ("extra_body", "extra_params", "diffusers_kwargs")  # fields that hold more fields, as some clients write them
 MAX_JSON = 32 * 2**20
 MAX_FIELDS, MAX_FILES = 200, 8
 MAX_DEPTH = 16

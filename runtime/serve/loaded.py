@@ -16,21 +16,25 @@ from runtime.machine import host_memory
 from runtime.model import change_loras, choose_device, fit_loras
 from runtime.offload import give_back_memory
 from runtime.planner import load_within
+from runtime.warming import parse_sizes, warmup
 
 SQUEEZE = 0.8  # of the free memory, for a job that ran out of it before
 
 
 class Loaded(dict[str, runtime.Model]):
-    """Models by name, each loaded at first use and kept; `loras` are the files that each name stands for."""
+    """Models by name, each loaded at first use and kept, with what its engine has made; `loras` are the files that each
+    name stands for."""
 
-    def __init__(self, places: Mapping[str, str], loras: Mapping[str, Sequence[Lora]], device: str) -> None:
+    def __init__(self, places: Mapping[str, str], *, device: str, dtype: str, engine: str, precision: str) -> None:
         super().__init__()
-        self.places, self.loras, self.device = places, loras, device
+        self.places, self.engine = places, engine
+        self.how: dict[str, Any] = {"device": device, "dtype": dtype, "precision": precision}
+        self.loras: Mapping[str, Sequence[Lora]] = {}
 
     def model(self, name: str, asked: Sequence[str] = ()) -> runtime.Model:
         """Return a model with the LoRAs of texts NAME or NAME:STRENGTH merged into it, and no others."""
         if name not in self:
-            self[name] = runtime.load(self.places[name], device=self.device)
+            self[name] = runtime.load(self.places[name], engine=self.engine, **self.how)
         change_loras(self[name], self.meant(asked))
         return self[name]
 
@@ -38,15 +42,19 @@ class Loaded(dict[str, runtime.Model]):
         """Load a model anew so that a request takes less than the memory that is free; ValueError where it cannot."""
         self.pop(name, None)
         give_back_memory()
-        memory = f"{SQUEEZE * free_memory(self.device) / 2**20:.0f}MiB"
-        loras = self.meant(asked)
-        self[name] = load_within(self.places[name], request, memory=memory, device=self.device, loras=loras)
+        memory = f"{SQUEEZE * free_memory(self.how['device']) / 2**20:.0f}MiB"
+        self[name] = load_within(self.places[name], request, memory=memory, loras=self.meant(asked), **self.how)
         return self[name]
+
+    def warm(self, sizes: str) -> None:
+        """Run each part of requests of some sizes once, such as 832x480x81,480x832x49; of none where none is given."""
+        for model in self.values() if sizes else ():
+            warmup(model, parse_sizes(sizes))
 
     def prepare(self) -> list[Callable[[], object]]:
         """Measure the device as far as a forecast needs it; return what is better done while nobody waits: the whole
         measurement, and loading the libraries that the first prompt needs."""
-        left: list[Callable[[], object]] = [partial(warm, model) for model in self.values()]
+        left: list[Callable[[], object]] = [partial(load_libraries, model) for model in self.values()]
         for device, dtype in {(model.device, model.dtype) for model in self.values()}:
             if device.type != "cpu":
                 local(device, dtype)
@@ -89,7 +97,7 @@ def fits(model: runtime.Model, loras: Sequence[Lora]) -> str | None:
     return None
 
 
-def warm(model: runtime.Model) -> None:
+def load_libraries(model: runtime.Model) -> None:
     """Load what cuts and encodes text, without its weights."""
     with torch.device("meta"):
         model.checkpoint.text_encoder.build()

@@ -39,7 +39,12 @@ FIELDS: dict[str, Any] = {
     "draft": {"type": "boolean"},
     "expand_prompt": {"type": "boolean"},
     "lora": {"oneOf": [LORA, {"type": "array", "items": LORA, "maxItems": 8}]},
-    "quality": {"type": "string", "enum": ["auto", "draft", "low", "standard", "medium", "high", "hd"]},
+    "quality": {
+        "oneOf": [
+            {"type": "string", "enum": ["auto", "draft", "low", "standard", "medium", "high", "hd", "fast"]},
+            {"type": "number", "exclusiveMinimum": 0, "description": "PSNR against the exact video, in dB"},
+        ]
+    },
 }
 PART = {"from": {"type": "integer", "minimum": 0}, "to": {"type": "integer", "minimum": 1}}
 CUT = {"type": "object", "properties": PART, "description": "frames of the video, up to before `to`"}

@@ -36,11 +36,12 @@ NUMBERS: dict[str, tuple[str, type]] = {
 TEXTS = {"prompt": "prompt", "negative_prompt": "negative_prompt", "sampler": "sampler", "fit": "fit"}
 ALIASES = {
     "infer_steps": "num_inference_steps", "target_fps": "fps", "target_video_length": "num_frames",
-    "reference_url": "input_reference", "image_reference": "input_reference",
+    "reference_url": "input_reference", "image_reference": "input_reference", "true_cfg_scale": "guidance_scale",
 }  # fmt: skip
 OWN = ("model", "size", "loop", "draft", "quality", "expand_prompt", "priority", "direction", "user", "lora")
 MODEL_FIELDS = {"prompt", "model"}  # of a body that makes nothing
 QUALITIES = {"draft": True, "low": True} | dict.fromkeys(("auto", "standard", "medium", "high", "hd"), False)
+FAST = "fast"
 MAX_STEPS = 1000
 MAX_FRAMES = 10_000
 FPS = (1.0, 240.0)
@@ -164,7 +165,7 @@ def planned(
     """Return (the resolved request, its frames, its windows, the final size where it is a draft)."""
     try:
         request, final = Request(**values).resolved(spec), None
-        if is_draft(fields):
+        if read_quality(fields)[0]:
             assert request.width and request.height
             final, request = (request.width, request.height), request.drafted(spec)
         assert request.fps
@@ -184,12 +185,22 @@ def choose_model(fields: Mapping[str, Any], models: Mapping[str, Any]) -> str:
     return name
 
 
-def is_draft(fields: Mapping[str, Any]) -> bool:
-    """Tell whether a draft is asked for, by `draft` or by `quality`."""
-    quality = fields.get("quality", "draft" if flag(fields, "draft") else "auto")
-    if quality not in QUALITIES:
-        raise bad(f"quality is {str(quality)[:40]!r}; legal: {', '.join(QUALITIES)}", "quality")
-    return QUALITIES[quality]
+def read_quality(fields: Mapping[str, Any]) -> tuple[bool, str | float]:
+    """Return (is a draft asked for, by `draft` or by `quality`; what may be given up for speed, as runtime.Request has
+    it): words of OpenAI's clients mean the exact video, or its draft."""
+    given = fields.get("quality", "draft" if flag(fields, "draft") else "auto")
+    if isinstance(given, str) and given in QUALITIES:
+        return QUALITIES[given], "exact"
+    if given == FAST:
+        return False, FAST
+    try:
+        floor = number(fields, "quality", float)
+    except ApiError:
+        floor = 0.0
+    if floor <= 0:
+        legal = f"{', '.join(QUALITIES)}, {FAST}, or a floor in dB against the exact video, such as 32"
+        raise bad(f"quality is {str(given)[:40]!r}; legal: {legal}", "quality")
+    return False, floor
 
 
 def read_values(fields: Mapping[str, Any]) -> dict[str, Any]:
@@ -208,6 +219,7 @@ def read_values(fields: Mapping[str, Any]) -> dict[str, Any]:
         values["periodic"] = True
     if "direction" in fields:
         values["direction"] = text(fields, "direction")
+    values["quality"] = read_quality(fields)[1]
     values.setdefault("prompt", "")
     return values
 

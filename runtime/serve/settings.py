@@ -38,6 +38,10 @@ class Settings:
     api_key: Path | None = None  # a file of keys, as keys.read_keys says
     workers: int = 1
     device: str = "auto"
+    engine: str = "eager"  # this and the next two: as runtime.load takes them
+    dtype: str = "auto"
+    precision: str = "full"
+    warm: str = ""  # sizes to run once before a worker is ready, such as 832x480x81,480x832x49
     insecure: bool = False  # another address than loopback without a key
     grace: float = 20.0  # between SIGTERM and the end
     hang: float = 60.0  # without a sign of life, or 10 times its median step: a worker is killed, its job made again
@@ -118,6 +122,10 @@ def read_settings(arguments: Sequence[str] | None = None) -> Settings:
     parser.add_argument("--api-key", type=Path, metavar="FILE", help="lines NAME:KEY [jobs=N] [per-minute=N]")
     parser.add_argument("--workers", type=int, metavar="N", help="worker processes (default: 1)")
     parser.add_argument("--device", help="auto, cpu, cuda, cuda:N (default: auto)")
+    parser.add_argument("--engine", help="eager (default), cuda_graph, inductor, tensorrt; kept warm over jobs")
+    parser.add_argument("--dtype", help="auto (default), float32, bfloat16, float16")
+    parser.add_argument("--precision", help="full (default), or fp8: large layers in 8 bits; not exact")
+    parser.add_argument("--warm", metavar="SIZES", help="sizes to run before it is ready, such as 832x480x81")
     parser.add_argument("--insecure", action="store_true", default=None, help="no key on an address others can reach")
     parser.add_argument("--grace", type=float, metavar="S", help="seconds to end in after SIGTERM (default: 20)")
     parser.add_argument("--max-queue", type=int, metavar="N", help="jobs waiting or running at most (default: 1000)")

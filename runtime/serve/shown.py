@@ -27,6 +27,7 @@ def shown(asked: Asked) -> dict[str, Any]:
         "guidance_scale": request.guidance,
         "negative_prompt": request.negative_prompt,
         "task": request.task,
+        **({} if request.quality == "exact" else {"quality": request.quality}),
         **({"lora": asked.record["lora"]} if asked.record["lora"] else {}),
         **({"final_size": "{}x{}".format(*asked.final_size)} if asked.final_size else {}),
     }
@@ -45,6 +46,7 @@ def video_object(job: Job, outlook: Outlook | None = None, keep: float = 0.0) ->
         "model": job.model,
         "prompt": job.prompt,
         "remixed_from_video_id": job.parent,
+        "parent_id": job.parent,
         "error": job.error,
         "started_at": None if job.started_at is None else int(job.started_at),
         "queue_seconds": None if job.started_at is None else round(job.started_at - job.created_at, 3),

@@ -45,6 +45,8 @@ class Child:
     def __init__(self, settings: Settings) -> None:
         self.name, self.pulse, self.hung = new_id("worker"), Pulse(settings.hang), False
         command = [*WORKER, "--data", str(settings.data), "--name", self.name, "--device", settings.device]
+        command += ["--engine", settings.engine, "--dtype", settings.dtype, "--precision", settings.precision]
+        command += ["--warm", settings.warm]
         command += ["--log", settings.log]
         command += ["--grace", str(settings.grace), "--full-wait", str(settings.full_wait)]
         for model in settings.model:

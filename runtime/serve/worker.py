@@ -48,6 +48,7 @@ from runtime.serve.telemetry import start_telemetry
 
 log = logging.getLogger("runtime.serve.worker")
 
+REST_SECONDS = 2.0  # without a job, before what can wait is done: a job that comes meanwhile waits for its end
 IDLE_SECONDS = 0.5  # between two looks at the queue where nobody says that there is something
 RENEW_SECONDS = 5.0
 FORESEE_SECONDS = 0.1  # between two looks for jobs that nobody has predicted
@@ -73,11 +74,13 @@ class Worker:
 
     def work(self) -> None:
         """Take one job after the other until it is time to stop."""
+        busy = time.monotonic()
         while not self.stopping.is_set():
             self.wake.clear()
             job = self.next_job()
             if job is None:
-                if not self.wake.wait(IDLE_SECONDS) and self.chores and not self.store.active():
+                rested = time.monotonic() - busy > REST_SECONDS
+                if not self.wake.wait(IDLE_SECONDS) and rested and self.chores and not self.store.active():
                     self.do(self.chores.pop(0))
                 continue
             self.job = job
@@ -89,7 +92,7 @@ class Worker:
             except LostLease:
                 log.warning("another has job %s by now, or it is gone", job.id)
             finally:
-                self.job = None
+                self.job, busy = None, time.monotonic()
                 job_id.set("")
                 say("idle")
 
@@ -214,6 +217,10 @@ def main() -> int:
     parser.add_argument("--model", action="append", required=True)
     parser.add_argument("--lora", action="append", default=[])
     parser.add_argument("--device", default="auto")
+    parser.add_argument("--engine", default="eager")
+    parser.add_argument("--dtype", default="auto")
+    parser.add_argument("--precision", default="full")
+    parser.add_argument("--warm", default="")
     parser.add_argument("--no-credentials", action="store_true")
     parser.add_argument("--certificate", type=Path)
     parser.add_argument("--private-key", type=Path)
@@ -233,7 +240,9 @@ def main() -> int:
         signer = find_signer(options.certificate, options.private_key, options.data / "credentials")
     rules = [Rule.of(table) for table in options.moderation]
     places, store = dict(map(model_place, options.model)), Store(options.data)
-    models = Loaded(places, {}, options.device)
+    models = Loaded(
+        places, device=options.device, dtype=options.dtype, engine=options.engine, precision=options.precision
+    )
     maker = Maker(store, models, signer=signer, rules=rules, full_wait=options.full_wait)
     worker = Worker(store, options.name, maker)
     signal.signal(signal.SIGTERM, lambda *_: worker.stop())
@@ -247,6 +256,7 @@ def main() -> int:
         for name in places:
             store.tell_model(name, models.card(name))
         models.check_loras()
+        models.warm(options.warm)
     except (ValueError, OSError) as error:
         log.error("a model or LoRA cannot be loaded: %s", error)
         return BROKEN

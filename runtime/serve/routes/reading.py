@@ -18,7 +18,7 @@ from runtime.serve.formats import FORMATS, converted
 from runtime.serve.openapi import DESCRIPTIONS
 from runtime.serve.shown import brief
 
-VARIANTS = ("video", "thumbnail", "spritesheet")
+VARIANTS = ("video", "thumbnail", "spritesheet", "preview")
 UNDO_SECONDS = 600.0  # that a deleted video can be kept for at most
 
 
@@ -106,7 +106,7 @@ def add(app: FastAPI, api: Api) -> None:
         job = api.job(request, video_id)
         if variant not in VARIANTS:
             raise bad(f"variant is {variant[:40]!r}; legal: {', '.join(VARIANTS)}", "variant")
-        path = api.output(job, variant)
+        path = api.preview(job) if variant == "preview" else api.output(job, variant)
         if kind is not None:
             path = await in_format(path, variant, kind)
         headers = {"cache-control": "private"}
