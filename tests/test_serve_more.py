@@ -271,7 +271,7 @@ def test_pictures_come_along(server: Server) -> None:
     assert kinds[-1] == "image_generation.completed" and set(kinds[:-1]) <= {"image_generation.partial_image"}
     for each in events:
         assert Image.open(io.BytesIO(base64.b64decode(each.b64_json))).size == (64, 64)
-    for wrong in ({"n": 2, "stream": True}, {"partial_images": 4}, {"n": 0}, {"n": 11}, {"response_format": "url"}):
+    for wrong in ({"n": 2, "stream": True}, {"partial_images": 4}, {"n": 0}, {"n": 11}, {"response_format": "jpeg"}):
         assert server.http.post("/v1/images/generations", json={"prompt": "x"} | wrong).status_code == 400
 
 
@@ -363,3 +363,16 @@ def test_a_preview(server: Server) -> None:
     server.http.post(f"/v1/videos/{made}/cancel")
     ended = server.done(made, "cancelled")
     assert "preview_url" not in ended and server.http.get(path).json()["error"]["code"] == "no_preview"
+
+
+def test_pictures_by_their_addresses(server: Server) -> None:
+    few = {"prompt": "a ball", "size": "64x64", "num_inference_steps": 1, "response_format": "url"}
+    answer = server.http.post("/v1/images/generations", json=few | {"n": 2})
+    assert answer.status_code == 200, answer.text
+    urls = [each["url"] for each in answer.json()["data"]]
+    assert len(set(urls)) == 2 and all(url.startswith(f"{server.url}/v1/images/image_") for url in urls)
+    for url in urls:
+        found = server.http.get(url)
+        assert found.headers["content-type"] == "image/png" and Image.open(io.BytesIO(found.content)).size == (64, 64)
+    assert server.http.get(f"/v1/images/image_{'0' * 32}/content").status_code == 404
+    assert server.http.post("/v1/images/generations", json=few | {"stream": True}).status_code == 400

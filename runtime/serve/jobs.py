@@ -60,6 +60,13 @@ class Store(Leases):
         row = self._reader.execute("SELECT * FROM jobs WHERE id = ? AND NOT deleted", (job_id,)).fetchone()
         return None if row is None else Job.of(row)
 
+    def kept(self, job_id: str) -> Job | None:
+        """Return a job, also a deleted one while its files are kept; None where there is none."""
+        row = self._reader.execute(
+            "SELECT * FROM jobs WHERE id = ? AND (NOT deleted OR purge_at > ?)", (job_id, time.time())
+        ).fetchone()
+        return None if row is None else Job.of(row)
+
     def page(
         self,
         owner: str,

@@ -75,7 +75,7 @@ PICTURES = {
     "n": {"type": "integer", "minimum": 1, "maximum": 10},
     "stream": {"type": "boolean"},
     "partial_images": {"type": "integer", "minimum": 0, "maximum": 3},
-    "response_format": {"type": "string", "enum": ["b64_json"]},
+    "response_format": {"type": "string", "enum": ["b64_json", "url"]},
     "output_format": {"type": "string", "enum": ["png"]},
 }
 BODIES: dict[str, tuple[dict[str, Any], list[str]]] = {

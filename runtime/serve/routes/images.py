@@ -7,31 +7,34 @@ import base64
 import io
 import json
 import os
+import re
 from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from fastapi import FastAPI
-from fastapi.responses import JSONResponse, Response, StreamingResponse
+from fastapi.responses import FileResponse, JSONResponse, Response, StreamingResponse
 from PIL import Image
 from starlette.requests import ClientDisconnect, Request
 
 from runtime.serve.api import LOOK_SECONDS, Api, row
 from runtime.serve.database import TERMINAL, Job
-from runtime.serve.errors import ApiError, bad
+from runtime.serve.errors import ApiError, bad, missing
 from runtime.serve.fields import flag, number
 from runtime.serve.inputs import read_upload
 from runtime.serve.jobs import new_id
-from runtime.serve.openapi import describe
+from runtime.serve.openapi import DESCRIPTIONS, describe
 from runtime.serve.schema import EDIT_STRENGTH, Asked, again
 
 # Fields that have one effect here: what they may say.
 FIXED = {
-    "response_format": ("b64_json",), "output_format": ("png",), "background": ("auto", "opaque"),
+    "response_format": ("b64_json", "url"), "output_format": ("png",), "background": ("auto", "opaque"),
     "moderation": ("auto", "low"), "output_compression": (100,),
 }  # fmt: skip
 MAX_PICTURES, MAX_PARTIAL, MAX_IMAGES = 10, 3, 16
+URL_SECONDS = 3600.0  # that a picture can be had by its address
+IMAGE = re.compile(r"image_[0-9a-f]{32}")
 
 
 @dataclass(frozen=True)
@@ -41,6 +44,7 @@ class Options:
     count: int
     stream: bool
     partial: int
+    url: bool = False  # their addresses are told, not their bytes
 
 
 def add(app: FastAPI, api: Api) -> None:
@@ -67,7 +71,7 @@ def add(app: FastAPI, api: Api) -> None:
         api.wake()
         if options.stream:
             return StreamingResponse(follow(api, jobs[0], name, options.partial), media_type="text/event-stream")
-        return await finished(api, request, jobs)
+        return await finished(api, request, jobs, url=options.url)
 
     @app.post("/v1/images/generations", openapi_extra=describe("image"))
     async def generations(request: Request) -> Response:
@@ -92,12 +96,22 @@ def add(app: FastAPI, api: Api) -> None:
 
         return await make(request, given, "image_edit")
 
+    @app.api_route("/v1/images/{image_id}/content", methods=["GET", "HEAD"], openapi_extra=DESCRIPTIONS)
+    async def content(request: Request, image_id: str) -> Response:
+        job = api.store.kept(image_id) if IMAGE.fullmatch(image_id) else None
+        if job is None or job.owner != request.state.owner:
+            raise missing(f"image {image_id[:80]!r}")
+        headers = {"cache-control": "private"}
+        path = api.output(job, "video")
+        return FileResponse(path, headers=headers, filename=f"{job.id}.png", content_disposition_type="inline")
+
 
 def read_options(fields: dict[str, Any]) -> Options:
     """Take what is about pictures alone out of the fields; ApiError for what is illegal."""
     count = number({"n": 1} | fields, "n", int)
     partial = number({"partial_images": 0} | fields, "partial_images", int)
     stream = flag(fields, "stream")
+    url = fields.get("response_format") == "url"
     for name in ("n", "partial_images", "stream"):
         fields.pop(name, None)
     if not 1 <= count <= MAX_PICTURES:
@@ -106,12 +120,14 @@ def read_options(fields: dict[str, Any]) -> Options:
         raise bad(f"partial_images is {partial}; legal: 0 to {MAX_PARTIAL}", "partial_images")
     if stream and count > 1:
         raise bad(f"n is {count}; legal with stream: 1", "n")
+    if stream and url:
+        raise bad("response_format is 'url'; legal with stream: b64_json", "response_format")
     for name, legal in FIXED.items():
         if (value := fields.pop(name, None)) is not None and str(value) not in map(str, legal):
             raise bad(f"{name} is {str(value)[:40]!r}; legal: {', '.join(map(str, legal))}", name)
     if not str(fields.get("prompt", "")).strip():
         raise bad("prompt is missing; say what the picture shows", "prompt")
-    return Options(count, stream, partial)
+    return Options(count, stream, partial, url)
 
 
 def beside(api: Api, first: Job, asked: Asked) -> Job:
@@ -126,18 +142,19 @@ def beside(api: Api, first: Job, asked: Asked) -> Job:
     return api.keep(folder, row(job_id, "image", first.owner, asked))
 
 
-async def finished(api: Api, request: Request, jobs: Sequence[Job]) -> Response:
+async def finished(api: Api, request: Request, jobs: Sequence[Job], *, url: bool) -> Response:
     """Return the answer with all pictures when they are made; what nobody waits for is cancelled."""
     data = []
     try:
         for job in jobs:
-            data.append({"b64_json": picture(api, await api.wait(request, job))})
+            content = picture(api, await api.wait(request, job))
+            data.append({"url": f"{request.base_url}v1/images/{job.id}/content"} if url else {"b64_json": content})
     except (ApiError, ClientDisconnect):
         for job in jobs:
             await asyncio.to_thread(api.store.cancel, job.id)
         raise
     for job in jobs:
-        await forget(api, job)
+        await forget(api, job, URL_SECONDS if url else 0.0)
     return JSONResponse({"created": int(jobs[0].created_at), "data": data, **described(jobs[0])})
 
 
@@ -190,7 +207,7 @@ def enlarged(preview: Path, size: str) -> str:
     return base64.b64encode(found.getvalue()).decode()
 
 
-async def forget(api: Api, job: Job) -> None:
-    """Remove a picture that nobody can ask for again."""
+async def forget(api: Api, job: Job, seconds: float = 0.0) -> None:
+    """Remove a picture as soon as nobody can ask for it again."""
     if job.idempotency is None:
-        await asyncio.to_thread(api.store.cancel, job.id, delete=True)
+        await asyncio.to_thread(api.store.cancel, job.id, delete=True, undo=seconds)
