@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
-import json
 import random
 import socket
 import tempfile
@@ -19,11 +17,15 @@ import httpx2
 import numpy as np
 import psutil
 
+from runtime.serve.database import ACTIVE
 from runtime.serve.jobs import Store
-from tests.serving import LONG, TINY, Server, frames_of, raw
+from tests.serving import LONG, Server, frames_of, raw
+from tools.load import flood, free_port
 
 JOB = {"prompt": "a red ball", "num_frames": 9, "num_inference_steps": 12}
 SEEDS = 3
+MOST_SECONDS = 1.5  # from a start to the next kill
+STEP_EVERY = 3  # kills
 HEALTH_SECONDS = 1.5
 
 
@@ -57,9 +59,11 @@ def kills(sizes: Sizes) -> tuple[str, bool]:
         for index in range(sizes.kills):
             if index % 2 == 0:
                 jobs.append(server.create(JOB | {"seed": index % SEEDS})["id"])
-            time.sleep(moments.uniform(0.0, 4.0))
+            if index % STEP_EVERY == 0:
+                further(server, jobs)
+            time.sleep(moments.uniform(0.0, MOST_SECONDS))
             which = moments.choice(("worker", "server", "both"))
-            states[phase(server, jobs[-1])] += 1
+            states[phase(server, jobs)] += 1
             server.kill(which)
             if which != "worker":
                 server.start()
@@ -80,10 +84,27 @@ def kills(sizes: Sizes) -> tuple[str, bool]:
     return told, not (lost or doubled or different or code)
 
 
-def phase(server: Server, job: str) -> str:
-    """Return what is happening to a job."""
+def first(server: Server, jobs: list[str]) -> dict[str, Any]:
+    """Return the job that is being made, or comes next; the last one where all are done."""
+    unfinished = (video for job in jobs if (video := server.video(job))["status"] in ACTIVE)
+    return next(unfinished, None) or server.video(jobs[-1])
+
+
+def further(server: Server, jobs: list[str]) -> None:
+    """Wait for one more step: a job that kills its workers before each is given up."""
+    before = first(server, jobs)
+
+    def has_gone_on() -> bool:
+        now = first(server, jobs)
+        return now["status"] not in ACTIVE or (now["id"], now["step"]) != (before["id"], before["step"])
+
+    server.until(has_gone_on)
+
+
+def phase(server: Server, jobs: list[str]) -> str:
+    """Return what is happening to the job that comes first."""
     try:
-        video = server.video(job)
+        video = first(server, jobs)
     except httpx2.HTTPError:
         return "unknown"
     if video["status"] != "in_progress":
@@ -111,62 +132,20 @@ def creates(sizes: Sizes) -> tuple[str, bool]:
         server = Server(Path(folder) / "data", "--max-queue", str(most), "--health-port", str(port))
         try:
             server.create(LONG)
-            before = psutil.Process(server.process.pid).memory_info().rss
-            statuses, health, seconds = asyncio.run(flood(server, sizes.creates, port))
-            after = psutil.Process(server.process.pid).memory_info().rss
+            found = flood(server, sizes.creates, port)
             kept = sum(Store(server.data).counts().values())
         finally:
             server.kill("both")
-    unforeseen = {name: count for name, count in statuses.items() if name not in ("200", "429")}
+    taken, refused = found.statuses.get("200", 0), found.statuses.get("429", 0)
+    unforeseen = {name: count for name, count in found.statuses.items() if name not in ("200", "429")}
+    before, peak = found.memory
     told = (
-        f"{sizes.creates} creates in {seconds:.1f} s: {statuses['200']} taken, {statuses['429']} refused, others "
-        f"{unforeseen or 'none'}; health at most {max(health):.2f} s over {len(health)} samples; memory "
-        f"{before / 2**20:.0f} to {after / 2**20:.0f} MiB"
+        f"{sizes.creates} creates in {found.seconds:.1f} s: {taken} taken, {refused} refused, others "
+        f"{unforeseen or 'none'}; health at most {max(found.health):.2f} s over {len(found.health)} samples; memory "
+        f"{before / 2**20:.0f} to at most {peak / 2**20:.0f} MiB"
     )
-    good = not unforeseen and statuses["200"] == kept - 1 >= most - 1  # more where jobs were done meanwhile
-    return told, good and max(health) < HEALTH_SECONDS and after - before < 2**29
-
-
-async def flood(server: Server, count: int, port: int) -> tuple[Counter[str], list[float], float]:
-    """Return (how often each status, seconds of each look at health, seconds of all)."""
-    request = raw("POST", "/v1/videos", json.dumps(TINY).encode(), "connection: close")
-    own = int(server.url.rpartition(":")[2])
-    health: list[float] = []
-    ended = asyncio.Event()
-
-    async def look() -> None:
-        while not ended.is_set():
-            began = time.monotonic()
-            status = await exchange(port, raw("GET", "/health/live", b"", "connection: close"))
-            health.append(time.monotonic() - began if status == "200" else float("inf"))
-            await asyncio.sleep(0.05)
-
-    looking = asyncio.create_task(look())
-    began = time.monotonic()
-    statuses = Counter(await asyncio.gather(*(exchange(own, request) for _ in range(count))))
-    seconds = time.monotonic() - began
-    ended.set()
-    await looking
-    return statuses, health, seconds
-
-
-def free_port() -> int:
-    """Return a port that nobody listens on."""
-    with socket.create_server(("127.0.0.1", 0)) as held:
-        return int(held.getsockname()[1])
-
-
-async def exchange(port: int, request: bytes) -> str:
-    """Return the status of an answer; the kind of error where there is none."""
-    try:
-        reader, writer = await asyncio.open_connection("127.0.0.1", port)
-        writer.write(request)
-        line = await reader.readline()
-        await reader.read()
-        writer.close()
-        return line.split()[1].decode()
-    except (OSError, IndexError) as error:
-        return type(error).__name__
+    good = not unforeseen and taken == kept - 1 >= most - 1  # more where jobs were done meanwhile
+    return told, good and max(found.health) < HEALTH_SECONDS and peak - before < 2**29
 
 
 def halves(sizes: Sizes) -> tuple[str, bool]:

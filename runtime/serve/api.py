@@ -10,7 +10,8 @@ import math
 import re
 import shutil
 import time
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -53,6 +54,7 @@ class Api:
         self._outlooks: dict[str, Outlook] = {}
         self._look_at = -math.inf  # when to look again
         self.draining = False
+        self.taking = 0  # jobs that hold a place in the queue already, and have no row yet
         self.metrics = Metrics(store)
         self.ready: Callable[[], bool] = lambda: False
         self.answer: Callable[..., Awaitable[dict[str, Any]]] = nobody
@@ -105,9 +107,19 @@ class Api:
             )
 
     def check_queue(self) -> None:
-        """ApiError where the queue is full."""
-        if self.store.active() >= self.settings.max_queue:
+        """ApiError where the queue is full, or will be with the jobs that are being taken."""
+        if self.store.active() + self.taking >= self.settings.max_queue:
             raise self.full()
+
+    @contextmanager
+    def place(self) -> Iterator[None]:
+        """Hold a place in the queue for a job whose body is there, so that more than fit cost little."""
+        self.check_queue()
+        self.taking += 1
+        try:
+            yield
+        finally:
+            self.taking -= 1
 
     def full(self) -> ApiError:
         """Return the error of a full queue: come again when the first job that is running is done."""
@@ -170,21 +182,8 @@ class Api:
         kept = False
         try:
             fields = await read_body(request, own, self.settings.max_upload)
-            key = request.headers.get("idempotency-key")
-            digest = await asyncio.to_thread(fingerprint, request.url.path, fields) if key else None
-            await fetch_inputs(fields, own, self.settings.fetching)
-            told = self.webhook(fields)
-            parent, asked = await asyncio.to_thread(verb, fields, own)
-            if kind == "video":
-                check_frame(asked)
-            await self.moderate(
-                request.state.owner, [asked.request.prompt, *(c.prompt for c in asked.request.storyboard)]
-            )
-            await self.admit(asked, folder)
-            values = row(job_id, kind, request.state.owner, asked) | {"parent": parent} | told
-            if key:
-                values |= {"idempotency": key[:256], "digest": digest}
-            job = await asyncio.to_thread(self.keep, folder, values)
+            with self.place():
+                job, digest = await self.take(request, verb, kind, job_id, fields, own)
             kept = job.id == job_id
         finally:
             if not kept:
@@ -194,6 +193,31 @@ class Api:
         self.wake()
         log.info("job %s is taken", job.id)
         return job
+
+    async def take(
+        self,
+        request: Request,
+        verb: Callable[..., Any],
+        kind: str,
+        job_id: str,
+        fields: dict[str, Any],
+        own: Callable[[], Path],
+    ) -> tuple[Job, str | None]:
+        """Return (job, digest of what was asked where it has an idempotency key) of a body's fields."""
+        key = request.headers.get("idempotency-key")
+        digest = await asyncio.to_thread(fingerprint, request.url.path, fields) if key else None
+        await fetch_inputs(fields, own, self.settings.fetching)
+        told = self.webhook(fields)
+        parent, asked = await asyncio.to_thread(verb, fields, own)
+        if kind == "video":
+            check_frame(asked)
+        await self.moderate(request.state.owner, [asked.request.prompt, *(c.prompt for c in asked.request.storyboard)])
+        folder = self.store.folder(job_id)
+        await self.admit(asked, folder)
+        values = row(job_id, kind, request.state.owner, asked) | {"parent": parent} | told
+        if key:
+            values |= {"idempotency": key[:256], "digest": digest}
+        return await asyncio.to_thread(self.keep, folder, values), digest
 
     async def moderate(self, owner: str, texts: list[str]) -> None:
         """ApiError where the operator's rules refuse what is to be shown; the refusal is kept."""

@@ -78,7 +78,8 @@ async def limited(request: Request, limit: int) -> AsyncIterator[bytes]:
     total, stream = 0, request.stream()
     while True:
         try:
-            chunk = await asyncio.wait_for(anext(stream), IDLE_SECONDS)
+            async with asyncio.timeout(IDLE_SECONDS):
+                chunk = await anext(stream)
         except StopAsyncIteration:
             return
         except TimeoutError:
