@@ -22,7 +22,7 @@ from runtime.pipeline import start_receipt
 
 DEVICES = [pytest.param("cuda", marks=pytest.mark.gpu), "cpu"]
 DTYPES = [torch.float32, torch.bfloat16]
-REQUEST = runtime.Request(prompt="a red ball", width=64, height=64, num_frames=9, steps=4, seed=3)
+REQUEST = runtime.Request(prompt="a red ball", width=64, height=64, num_frames=5, steps=3, seed=3)
 
 
 @pytest.fixture(autouse=True)
