@@ -132,6 +132,15 @@ def test_blocks_that_come_and_go_change_nothing(device: str, offload: Offload) -
 
 
 @pytest.mark.gpu
+def test_a_budget_on_this_gpu() -> None:
+    """The GPU is calibrated, the request foreseen, and what is allocated stays within the budget."""
+    model = runtime.load_within("demo", REQUEST, memory="6GiB", device="cuda")
+    made = runtime.generate(model, REQUEST)
+    assert made.frames.any() and made.receipt is not None and made.receipt.predicted is not None
+    assert all(stage.peak_bytes is None or stage.peak_bytes < 6 * 2**30 for stage in made.receipt.stages.values())
+
+
+@pytest.mark.gpu
 def test_the_ladder_under_a_real_limit() -> None:
     """Where whole frames do not fit into what the driver would give, tiles do, and the frames are the same."""
     model = runtime.load("demo", device="cuda", dtype="float32")

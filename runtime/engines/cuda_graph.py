@@ -71,6 +71,6 @@ def record(denoiser: Denoiser, x: torch.Tensor, sigma: torch.Tensor, context: Co
     """Record one call; nothing is computed yet."""
     x, sigma = x.clone(), sigma.clone()
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
+    with torch.cuda.graph(graph, capture_error_mode="thread_local"):  # other threads may decode meanwhile
         out = denoiser(x, sigma, context)
     return Recording(graph, x, sigma, out, context)
