@@ -48,7 +48,7 @@ class Take:
 
     frames: np.ndarray
     seconds: float
-    asked: int
+    asked: float
 
 
 Maker = Callable[[Request], Take]

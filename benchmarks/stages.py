@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 import runtime
-from benchmarks import quality, random_model, sides
+from benchmarks import alternatives, quality, random_model, sides
 from benchmarks.machine import describe, installed, keep, results_file
 from benchmarks.measure import Refused, alternate, check_equal, check_psnr, fresh_process, median_ratio, peak_growth
 from benchmarks.report import table
@@ -65,6 +65,10 @@ def add_command(commands: Any) -> None:
                         "of step and text 4 times as many, of decode and encode twice, and half of memory")  # fmt: skip
     parser.add_argument("--quality", action="store_true", help="instead: what each quality costs and keeps, beside "
                         "plain TeaCache and EasyCache at the same speed")  # fmt: skip
+    parser.add_argument(
+        "--alternatives", action="store_true",
+        help="with --quality: guidance in an interval, its row reused, first-block reuse, beside ours at their cost",
+    )  # fmt: skip
     parser.add_argument(
         "--prompts", type=_count, default=32, help="with --quality: videos of each setting (default 32)"
     )
@@ -114,6 +118,9 @@ def measure_quality(args: argparse.Namespace) -> None:
     set_up(Settings(choose_device(args.device), threads, args.prompts, args.only))
     model = runtime.load(args.model or "demo", device=args.device)
     asked = Request(prompt="as the take says", seed=0, **{key: getattr(args, key) for key in OVERRIDES})
+    if args.alternatives:
+        print(alternatives.run(model, asked.resolved(model.spec), args.prompts, _say))
+        return
     quality.run(args, model, asked.resolved(model.spec), _say)
 
 

@@ -12,6 +12,7 @@ import pytest
 
 import runtime
 from benchmarks.__main__ import main
+from benchmarks.alternatives import FirstBlock, OneRow
 from benchmarks.quality import kept, matched, ours, plain
 from benchmarks.rivals import EasyCache, TeaCache, polynomial
 from benchmarks.scatter import scatter
@@ -36,6 +37,21 @@ def test_rivals_at_both_ends(model: runtime.Model) -> None:
         assert np.array_equal(closed.frames, exact.frames)
         assert open_wide.asked == least
         assert not np.array_equal(open_wide.frames, exact.frames)
+
+
+def test_alternatives_at_both_ends(model: runtime.Model) -> None:
+    request = REQUEST.resolved(model.spec)
+    exact, blocks = ours(model, "exact", request), len(model.transformers[0].blocks)
+    for wrap, asked in (
+        (lambda: OneRow(model, 10, reuse=True), 10),
+        (lambda: OneRow(model, 4, reuse=True), 7),
+        (lambda: OneRow(model, 4, reuse=False), 7),
+        (lambda: FirstBlock(model, 10, 0.0), 10),
+        (lambda: FirstBlock(model, 10, 1e9), 2 + 8 / blocks),
+    ):
+        take = plain(model, wrap, 10, request)
+        assert take.asked == pytest.approx(asked)
+        assert np.array_equal(take.frames, exact.frames) == (asked == 10)
 
 
 def test_a_threshold_asks_no_less_than_ours(model: runtime.Model) -> None:

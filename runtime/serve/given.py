@@ -23,6 +23,7 @@ Given = Callable[[dict[str, Any], Callable[[], Path]], tuple[list[dict[str, Any]
 TAKEN_OVER = {
     "prompt": "prompt", "negative_prompt": "negative_prompt", "seed": "seed", "fps": "fps", "flow_shift": "shift",
     "guidance_scale": "guidance", "guidance_scale_2": "guidance_2", "sampler": "sampler", "lora": "lora",
+    "recipe": "recipe",
 }  # fmt: skip
 
 

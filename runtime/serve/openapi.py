@@ -34,6 +34,7 @@ FIELDS: dict[str, Any] = {
     "num_frames": {"type": "integer", "minimum": 1},
     "flow_shift": {"type": "number"},
     "sampler": {"type": "string"},
+    "recipe": {"type": "string", "description": "how distilled weights are sampled"},
     "fit": {"type": "string", "enum": ["crop", "pad", "stretch"]},
     "priority": {"type": "integer", "minimum": -10, "maximum": 10},
     "draft": {"type": "boolean"},

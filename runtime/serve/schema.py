@@ -33,7 +33,7 @@ NUMBERS: dict[str, tuple[str, type]] = {
     "width": ("width", int),
     "height": ("height", int),
 }
-TEXTS = {"prompt": "prompt", "negative_prompt": "negative_prompt", "sampler": "sampler", "fit": "fit"}
+TEXTS = {name: name for name in ("prompt", "negative_prompt", "sampler", "fit", "recipe")}
 ALIASES = {
     "infer_steps": "num_inference_steps", "target_fps": "fps", "target_video_length": "num_frames",
     "reference_url": "input_reference", "image_reference": "input_reference", "true_cfg_scale": "guidance_scale",
