@@ -30,6 +30,7 @@ USUAL = ("tests", "kernels")
 TEST_PROCESSES = 8  # compiling takes most of the time, the largest cases 10 GB of memory
 CHECKERS = ("memcheck", "racecheck")
 SANITIZERS = ("compute-sanitizer", "/usr/local/cuda/bin/compute-sanitizer")
+NEEDED = ("av", "ftfy", "transformers", "safetensors")  # by the runtime; its operations need none of them
 LAST = 20.0  # seconds kept for printing the table
 # What is most wanted first: in each part a later group, or row, is what the time may end before.
 PUBLISHED = (("step-1.3b-480p,decode-480p,decode-720p", 0.55), ("step-14b-480p", 0.8), ("step-5b-704p", 1.0))
@@ -60,6 +61,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     notes = [build(end)]
     environment = reachable()
     steps = {"tests": tests, "kernels": speeds, "tune": tune, "published": published, "latency": latency, "demo": demo}
+    missing = [
+        name for name in NEEDED if output(sys.executable, "-c", f"import {name}", environment=environment) is None
+    ]
+    if missing:
+        print(f"{', '.join(missing)} cannot be imported, so what uses the runtime is left out or fails; see "
+              "tools/wheels.py", flush=True)  # fmt: skip
     for part in asked:
         share = 1.0 if part == asked[-1] else PARTS[part]
         notes.append(steps[part](environment, time.time() + share * (end - time.time())))
