@@ -16,6 +16,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+sys.path.pop(0)  # tools/, whose profile.py would hide Python's own
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import torch
