@@ -123,6 +123,27 @@ def test_a_tile_takes_several_frames_in_its_turn(name: str, monkeypatch: pytest.
     assert torch.equal(again, network.encode(frames, tile))
 
 
+@pytest.mark.parametrize("cut", [False, True])
+def test_the_last_frame_leaves_nothing_to_be_remembered(cut: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A picture, whose first frame is its last, remembers nothing at all: the more tiles, the less memory."""
+    network, histories = NETWORKS["2.1"], []
+    empty = network.decoder.empty_history
+
+    def watched() -> list:
+        histories.append(empty())
+        return histories[-1]
+
+    monkeypatch.setattr(network.decoder, "empty_history", watched)
+    scale, halo = network.stride[1], network.decoder.reach()
+    tile = ((2 * halo + 4) * scale,) * 2 if cut else None
+    stream = network.decode_stream(torch.randn(1, network.config.z_dim, 2, 2 * halo + 8, 9), tile)
+    next(stream)
+    assert all(any(ring.frames is not None for ring in history) for history in histories)
+    next(stream)
+    assert len(histories) > 2 or not cut
+    assert all(ring.frames is None for history in histories for ring in history)
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("name", BOTH)
 def test_histories_wait_in_the_hosts_memory(name: str) -> None:
@@ -134,6 +155,7 @@ def test_histories_wait_in_the_hosts_memory(name: str) -> None:
     assert relative(cut, whole) <= 1e-3  # TF32 or not, whole and cut pick their own convolutions
 
 
+@settings(deadline=None)
 @given(length=st.integers(1, 300), halo=st.integers(0, 20), extra=st.integers(1, 100))
 def test_spans_cover_once_and_fit(length: int, halo: int, extra: int) -> None:
     cut = spans(length, 2 * halo + extra, halo)

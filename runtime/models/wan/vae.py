@@ -19,7 +19,7 @@ import torch
 from torch import nn
 
 from runtime.models.tiles import Tile, tiles
-from runtime.models.wan.vae_blocks import CausalConv3d, History, Ring, UpsamplingConv2d, fetch, park, pointwise
+from runtime.models.wan.vae_blocks import CausalConv3d, History, Ring, UpsamplingConv2d, close, fetch, park, pointwise
 from runtime.models.wan.vae_config import VAEConfig
 from runtime.models.wan.vae_networks import Decoder, Encoder
 
@@ -72,9 +72,13 @@ class WanVAE(nn.Module):
         at_once = self._at_once(cuts)
         for begin in range(max(start - self.decoder.memory(), 0), latents.shape[2], at_once):
             times = range(begin, min(begin + at_once, latents.shape[2]))
-            trunks = [self._trunk(latents[:, :, t : t + 1], whole, t == 0) for t in times]
+            last, trunks = times[-1] == latents.shape[2] - 1, []
+            for t in times:
+                if last and t == times[-1]:
+                    close(whole)
+                trunks.append(self._trunk(latents[:, :, t : t + 1], whole, t == 0))
             scales = (self.decoder.scale, self.stride[1])
-            made = over_tiles(self._pixels, trunks, cuts, histories, scales, torch.device("cpu"), begin == 0)
+            made = over_tiles(self._pixels, trunks, cuts, histories, scales, torch.device("cpu"), (begin == 0, last))
             yield from made[max(start - begin, 0) :]
 
     def _trunk(self, latent: torch.Tensor, history: History, first: bool) -> torch.Tensor:
@@ -178,7 +182,7 @@ class WanVAE(nn.Module):
             folded = [patchify(x.to(weight.device, weight.dtype), self.config.patch_size or 1) for x in group]
             laid = [x.clone(memory_format=torch.channels_last_3d) for x in folded]
             scales = (cells, self.encoder.scale)
-            for x in over_tiles(self.encoder.branch, laid, cuts, histories, scales, weight.device, not done):
+            for x in over_tiles(self.encoder.branch, laid, cuts, histories, scales, weight.device, (not done, False)):
                 mu = pointwise(self.quant_conv, self.encoder.trunk(x, whole, not done))[:, : self.config.z_dim]
                 yield (mu.float() - mean) / std
                 done += 1
@@ -229,20 +233,28 @@ def diffusers_keys(config: VAEConfig, vae: WanVAE | None = None) -> dict[str, st
 
 def over_tiles(
     run: Callable[[torch.Tensor, History, bool], torch.Tensor], chunks: list[torch.Tensor], cuts: list[Tile],
-    histories: list[History], scales: tuple[int, int], device: torch.device, first: bool,
+    histories: list[History], scales: tuple[int, int], device: torch.device, ends: tuple[bool, bool],
 ) -> list[torch.Tensor]:  # fmt: skip
     """Return run(chunk, history, is the clip's first) of consecutive chunks, put together of their tiles on `device`.
 
     `scales` are the pixels per latent cell of what is given and made. A tile takes all chunks in its turn, and its
-    history waits in the host's memory while others have theirs.
+    history waits in the host's memory while others have theirs. `ends` says whether the clip's first chunk is among
+    them, and whether its last: then what tiles remember is let go.
     """
+    first, last = ends
+
+    def made(i: int, x: torch.Tensor, history: History) -> torch.Tensor:
+        if last and i == len(chunks) - 1:
+            close(history)
+        return run(x, history, first and not i)
+
     if len(cuts) == 1:
-        return [run(x, histories[0], first and not i) for i, x in enumerate(chunks)]
+        return [made(i, x, histories[0]) for i, x in enumerate(chunks)]
     wholes: list[torch.Tensor] = []
     for tile, history in zip(cuts, histories, strict=True):
         fetch(history, chunks[0].device)
         for i, x in enumerate(chunks):
-            part = run(tile.cut(x, scales[0]).clone(memory_format=torch.channels_last_3d), history, first and not i)
+            part = made(i, tile.cut(x, scales[0]).clone(memory_format=torch.channels_last_3d), history)
             if len(wholes) == i:
                 sides = (side // scales[0] * scales[1] for side in x.shape[3:])
                 wholes.append(torch.empty(*part.shape[:3], *sides, dtype=part.dtype, device=device))

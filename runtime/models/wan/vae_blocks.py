@@ -27,6 +27,7 @@ class Ring:
 
     def __init__(self, size: int) -> None:
         self.size, self.filled = size, 0
+        self.closed = False  # the clip's last chunk is being worked on, so nothing need be remembered
         self.frames: torch.Tensor | None = None  # [B, C, size, H, W], the newest last
         self.parked: torch.Tensor | None = None  # where they lie in the host's memory meanwhile
 
@@ -47,7 +48,10 @@ class Ring:
         return self.frames[:, :, self.size - self.filled :] if self.frames is not None and self.filled else None
 
     def remember(self, x: torch.Tensor) -> None:
-        """Copy the newest frames of x [B, C, F, H, W] in, over the oldest."""
+        """Copy the newest frames of x [B, C, F, H, W] in, over the oldest; a closed ring lets go of all."""
+        if self.closed:
+            self.frames, self.filled = None, 0
+            return
         if self.frames is None:
             shape, layout = (*x.shape[:2], self.size, *x.shape[3:]), torch.channels_last_3d
             self.frames = torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=layout)
@@ -56,6 +60,12 @@ class Ring:
             self.frames[:, :, place].copy_(self.frames[:, :, place + x.shape[2]])
         self.frames[:, :, staying:].copy_(x[:, :, -self.size :])
         self.filled = min(self.filled + x.shape[2], self.size)
+
+
+def close(history: History) -> None:
+    """Say that a clip's last chunk comes next: each convolution lets go of what it remembers as it is done."""
+    for ring in history:
+        ring.closed = True
 
 
 def park(history: History) -> None:

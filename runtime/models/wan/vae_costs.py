@@ -26,6 +26,7 @@ class Walk:
         self.operations: list[Operation] = []
         self.copies = 1  # of the part that is walked: tiles of one size
         self.several = chunks > 1
+        self.single = 1  # frames that are remembered of a clip's only chunk
         self.kept = 0  # bytes in the history, of all tiles
         self.most = 0  # bytes that are live at once beside it
 
@@ -49,7 +50,9 @@ class Walk:
             made = convolution("convolution", many * pixels, taps[1] * seen / many, *widths, self.itemsize)
             self.operations.append(made.times(count * self.copies))
         if taps[0] > 1:
-            self.kept += (KEPT_FRAMES if self.several else 1) * pixels * widths[0] * self.itemsize * self.copies
+            self.kept += (
+                (KEPT_FRAMES if self.several else self.single) * pixels * widths[0] * self.itemsize * self.copies
+            )
 
     def each(self, frames: int, operation: Operation, skip_first: bool = False) -> None:
         """An operation that grows with the frames, given for `frames` of them."""
@@ -113,6 +116,7 @@ def decoder(
 ) -> Work:  # fmt: skip
     """Decoding latents [T, H, W], the part behind the trunk in tiles of so many cells (height, width)."""
     walk = Walk(latents[0], itemsize, published)
+    walk.single = 0  # the last chunk leaves nothing to be remembered
     cells = (latents[1], latents[2])
     base = config.decoder_base_dim or config.base_dim
     widths = [base * multiple for multiple in config.dim_mult[::-1]]
