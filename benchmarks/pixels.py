@@ -41,12 +41,16 @@ def low_pass(frames: np.ndarray, cell: int) -> np.ndarray:
     return frames.reshape(count, height // cell, cell, width // cell, cell, 3).mean(axis=(2, 4), dtype=float)
 
 
-def ground(frames: np.ndarray) -> np.ndarray:
-    """Return the ground's colour in each frame [F, 3]: the median of the frame's border."""
+def ground_drift(frames: np.ndarray, count: int = 8) -> float:
+    """Return by how much the ground's colour moves from the first `count` frames to the last: largest channel, levels.
+
+    The median over the border of each pixel's own change, so that neither what passes by nor where the sky ends counts.
+    """
     edge = max(2, frames.shape[1] // 16)
     border = np.ones(frames.shape[1:3], bool)
     border[edge:-edge, edge:-edge] = False
-    return np.median(frames[:, border], axis=1)
+    first, last = (np.median(part[:, border].astype(float), axis=0) for part in (frames[:count], frames[-count:]))
+    return float(np.abs(np.median(last - first, axis=0)).max())
 
 
 def velocity(places: np.ndarray) -> np.ndarray:

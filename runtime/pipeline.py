@@ -268,7 +268,7 @@ def made(
 def decode_window(job: Job, index: int, latents: torch.Tensor) -> Video:
     """Return the frames that one window's latents stand for.
 
-    A periodic one is decoded going round. It is cut inside a latent frame: between two the step is larger.
+    A periodic one is decoded going round, held whole, and cut where it moves least.
     """
     step, length = job.model.spec.stride[0], latents.shape[2]
     periodic = job.plan.windows[index].periodic
@@ -278,9 +278,9 @@ def decode_window(job: Job, index: int, latents: torch.Tensor) -> Video:
     video = framed(canvas, job.request.height, job.request.width)
     if not periodic:
         return video
-    first, count = 1 + step * (LEAD - 1) + step // 2, step * length
+    first, count = 1 + step * (LEAD - 1), step * length
     return Video(
-        lambda: islice(iter(video), first, first + count),
+        lambda: from_calmest(islice(iter(video), first, first + count)),
         fps=video.fps,
         num_frames=count,
         height=video.height,
@@ -288,6 +288,14 @@ def decode_window(job: Job, index: int, latents: torch.Tensor) -> Video:
         latents=latents[0],
         receipt=job.receipt,
     )
+
+
+def from_calmest(frames: Iterator[np.ndarray]) -> Iterator[np.ndarray]:
+    """Yield a loop's frames, which may begin anywhere, so that the step from the last to the first is its least."""
+    held = list(frames)
+    before = [held[-1], *held[:-1]]
+    start = int(np.argmin([np.abs(a.astype(np.int16) - b).mean() for a, b in zip(before, held, strict=True)]))
+    yield from [*held[start:], *held[:start]]
 
 
 def kept_sounds(job: Job) -> list[Sound]:

@@ -32,7 +32,8 @@ def test_velocities() -> None:
     places[4] = np.nan
     assert pixels.velocity(places) == pytest.approx([2, 0], abs=1e-9)
     assert np.isnan(pixels.velocity(np.full((12, 2), np.nan))).all()
-    assert pixels.ground(moving(2))[3].tolist() == [20, 160, 40]
+    assert pixels.ground_drift(moving(2), 4) == 0
+    assert pixels.ground_drift(moving(2, jump=6), 4) == 30
 
 
 def test_seams() -> None:
