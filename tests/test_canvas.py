@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
@@ -119,6 +119,7 @@ def test_refused(arguments: list[str], sentence: str, tmp_path: Path, capsys: py
     assert sentence in capsys.readouterr().err
 
 
+@settings(deadline=None)
 @given(frame=arrays(np.uint8, st.tuples(st.integers(1, 40), st.integers(1, 40), st.just(3))), more=st.integers(0, 40))
 def test_a_frame_comes_back_from_its_canvas(frame: np.ndarray, more: int) -> None:
     height, width, _ = frame.shape

@@ -109,6 +109,21 @@ def test_the_receipt_holds_both(endpoint: Endpoint, tmp_path: Path) -> None:
     assert (again.frames == runtime.generate(model, plain).frames).all()
 
 
+@pytest.mark.usefixtures("endpoint")  # which waits for nothing between its tries
+def test_the_command_line_goes_on_without(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Nobody answers: without "optional" nothing is made, with it the prompt is taken, and the receipt says so."""
+    out, receipt = tmp_path / "a.png", tmp_path / "r.json"
+    who = ["--expand-url", "http://127.0.0.1:9/v1", "--expand-model", "m", "--receipt", str(receipt)]
+    command = ["image", "a red ball", "--steps", "1", "--quiet", *who, "-o", str(out), "--expand"]
+    assert main(command) == 2 and not out.exists()
+    assert "error: the endpoint" in capsys.readouterr().err
+    assert main([*command, "optional"]) == 0
+    assert "note: the prompt was not expanded: the endpoint" in capsys.readouterr().err
+    record = json.loads(receipt.read_text())
+    assert out.exists() and record["expanded"] == {"a red ball": "a red ball"}
+    assert "not expanded: the endpoint" in record["notes"][0]
+
+
 def test_the_command_line_says_what_is_wrong(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = ["-o", str(tmp_path / "a.mp4"), "--steps", "1", "--frames", "1"]
     assert main(["image", "a", "--expand", "--expand-url", "http://localhost:1", "-o", str(tmp_path / "a.png")]) == 2

@@ -47,6 +47,16 @@ def test_a_picture_is_known_to_what_leads_up_to_it() -> None:
     assert video.receipt.request["storyboard"][0] == {"from": 0, "to": 1, "prompt": "a red ball"}
 
 
+def test_a_clip_stands_where_its_card_begins() -> None:
+    """What is longer than its card is cut; the rest of a longer card goes on from the clip."""
+    model = runtime.load("demo")
+    clip = np.random.default_rng(1).integers(0, 256, (6, 64, 64, 3), dtype=np.uint8)
+    cards = Card(0, 1, "a red ball", Clip(clip)), Card(1, 1.5, "it rests", Clip(clip)), Card(1.5, 2, "it rolls")
+    frames = runtime.generate(model, story(*cards)).frames
+    assert len(frames) == 16
+    assert np.array_equal(frames[:6], clip) and np.array_equal(frames[8:12], clip[:4])
+
+
 def test_other_prompts_make_other_frames() -> None:
     model = runtime.load("demo")
     one, other = (runtime.generate(model, story(Card(0, 2, "a red ball"), Card(2, 4, p))).frames for p in ("a", "b c"))

@@ -118,6 +118,19 @@ def test_what_is_kept_survives_the_encoder(tmp_path: Path) -> None:
     assert 10 * np.log10(255**2 / np.mean((kept - given) ** 2)) >= 38
 
 
+@pytest.mark.slow
+def test_a_picture_of_2048_pixels_each_way(tmp_path: Path) -> None:
+    """Within 1.25 GiB, of which the weights and Python are a part: decoded tile by tile."""
+    target, receipt = tmp_path / "a.png", tmp_path / "a.json"
+    command = ["image", "a red ball over green grass", "--size", "2048x2048", "--memory", "1.25GiB", *QUICK]
+    assert main([*command, "-o", str(target), "--receipt", str(receipt)]) == 0
+    with Image.open(target) as picture:
+        assert picture.size == (2048, 2048)
+    record = json.loads(receipt.read_text())
+    assert record["decoding"][0].startswith("tiles of ")
+    assert max(stage["peak_bytes"] or 0 for stage in record["stages"].values()) <= 1.25 * 2**30
+
+
 def test_draft_and_finish(tmp_path: Path) -> None:
     draft, receipt = str(tmp_path / "draft.mp4"), str(tmp_path / "draft.json")
     assert (
