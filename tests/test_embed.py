@@ -19,6 +19,10 @@ from tests.published import Tiny, relative, write
 
 ROOT = Path(__file__).resolve().parent.parent
 EMBED = ROOT / "csrc" / "embed"
+# What modules without the sanitizer (Python, PyTorch) do among themselves is not judged, but their locks are seen, the
+# interpreter's above all. A list of suppressions would hide our frames below Python's as well.
+SANITIZED = "-O1 -g -fsanitize=thread"
+SANITIZER = ("TSAN_OPTIONS=ignore_noninstrumented_modules=1", "OMP_NUM_THREADS=1")  # PyTorch's own threads left out
 
 pytestmark = pytest.mark.skipif(
     shutil.which("cmake") is None or shutil.which("g++") is None, reason="cmake or g++ is not installed"
@@ -146,17 +150,10 @@ def test_memory_does_not_grow(programs: Path, bare: str) -> None:
 
 
 def sanitized(package: Path, bare: str, build: Path, status: int) -> str:
-    """Build `checks` and the library with the thread sanitizer, and return what it says of a run.
-
-    What uninstrumented modules (Python, PyTorch) do among themselves is not judged, but their locks are seen, the
-    interpreter's above all. That needs no list of suppressions, which would hide our frames below Python's as well.
-    """
+    """Build `checks` and the library with the thread sanitizer, and return what it says of a run."""
     settings = f"-Ddit_runtime_DIR={package / 'cmake'}", f"-DPython3_EXECUTABLE={sys.executable}"
-    built(ROOT / "tests" / "embed", build, *settings, flags="-O1 -g -fsanitize=thread")
-    one_thread = "OMP_NUM_THREADS=1"  # of PyTorch's; the host's are what is looked at
-    return ran(
-        "env", bare, one_thread, "TSAN_OPTIONS=ignore_noninstrumented_modules=1", build / "checks", status=status
-    )
+    built(ROOT / "tests" / "embed", build, *settings, flags=SANITIZED)
+    return ran("env", bare, *SANITIZER, build / "checks", status=status)
 
 
 @pytest.mark.slow
@@ -177,24 +174,41 @@ def test_the_thread_sanitizer_would_find_a_race(package: Path, bare: str, tmp_pa
     assert "data race" in told and "dit_runtime::Cancel::asked() const" in told
 
 
-@pytest.mark.slow
-def test_packages_run_without_python(package: Path, tmp_path: Path) -> None:
-    """One step and the decoder, compiled ahead by the command, make the numbers of Python with libtorch alone."""
-    write(Tiny(seed=70), tmp_path / "model")
-    command = ["build", "--engine", "inductor", "--model", tmp_path / "model", "--frames", "9", "--package", tmp_path]
+@pytest.fixture(scope="module")
+def compiled(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a tiny model, in `model`, and its packages for 9 frames."""
+    folder = tmp_path_factory.mktemp("compiled")
+    write(Tiny(seed=70), folder / "model")
+    command = ["build", "--engine", "inductor", "--model", folder / "model", "--frames", "9", "--package", folder]
     ran(sys.executable, "-m", "runtime", *command)
+    return folder
+
+
+@pytest.mark.slow
+def test_packages_take_turns(package: Path, compiled: Path, tmp_path: Path) -> None:
+    """Six threads, four of them on one engine, under the thread sanitizer."""
+    settings = f"-Ddit_runtime_DIR={package / 'cmake'}", f"-DPython3_EXECUTABLE={sys.executable}", "-DENGINE=ON"
+    build = built(ROOT / "tests" / "embed", tmp_path, *settings, flags=SANITIZED)
+    told = ran("env", *SANITIZER, build / "engines", compiled / "step-1.pt2")
+    assert "threads: the same numbers" in told and "ThreadSanitizer" not in told
+    assert "refused: 0 inputs are given; this package takes 3" in told
+
+
+@pytest.mark.slow
+def test_packages_run_without_python(package: Path, compiled: Path, tmp_path: Path) -> None:
+    """One step and the decoder, compiled ahead by the command, make the numbers of Python with libtorch alone."""
     settings = f"-Ddit_runtime_DIR={package / 'cmake'}", f"-DPython3_EXECUTABLE={sys.executable}", "-DENGINE=ON"
     engine = built(package / "examples", tmp_path / "build", *settings) / "engine"
     assert "libtorch_cpu" in (linked := ran("ldd", engine)) and "libpython" not in linked
 
-    model = runtime.load(tmp_path / "model")
+    model = runtime.load(compiled / "model")
     generator = torch.Generator().manual_seed(1)
     x = torch.randn(1, *model.spec.latent_shape(9, 32, 32), generator=generator)
     text = torch.zeros(1, model.spec.text_length, model.transformers[0].text_dim)
     text[:, :7] = torch.randn(1, 7, text.shape[2], generator=generator)
     x.numpy().tofile(tmp_path / "x.bin")
     text.numpy().tofile(tmp_path / "text.bin")
-    ran(engine, tmp_path, tmp_path, tmp_path, 3)
+    ran(engine, compiled, tmp_path, tmp_path, 3)
 
     context = prepare_context(model, [text[0, :7]], x.shape[1:])
     with torch.inference_mode():
