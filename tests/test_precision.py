@@ -23,7 +23,7 @@ from runtime.denoising import Cancelled
 from runtime.lora import Lora
 from runtime.models.costs import Weights
 from runtime.models.layers import LinearFp8, feed_forward
-from tests.published import Tiny, write
+from tests.published import Tiny, relative, write
 from tests.test_lora import published as lora_tensors
 
 SMALL: dict[str, Any] = {"width": 32, "height": 32, "num_frames": 5, "steps": 6, "seed": 3, "prompt": "a red ball"}
@@ -131,6 +131,19 @@ def test_without_such_products_a_calibration_says_what_they_cost_and_chooses_non
     assert np.array_equal(video.frames, runtime.generate(model, runtime.Request(**SMALL)).frames)
 
 
+def test_calibrations_of_two_devices_stand_side_by_side(
+    model: runtime.Model, measured: budget.Calibrated, files: tuple[Path, Path]
+) -> None:
+    other = replace(measured, device="NVIDIA H200", created="2999-01-01T00:00:00+00:00")
+    for entry in (measured, other, measured):
+        budget.write(model, entry)
+    assert sorted(entry.device for entry in budget.read(files[0])) == ["NVIDIA H200", "cpu"]
+    assert budget.find(model, measured.setting) == (measured, ())
+    files[0].unlink()
+    budget.write(model, other)
+    assert budget.find(model, measured.setting) == (other, ())
+
+
 def test_rungs_with_bits_are_kept_where_they_gain(measured: budget.Calibrated) -> None:
     narrow = list(measured.fp8)
     quick = rungs.worth_it([*measured.rungs, *narrow], {0: 1.0} | {rung.fp8: 0.7 for rung in narrow})
@@ -209,6 +222,19 @@ def test_two_experts_are_loaded_in_8_bits_behind_their_loras(tmp_path: Path) -> 
 def weights_of(model: runtime.Model) -> tuple[Weights, Weights]:
     """What the planner counts for an expert, in full and in 8 bits."""
     return model.costs.transformer, model.costs.transformer.in_fp8()
+
+
+@pytest.mark.slow
+def test_compiled_blocks_in_8_bits_equal_eager_ones(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("DIT_RUNTIME_CACHE", str(tmp_path / "cache"))
+    write(Tiny(layers=1), tmp_path / "model")
+    request = runtime.Request(prompt="a cat", seed=1, steps=2, quality="fast")
+    eager, compiled = (
+        runtime.generate(runtime.load(tmp_path / "model", device="cpu", precision="fp8", engine=engine), request)
+        for engine in ("eager", "inductor")
+    )
+    assert relative(compiled.latents, eager.latents) <= 1e-5
+    assert compiled.receipt.notes == eager.receipt.notes
 
 
 def linears(model: runtime.Model) -> list[nn.Linear]:
