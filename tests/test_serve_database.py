@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import sqlite3
 import time
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -46,4 +47,18 @@ def test_all_that_wrote_together_are_told_of_a_failure(tmp_path: Path) -> None:
         with pytest.raises(sqlite3.OperationalError, match="nothing"):
             each.result()
     assert database._write_together(lambda db: db.execute("SELECT 1").fetchone()[0]) == 1, "the next goes on"
+    database.close()
+
+
+def test_what_was_written_comes_into_the_file_itself(tmp_path: Path) -> None:
+    database = Database(tmp_path / "own")
+    found, _ = together(database, 3, "INSERT INTO models VALUES (?, ?)")
+    assert len(found) == 3
+    database.checkpoint()
+    alone = tmp_path / "alone"
+    alone.mkdir()
+    shutil.copy(tmp_path / "own" / "store.db", alone)  # without its log
+    copy = Database(alone)
+    assert copy._reader.execute("SELECT count(*) FROM models").fetchone()[0] == 3
+    copy.close()
     database.close()

@@ -108,6 +108,7 @@ def tidy(store: Store, settings: Settings, stopping: threading.Event) -> None:
     while not stopping.wait(TIDY_SECONDS):
         try:
             store.purge()
+            store.checkpoint()
             if settings.keep:
                 store.expire(settings.keep)
         except sqlite3.OperationalError as error:

@@ -9,12 +9,14 @@ import threading
 from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
 Found = TypeVar("Found")
+
+MOST_PAGES = 10_000  # of the log, before a write brings them into the file where nobody else has
 ACTIVE = ("queued", "in_progress")
 TERMINAL = ("completed", "failed", "cancelled")
 
@@ -123,6 +125,7 @@ class Database:
         self._turn = threading.Lock()
         self._asked: deque[tuple[Callable[[sqlite3.Connection], Any], Future[Any]]] = deque()
         self._writer = self._connect()
+        self._writer.execute(f"PRAGMA wal_autocheckpoint = {MOST_PAGES}")
         self._reader = self._connect()
         with self._write() as db:
             (version,) = db.execute("PRAGMA user_version").fetchone()
@@ -152,6 +155,11 @@ class Database:
         """Close the file."""
         self._reader.close()
         self._writer.close()
+
+    def checkpoint(self) -> None:
+        """Bring what was written from the log into the file itself, so that no write has to stop for it."""
+        with closing(self._connect()) as db:
+            db.execute("PRAGMA wal_checkpoint(PASSIVE)")
 
     @contextmanager
     def _write(self, *, durable: bool = True) -> Iterator[sqlite3.Connection]:
