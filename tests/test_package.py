@@ -69,3 +69,16 @@ def test_every_dependency_is_pinned() -> None:
     pinned = (ROOT / "constraints.txt").read_text().lower().replace("_", "-")
     for name in (requirement.split(">")[0].lower().replace("_", "-") for requirement in needed):
         assert f"\n{name}==" in pinned, name
+
+
+def test_every_station_is_held_to_the_rules_of_imports() -> None:
+    """A new file falls under them: it is named in each contract that lists its siblings."""
+    contracts = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["importlinter"]["contracts"]
+    layers, families, _, server = contracts
+    files = [path.relative_to(ROOT).with_suffix("") for path in (ROOT / "runtime").rglob("*.py")]
+    modules = {".".join(path.parts).removesuffix(".__init__") for path in files}
+    stations = {name for name in modules if name.count(".") == 1}
+    serving = {name for name in modules if name.count(".") == 2 and name.startswith("runtime.serve.")}
+    assert {name for layer in layers["layers"] for name in layer.split(" | ")} == stations
+    assert set(families["source_modules"]) == stations - {"runtime.models"}
+    assert set(server["source_modules"]) | set(server["forbidden_modules"]) >= serving
