@@ -114,9 +114,18 @@ def test_an_empty_scene_has_no_thing() -> None:
 
 def test_held_out_scenes_are_never_trained_on() -> None:
     rng = np.random.default_rng(0)
-    assert not any(captions.held_out(captions.training_scene(rng)) for _ in range(200))
+    assert not any(captions.held_out(captions.training_scene(rng, hard)) for hard in (False, True) for _ in range(200))
     share = np.mean([captions.held_out(draw_scene(rng)) for _ in range(2000)])
     assert 0.05 < share < 0.15
+
+
+def test_hard_scenes_show_several_things_that_differ() -> None:
+    rng = np.random.default_rng(0)
+
+    def differing(hard: bool) -> float:
+        return float(np.mean([len({t.colour for t in draw_scene(rng, hard).things}) > 1 for _ in range(400)]))
+
+    assert differing(True) > 0.4 > 0.2 > differing(False)
 
 
 def test_captions_hold_only_known_words_and_every_style_names_the_thing() -> None:

@@ -77,9 +77,9 @@ def held_out(scene: Scene) -> bool:
     return int(hashlib.md5(key.encode()).hexdigest(), 16) % 10 == 0
 
 
-def training_scene(rng: np.random.Generator) -> Scene:
-    """Return a random scene that is not held out."""
-    while held_out(scene := draw_scene(rng)):
+def training_scene(rng: np.random.Generator, hard: bool = False) -> Scene:
+    """Return a random scene (`draw_scene`) that is not held out."""
+    while held_out(scene := draw_scene(rng, hard)):
         pass
     return scene
 

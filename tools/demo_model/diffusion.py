@@ -50,10 +50,10 @@ class Student(nn.Module):
         ]
 
 
-def draw_sigma(count: int, generator: torch.Generator) -> torch.Tensor:
-    """Return sigmas [B]: half as sampling with shift 3 visits them, half around the middle; few at the clean end."""
+def draw_sigma(count: int, generator: torch.Generator, shift: float = 3.0) -> torch.Tensor:
+    """Return sigmas [B]: half as sampling with `shift` visits them, half around the middle; few at the clean end."""
     even = torch.rand(count, generator=generator)
-    shifted = 3 * even / (1 + 2 * even)
+    shifted = shift * even / (1 + (shift - 1) * even)
     middle = torch.sigmoid(0.8 + 1.2 * torch.randn(count, generator=generator))
     return torch.where(torch.rand(count, generator=generator) < 0.5, shifted, middle).clamp(0.002, 1.0)
 
@@ -100,8 +100,8 @@ def encode_text(
 @dataclass(frozen=True)
 class Stage:
     """A part of the training: steps, tokens per step, learning rate, how much more the flow's error counts where things
-    are, the weights of the losses of kinds and covers at the start (a quarter at the end), and whether blocks are
-    compiled."""
+    are, the weights of the losses of kinds and covers at the start (a quarter at the end), whether blocks are compiled,
+    and the shift of the noise levels (`draw_sigma`)."""
 
     steps: int
     tokens: int = 2400
@@ -110,6 +110,7 @@ class Stage:
     kinds: float = 0.0
     covers: float = 0.6
     compiled: bool = False
+    shift: float = 3.0
 
 
 @dataclass
@@ -218,7 +219,7 @@ def train(
         rng = np.random.default_rng((seed, 7, run.step))
         generator = torch.Generator().manual_seed(int(rng.integers(2**62)))
         batch = draw_batch(shelves, rng, stage.tokens)
-        sigma = draw_sigma(len(batch.captions), generator)
+        sigma = draw_sigma(len(batch.captions), generator, stage.shift)
         noise = torch.randn(batch.latents.shape, generator=generator)
         found = losses_of(student, tokenizer, rotary, batch, sigma, noise, stage.things)
         done = min(1.0, 1.5 * run.step / steps)  # what stands beside the flow is learned first

@@ -19,7 +19,8 @@ from tools.demo_model.world import COLOURS, SHAPES, Scene, Thing, render
 class Bucket:
     """Clips of one size: share of the training's samples, frames, height, width in pixels.
 
-    With `crop` the middle square of wide and of tall clips is taken, as trainings at one size do.
+    With `crop` the middle square of wide and of tall clips is taken, as trainings at one size do; `hard` is
+    `draw_scene`'s.
     """
 
     share: float
@@ -27,6 +28,7 @@ class Bucket:
     height: int
     width: int
     crop: bool = False
+    hard: bool = False
 
     @property
     def grid(self) -> tuple[int, int, int]:
@@ -80,7 +82,7 @@ def token_kinds(masks: torch.Tensor, things: Sequence[Thing]) -> torch.Tensor:
 
 def fill(
     vae: AutoencoderKLWan, buckets: tuple[Bucket, ...], clips: int, *, seed: int, say: Callable[[str], None] = print,
-    device: str | torch.device = "cpu", scene: Callable[[np.random.Generator], Scene] = training_scene,
+    device: str | torch.device = "cpu",
 ) -> list[Shelf]:  # fmt: skip
     """Return about `clips` random clips, shared out over the buckets, encoded with the means that `vae` holds."""
     mean = torch.tensor(vae.config.latents_mean).view(1, -1, 1, 1, 1)
@@ -91,7 +93,7 @@ def fill(
         count = max(4, round(clips * bucket.share / total))
         latents, cover, kinds, scenes = [], [], [], []
         for number in range(count):
-            what = scene(np.random.default_rng((seed, index, number)))
+            what = training_scene(np.random.default_rng((seed, index, number)), bucket.hard)
             frames, masks = draw(what, bucket, number, device)
             pixels = frames.transpose(0, 1)[None] * 2 - 1
             with torch.no_grad(), torch.autocast(pixels.device.type, torch.bfloat16):

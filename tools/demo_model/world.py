@@ -100,18 +100,23 @@ class Clip:
     tracks: torch.Tensor
 
 
-def draw_scene(rng: np.random.Generator) -> Scene:
-    """Return a random scene: mostly one thing, clear weather and a camera that stands still."""
+def draw_scene(rng: np.random.Generator, hard: bool = False) -> Scene:
+    """Return a random scene: mostly one thing, clear weather and a camera that stands still.
+
+    With `hard` what is learned last is drawn more often: several things that differ, few balls, moving cameras.
+    """
     ground = str(rng.choice(list(GROUNDS)))
     time = str(rng.choice(list(SKIES), p=(0.6, 0.25, 0.15)))
     legal = [c for c in COLOURS if (c, ground) not in HIDDEN and not (c == "black" and time == "night")]
-    count = int(rng.choice((1, 2, 3), p=(0.68, 0.2, 0.12)))
+    count = int(rng.choice((1, 2, 3), p=(0.35, 0.38, 0.27) if hard else (0.68, 0.2, 0.12)))
     motion = str(rng.choice(MOTIONS, p=(0.2, 0.2, 0.12, 0.12, 0.1, 0.06, 0.05, 0.07, 0.08)))
     camera = "still"
-    if motion in ("still", "spin", "bounce") and rng.random() < 0.45:
+    if motion in ("still", "spin", "bounce") and rng.random() < (0.7 if hard else 0.45):
         camera = str(rng.choice(CAMERAS[1:]))
-    same = count > 1 and rng.random() < 0.6
+    same = count > 1 and rng.random() < (0.25 if hard else 0.6)
     shapes = [s for s in SHAPES if not (motion == "spin" and s in ("ball", "ring"))]
+    if hard:
+        shapes = [s for s in shapes for _ in range(1 if s == "ball" else 2)]
     first = Thing(str(rng.choice(shapes)), str(rng.choice(legal)), str(rng.choice(list(SIZES))), _material(rng))
     things = []
     for place in _places(count, motion):
