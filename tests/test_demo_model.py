@@ -234,13 +234,19 @@ def test_a_stopped_training_goes_on_as_if_it_had_not_stopped(tmp_path: Path) -> 
     assert torch.equal(some(tmp_path / "parts", 6), whole)
 
 
-def test_one_command_makes_a_checkpoint_that_diffusers_and_this_runtime_load(tmp_path: Path) -> None:
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[str]]:
+    """A training of smoke size from nothing, and what it said."""
+    said: list[str] = []
+    return make(tmp_path_factory.mktemp("whole"), RECIPES["smoke"], say=said.append), said
+
+
+def test_one_command_makes_a_checkpoint_that_diffusers_and_this_runtime_load(made: tuple[Path, list[str]]) -> None:
     from diffusers import WanPipeline
 
     import runtime
 
-    said: list[str] = []
-    folder = make(tmp_path, RECIPES["smoke"], say=said.append)
+    folder, said = made
     assert any(line.startswith("probe") for line in said)
     pipeline = WanPipeline.from_pretrained(folder)
     assert pipeline.config.expand_timesteps
@@ -250,6 +256,22 @@ def test_one_command_makes_a_checkpoint_that_diffusers_and_this_runtime_load(tmp
     model = runtime.load(str(folder))
     request = runtime.Request(prompt="a red ball", width=64, height=64, num_frames=5, steps=2, seed=0)
     assert runtime.generate(model, request).frames.shape == (5, 64, 64, 3)
+
+
+def test_one_command_stopped_and_given_again_ends_with_the_same_checkpoint(
+    made: tuple[Path, list[str]], tmp_path: Path
+) -> None:
+    def stop(line: str) -> None:
+        if line.startswith("probe after 12"):  # in the second stage
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        make(tmp_path, RECIPES["smoke"], say=stop)
+    said: list[str] = []
+    folder = make(tmp_path, RECIPES["smoke"], say=said.append)
+    assert not any(line.startswith(("vae-clips", "probe after 8")) for line in said), "what was done is done again"
+    for file in (f.relative_to(folder) for f in folder.rglob("*.safetensors")):
+        assert (folder / file).read_bytes() == (made[0] / file).read_bytes(), file
 
 
 def test_a_ladder_is_a_table_and_a_sheet_of_checkpoints(tmp_path: Path) -> None:
