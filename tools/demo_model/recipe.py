@@ -60,7 +60,7 @@ SMOKE = (Bucket(0.8, 9, 64, 64), Bucket(0.2, 1, 64, 64))
 CPU = (
     Stage(4200),
     Stage(5000, 3000, things=6.0, kinds=0.3, covers=0.8, compiled=True),
-    Stage(4200, 4800, rate=2e-3, things=6.0, kinds=0.3, covers=0.5, compiled=True, shift=5.0),
+    Stage(3600, 4800, rate=2e-3, things=6.0, kinds=0.3, covers=0.5, compiled=True, shift=5.0),
 )
 GPU = (Stage(30000, 38400, things=6.0, kinds=0.3, covers=0.8, compiled=True),)
 RECIPES = {
