@@ -167,6 +167,16 @@ def test_a_store_of_a_newer_version_is_refused(tmp_path: Path) -> None:
     assert "newer version" in refused(tmp_path, "--move-damaged")
 
 
+def test_a_job_counts_once_while_its_row_is_there_and_its_answer_is_not(tmp_path: Path) -> None:
+    """Else a full queue refuses while there is room."""
+    store = Store(tmp_path)
+    jobs = [store.create(row(index), max_queue=9, max_owner=9) for index in range(3)]
+    taking = {jobs[1].id, "video_without_a_row"} if jobs[1] else set()
+    assert store.active() == 3
+    assert store.active(besides=taking) + len(taking) == 4
+    store.close()
+
+
 @pytest.mark.fault(33)
 def test_a_store_without_its_log(tmp_path: Path) -> None:
     """What was only in the log is lost, and that is all: the rest is whole and goes on."""

@@ -54,7 +54,7 @@ class Api:
         self._outlooks: dict[str, Outlook] = {}
         self._look_at = -math.inf  # when to look again
         self.draining = False
-        self.taking = 0  # jobs that hold a place in the queue already, and have no row yet
+        self.taking: set[str] = set()  # jobs that hold a place in the queue already, with or without a row yet
         self.metrics = Metrics(store)
         self.ready: Callable[[], bool] = lambda: False
         self.answer: Callable[..., Awaitable[dict[str, Any]]] = nobody
@@ -108,18 +108,18 @@ class Api:
 
     def check_queue(self) -> None:
         """ApiError where the queue is full, or will be with the jobs that are being taken."""
-        if self.store.active() + self.taking >= self.settings.max_queue:
+        if self.store.active(besides=self.taking) + len(self.taking) >= self.settings.max_queue:
             raise self.full()
 
     @contextmanager
-    def place(self) -> Iterator[None]:
+    def place(self, job_id: str) -> Iterator[None]:
         """Hold a place in the queue for a job whose body is there, so that more than fit cost little."""
         self.check_queue()
-        self.taking += 1
+        self.taking.add(job_id)
         try:
             yield
         finally:
-            self.taking -= 1
+            self.taking.discard(job_id)
 
     def full(self) -> ApiError:
         """Return the error of a full queue: come again when the first job that is running is done."""
@@ -182,7 +182,7 @@ class Api:
         kept = False
         try:
             fields = await read_body(request, own, self.settings.max_upload)
-            with self.place():
+            with self.place(job_id):
                 job, digest = await self.take(request, verb, kind, job_id, fields, own)
             kept = job.id == job_id
         finally:

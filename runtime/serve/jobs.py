@@ -9,7 +9,7 @@ import json
 import secrets
 import sqlite3
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from runtime.serve.database import ACTIVE, TERMINAL, Job
@@ -151,10 +151,12 @@ class Store(Leases):
         rows = self._reader.execute("SELECT stage, code, count(*) FROM refusals GROUP BY stage, code").fetchall()
         return {(stage, code): count for stage, code, count in rows}
 
-    def active(self) -> int:
-        """Return how many jobs wait or are being made."""
+    def active(self, besides: Iterable[str] = ()) -> int:
+        """Return how many jobs wait or are being made, `besides` those of some ids."""
         (count,) = self._reader.execute(
-            "SELECT count(*) FROM jobs WHERE status IN ('queued', 'in_progress')"
+            "SELECT count(*) FROM jobs WHERE status IN ('queued', 'in_progress') "
+            "AND id NOT IN (SELECT value FROM json_each(?))",
+            (json.dumps(list(besides)),),
         ).fetchone()
         return int(count)
 
