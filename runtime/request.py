@@ -273,7 +273,7 @@ class Request:
     def drafted(self, spec: ModelSpec) -> Request:
         """Return a resolved request as a draft, of at most a fifth of its cost.
 
-        Half as wide and high with half the steps; where that is too small to show anything, a fifth of the steps. Given
+        Half as wide and high with a third of the steps; where that is too small to show anything, a fifth of the steps. Given
         sigmas stay: a distilled model has no step to spare.
         """
         assert self.width and self.height and self.steps
@@ -281,7 +281,7 @@ class Request:
         if self.width * self.height >= min(spec.defaults.width * spec.defaults.height, 4 * SMALL_AREA):
             width = max(across, self.width // 2 // across * across)
             height = max(down, self.height // 2 // down * down)
-            fewer = self.steps if self.sigmas is not None else max(1, self.steps // 2)
+            fewer = self.steps if self.sigmas is not None else max(1, self.steps // 3)
             return replace(self, width=width, height=height, steps=fewer)
         return self if self.sigmas is not None else replace(self, steps=max(1, self.steps // 5))
 

@@ -404,7 +404,7 @@ def test_a_clip_keeps_its_size_and_rate_and_resolving_twice_changes_nothing(demo
 def test_a_draft_costs_a_fifth_and_its_final_looks_like_it(demo: runtime.Model) -> None:
     request = Request(prompt=PROMPT, seed=7).resolved(demo.spec)
     draft = request.drafted(demo.spec)
-    assert (draft.width, draft.height, draft.steps) == (80, 48, 12)
+    assert (draft.width, draft.height, draft.steps) == (80, 48, 8)
     small = replace(request, width=64, height=64).drafted(demo.spec)
     assert (small.width, small.height, small.steps) == (64, 64, 5)
     rough = runtime.generate(demo, draft).frames
@@ -433,7 +433,7 @@ def test_pictures_of_a_draft_stand_in_its_final(demo: runtime.Model) -> None:
     first, last = noisy_clip(2, 96, 160)
     clips = Clip(first), Clip(last, at="end")
     draft = Request(prompt=PROMPT, seed=7, num_frames=9, steps=4, clips=clips).resolved(demo.spec).drafted(demo.spec)
-    assert (draft.width, draft.height, draft.steps) == (80, 48, 2)
+    assert (draft.width, draft.height, draft.steps) == (80, 48, 1)
     final = final_request(demo, draft, 160, 96, steps=2)
     assert (final.task, final.num_frames, len(final.clips)) == ("edit", 9, 3)
     frames = runtime.generate(demo, final).frames

@@ -21,7 +21,7 @@ SPEC = open_checkpoint(DEMO).spec
 def test_none_means_the_models_own_default() -> None:
     request = Request(prompt="a ball").resolved(SPEC)
     assert (request.width, request.height, request.num_frames, request.fps) == (160, 96, 17, 8)
-    assert (request.steps, request.guidance, request.shift, request.sampler) == (25, 6.0, 3.0, "unipc")
+    assert (request.steps, request.guidance, request.shift, request.sampler) == (25, 4.0, 3.0, "unipc")
     assert request.guidance_2 is None
     assert 0 <= request.seed < 2**31
     assert Request(prompt="a ball").resolved(SPEC).seed != request.seed

@@ -14,7 +14,7 @@ from tools.demo_model import text
 from tools.demo_model.captions import expansion_rules
 from tools.demo_model.diffusion import Student
 
-DEFAULTS = {"width": 160, "height": 96, "num_frames": 17, "fps": 8, "steps": 25, "guidance": 6.0, "shift": 3.0}
+DEFAULTS = {"width": 160, "height": 96, "num_frames": 17, "fps": 8, "steps": 25, "guidance": 4.0, "shift": 3.0}
 
 
 def write(folder: Path, vae: AutoencoderKLWan, student: Student, *, defaults: dict[str, Any] | None = None) -> None:
