@@ -273,8 +273,8 @@ class Request:
     def drafted(self, spec: ModelSpec) -> Request:
         """Return a resolved request as a draft, of at most a fifth of its cost.
 
-        Half as wide and high with a third of the steps; where that is too small to show anything, a fifth of the steps. Given
-        sigmas stay: a distilled model has no step to spare.
+        Half as wide and high with a third of the steps; where that is too small to show anything, a fifth of the steps.
+        Given sigmas stay: a distilled model has no step to spare.
         """
         assert self.width and self.height and self.steps
         down, across = spec.size_multiple
