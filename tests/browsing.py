@@ -85,7 +85,7 @@ def plays(video: Any) -> bool:
         video.evaluate(
             """async film => {
                 const before = film.currentTime
-                await film.play()
+                await film.play().catch(() => {})  // its place may be drawn anew meanwhile
                 await new Promise(done => setTimeout(done, 250))
                 return film.videoWidth > 0 && film.currentTime !== before
             }"""

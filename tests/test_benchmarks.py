@@ -38,7 +38,7 @@ def check_model(model: dict[str, Any], names: list[str], only: list[str]) -> Non
     assert model["name"] == "demo"
     assert 7.0e6 < model["parameters"]["transformer"] < 7.1e6
     asked = {key: model["request"][key] for key in ("width", "height", "num_frames", "steps", "guidance")}
-    assert asked == {"width": 32, "height": 32, "num_frames": 5, "steps": 2, "guidance": 6.0}
+    assert asked == {"width": 32, "height": 32, "num_frames": 5, "steps": 2, "guidance": 4.0}
     assert 0 <= model["difference"] <= 1
     assert list(model["stages"]) == only
     for stage, found in model["stages"].items():

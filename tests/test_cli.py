@@ -100,7 +100,7 @@ def test_same_seed_same_file(tmp_path: Path) -> None:
 def test_info(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["info", "--model", "demo"]) == 0
     told = capsys.readouterr().out
-    for line in ("family    wan", "7.02 M parameters, bfloat16", "width 160", "missing   nothing", "multiple of 16"):
+    for line in ("family    wan", "7.02 M parameters, bfloat16", "width 160", "missing   nothing", "from 16x16 on"):
         assert line in told
 
 

@@ -169,7 +169,7 @@ def test_cuda_graph_goes_on_where_recording_fails(monkeypatch: pytest.MonkeyPatc
         raise RuntimeError("operation not permitted when stream is capturing\nand more")
 
     monkeypatch.setattr(cuda_graph, "record", fail)
-    there = SimpleNamespace(device=torch.device("cuda"), shape=(1, 4), to=lambda device: there)
+    there = SimpleNamespace(device=torch.device("cuda"), shape=(1, 4), to=lambda device, **_: there)
     asked: list[object] = []
     denoiser = cuda_graph.captured(lambda x, sigma, context: asked.append(context) or len(asked))
     notes: list[str] = []

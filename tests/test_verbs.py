@@ -136,7 +136,7 @@ def test_draft_and_finish(tmp_path: Path) -> None:
     assert (
         main(["generate", "a red ball", "--draft", "--frames", "5", "-o", draft, "--receipt", receipt, "--quiet"]) == 0
     )
-    assert json.loads(Path(receipt).read_text())["request"]["steps"] == 12
+    assert json.loads(Path(receipt).read_text())["request"]["steps"] == 8
     final = str(tmp_path / "final.mp4")
     assert main(["finish", receipt, "--size", "96x64", "--steps", "3", "-o", final, "--quiet"]) == 0
     assert read_video(final).frames.shape == (5, 64, 96, 3)
