@@ -33,6 +33,7 @@ from runtime.model import choose_device, locate
 from runtime.models import open_checkpoint
 from runtime.planner import plan_request
 from runtime.request import Request
+from runtime.text import cache_folder
 
 SIZES = {"480p": (832, 480), "720p": (1280, 720), "1080p": (1920, 1080), "vertical": (480, 832)}
 STAGES = ("text", "step", "decode", "encode")
@@ -119,6 +120,7 @@ def run(args: argparse.Namespace) -> int:
                     print("out of time; go on with --resume", file=sys.stderr)
                     break
                 print(cell.name, file=sys.stderr, flush=True)
+                shutil.rmtree(cache_folder(), ignore_errors=True)  # the row before had the same prompts
                 record["rows"].append(compared(row(cell, settings), record["rows"]))
                 keep(record, file)
         except KeyboardInterrupt:
