@@ -5,6 +5,7 @@ from __future__ import annotations
 import statistics
 from typing import Any
 
+from benchmarks.machine import told
 from benchmarks.measure import median_ratio
 from benchmarks.plot import Bar
 
@@ -13,12 +14,9 @@ COLUMNS = ("load", "cold", "total", "text", "step", "decode", "encode")
 
 def table(record: dict[str, Any]) -> str:
     """Return the rows of `latency` as Markdown, the machine above, how to read them below."""
-    machine, asked = record["machine"], record["asked"]
-    packages = ", ".join(f"{name} {version}" for name, version in machine["versions"].items())
-    clocks = ", ".join(f"{name} {value}" for name, value in (machine.get("clocks") or {}).items())
-    where = ", ".join(filter(None, [machine["name"], packages, f"commit {machine['commit']}", clocks]))
     head = ["size x frames", "by", "steps", *COLUMNS, "peak memory", "of the floor", "peer / ours"]
-    lines = [f"**{asked['model']} on {where}**", "", _row(head), _row(["---", "---", *["---:"] * (len(head) - 2)])]
+    title = f"**{record['asked']['model']} on {told(record['machine'])}**"
+    lines = [title, "", _row(head), _row(["---", "---", *["---:"] * (len(head) - 2)])]
     lines += [_row(cells(each, record["rows"])) for each in record["rows"]]
     return "\n".join([*lines, "", method(record["rows"])])
 

@@ -62,6 +62,13 @@ def cpu_state() -> dict[str, str] | None:
     return found or None
 
 
+def told(machine: dict[str, Any]) -> str:
+    """Return what stands above a table: the machine, versions, the commit, clocks where they are known."""
+    packages = ", ".join(f"{name} {version}" for name, version in machine["versions"].items())
+    clocks = ", ".join(f"{name} {value}" for name, value in (machine.get("clocks") or {}).items())
+    return ", ".join(filter(None, [machine["name"], packages, f"commit {machine['commit']}", clocks]))
+
+
 def results_file(machine: dict[str, Any]) -> Path:
     """Return a name that is still free: benchmarks/results/<device>/<date>-<commit>.json."""
     name = machine["name"]

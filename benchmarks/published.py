@@ -26,7 +26,7 @@ import torch
 from torch import nn
 
 from benchmarks import sides, true_size
-from benchmarks.machine import describe, keep, results_file
+from benchmarks.machine import describe, keep, results_file, told
 from benchmarks.measure import alternate
 from benchmarks.profiled import Profile, profiled
 from benchmarks.sides import Case, Diffusers, Ours
@@ -307,12 +307,8 @@ def tried(found: dict[str, Any], name: str) -> Iterator[None]:
 
 def table(record: dict[str, Any]) -> str:
     """Return the results as Markdown: a row per version, then the profiles."""
-    machine = record["machine"]
-    packages = ", ".join(f"{name} {version}" for name, version in machine["versions"].items())
-    clocks = ", ".join(f"{name} {value}" for name, value in (machine.get("clocks") or {}).items())
-    where = ", ".join(filter(None, [machine["name"], packages, f"commit {machine['commit']}", clocks]))
     lines = [
-        f"**{where}**", "",
+        f"**{told(record['machine'])}**", "",
         "| what | by | median | runs | of the floor | bar | apart from ours |",
         "| --- | --- | ---: | ---: | ---: | --- | ---: |",
     ]  # fmt: skip

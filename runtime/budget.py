@@ -7,6 +7,7 @@ calibration of the machine, runtime/calibration.py, is another thing: it measure
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -106,7 +107,7 @@ class Calibrated:
 
     def savings(self, rung: Rung) -> Savings:
         """Return a rung's way to save."""
-        layers = frozenset(name for name, _ in self.ranking[: rung.fp8])
+        layers = first_layers(self.ranking, rung.fp8)
         if len(rung.computed) == self.setting.steps:
             return Savings(None, layers)
         moments = Moments(np.array(self.moments), rung.order)
@@ -121,6 +122,11 @@ class Calibrated:
         able = precision.gains(model.device) and model.engine in precision.ENGINES and model.offload.blocks is None
         able = able and model.memory is None and {name for name, _ in self.ranking} <= set(model.fp8_layers)
         return [rung for rung in self.rungs if able or not rung.fp8]
+
+
+def first_layers(ranking: Sequence[tuple[str, float]], count: int) -> frozenset[str]:
+    """Return the names of the first layers of a ranking."""
+    return frozenset(name for name, _ in ranking[:count])
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,6 @@ in runtime.json. Times follow the checkpoint's scheduler: one that takes whole t
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 
@@ -19,12 +18,7 @@ class Recipe:
     guidance: float = 1.0
 
 
-def shifted(sigmas: Sequence[float], shift: float) -> tuple[float, ...]:
-    """Return shift * s / (1 + (shift - 1) * s) of each."""
-    return tuple(shift * s / (1 + (shift - 1) * s) for s in sigmas)
-
-
-QUARTERS = shifted((1.0, 0.75, 0.5, 0.25), 5.0)
+QUARTERS = (1.0, 15 / 16, 5 / 6, 5 / 8)  # 1, 3/4, 1/2, 1/4, shifted by 5 (`schedules.shifted`)
 
 RECIPES = {
     # LightX2V's step distillation of Wan 2.1: times 1000, 750, 500, 250, shifted by 5; noise is drawn anew each time.

@@ -18,7 +18,7 @@ import numpy as np
 import torch
 
 from runtime import precision, sensitivity
-from runtime.budget import Calibrated, Rung, Setting, device_name
+from runtime.budget import Calibrated, Rung, Setting, device_name, first_layers
 from runtime.caches import EXACT, Moments, Savings, Skips, search
 from runtime.decoding import decode
 from runtime.denoising import OnState, denoise, prepare_context
@@ -134,7 +134,7 @@ class Trial:
         steps = self.requests[0].steps
         assert steps
         return [
-            self.measured(model, Savings(None, named(ranking, count)), tuple(range(steps)), 1, count)
+            self.measured(model, Savings(None, first_layers(ranking, count)), tuple(range(steps)), 1, count)
             for count in sensitivity.counts(model, ranking)
         ]
 
@@ -146,7 +146,7 @@ class Trial:
         for rung in rungs:
             skips = Skips(frozenset(rung.computed), Moments(moments, rung.order), rung.order, bound=float("inf"))
             for count in sensitivity.counts(model, ranking):
-                savings = Savings(skips, named(ranking, count))
+                savings = Savings(skips, first_layers(ranking, count))
                 found.append(self.measured(model, savings, rung.computed, rung.order, count))
         return found
 
@@ -172,11 +172,6 @@ class Trial:
             bound=round(ALARM * worst, 3),
             fp8=fp8,
         )
-
-
-def named(ranking: sensitivity.Ranking, count: int) -> frozenset[str]:
-    """Return the names of the first layers of a ranking."""
-    return frozenset(name for name, _ in ranking[:count])
 
 
 def paces(narrow: Sequence[Rung], exact: Sequence[Made]) -> dict[int, float]:
