@@ -53,6 +53,7 @@ class Setting:
     guidance: float
     guidance_2: float | None
     sigmas: tuple[float, ...] | None = None  # where they were given
+    boundary: float | None = None  # between two experts
 
     @classmethod
     def of(cls, model: Model, request: Request) -> Setting:
@@ -63,7 +64,7 @@ class Setting:
         height, width = model.spec.canvas(request.height, request.width)
         return cls(
             model.fingerprint, width, height, request.num_frames, request.steps, float(request.shift),
-            request.sampler, float(request.guidance), second, request.sigmas,
+            request.sampler, float(request.guidance), second, request.sigmas, request.boundary,
         )  # fmt: skip
 
 
@@ -189,7 +190,7 @@ def choose(model: Model, request: Request, sigmas: torch.Tensor, *, plain: bool)
         f"quality {request.quality}: the model was not calibrated for this request; a built-in table for any model "
         "skips few steps, and its floor was not measured here. Calibrate it with: python -m runtime calibrate"
     )
-    skips = table(sigmas.tolist(), model.spec.boundary)
+    skips = table(sigmas.tolist(), request.boundary)
     return Choice(Savings(skips), said | {"basis": "table"}, (*notes, note))
 
 

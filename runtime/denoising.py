@@ -146,8 +146,8 @@ def compose(model: Model, request: Request, tokens: int, fp8: frozenset[str] = f
         experts = [captured(expert) for expert in experts]
     if len(experts) == 1:
         return experts[0]
-    assert model.spec.boundary is not None
-    return switch_at(model.spec.boundary, *experts)
+    assert request.boundary is not None
+    return switch_at(request.boundary, *experts)
 
 
 def denoise(

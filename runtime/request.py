@@ -47,8 +47,8 @@ class Request:
     """One video to make; None means the model's own published default, and a random seed is drawn and reported.
 
     `width` and `height` are pixels, even of a video, and need not be multiples that the model makes; `num_frames` are
-    frames, `fps` frames per second; `guidance_2` is the second expert's. Raises ValueError for values that no model
-    could take.
+    frames, `fps` frames per second; `guidance_2` is the second expert's, who works below sigma `boundary`. Raises
+    ValueError for values that no model could take.
 
     With `clips` and nothing more, each stands in the result where its `at` says. `direction` "forward" goes on after
     the one clip, "backward" comes before it, "between" connects two: `num_frames` (or `seconds`) then counts the new
@@ -73,6 +73,7 @@ class Request:
     steps: int | None = None
     guidance: float | None = None
     guidance_2: float | None = None
+    boundary: float | None = None
     shift: float | None = None
     sampler: str | None = None
     seed: int | None = None
@@ -104,6 +105,7 @@ class Request:
                 raise ValueError(f"{name} is {given!r}; legal: a whole number of at least 1")
         for name, floor in (
             ("fps", 0.0), ("seconds", 0.0), ("guidance", None), ("guidance_2", None), ("shift", 0.0), ("strength", 0.0),
+            ("boundary", 0.0),
         ):  # fmt: skip
             given = getattr(self, name)
             if given is None:
@@ -112,6 +114,8 @@ class Request:
                 raise ValueError(f"{name} is {given!r}; legal: a finite number")
             if floor is not None and given <= floor:
                 raise ValueError(f"{name} is {given!r}; legal: more than {floor:g}")
+        if self.boundary is not None and self.boundary > 1:
+            raise ValueError(f"boundary is {self.boundary!r}; legal: more than 0, up to 1")
         if self.seed is not None and (
             isinstance(self.seed, bool) or not isinstance(self.seed, int) or not 0 <= self.seed < 2**64
         ):
@@ -214,9 +218,10 @@ class Request:
         A clip brings its own size, as far as the model makes it, and its own rate.
         """
         own = spec.defaults
-        if self.guidance_2 is not None and spec.boundary is None:
-            raise ValueError(f"guidance_2 is {self.guidance_2:g}, but {spec.name} has one expert; leave it out")
-        filled = self._sampling(spec)
+        for name in ("guidance_2", "boundary"):
+            if (given := getattr(self, name)) is not None and spec.boundary is None:
+                raise ValueError(f"{name} is {given:g}, but {spec.name} has one expert; leave it out")
+        filled = self._sampling(spec) | ({"boundary": spec.boundary} if self.boundary is None else {})
         if self.guidance_2 is None and spec.boundary is not None:
             guidance = filled.get("guidance", self.guidance)
             alike = own.guidance_2 is None or filled.get("recipe", self.recipe) is not None

@@ -53,7 +53,7 @@ def watched(model: Model, request: Request) -> list[Place]:
     noise = draw_noise(shape, request.seed or 0).to(model.device)
     context = prepare_context(model, encode_prompt(model, request)[0], shape)
     levels = sigmas.tolist()[:-1]
-    boundary = model.spec.boundary or 0.0
+    boundary = request.boundary or 0.0
     wanted: set[int] = set()
     for steps in (
         [k for k, s in enumerate(levels) if s >= boundary],

@@ -176,6 +176,7 @@ def add_sampling(parser: Parser) -> None:
     parser.add_argument("--steps", type=int, metavar="N", help="denoising steps")
     parser.add_argument("--guidance", type=float, metavar="G", help="guidance scale; 1 is none")
     parser.add_argument("--guidance-2", type=float, metavar="G", help="guidance scale of the second expert")
+    parser.add_argument("--boundary", type=float, metavar="S", help="sigma below which the second expert works")
     parser.add_argument("--shift", type=float, metavar="S", help="how far the schedule leans to noise")
     parser.add_argument("--sampler", metavar="NAME", help="unipc, euler or lcm")
     parser.add_argument(
@@ -257,8 +258,8 @@ def request_of(options: Options, **task: Any) -> Request:
     return Request(
         prompt=options.prompt, negative_prompt=options.negative, width=width, height=height,
         num_frames=options.frames, seconds=options.seconds, fps=options.fps, steps=options.steps,
-        guidance=options.guidance, guidance_2=options.guidance_2, shift=options.shift, sampler=options.sampler,
-        seed=options.seed, fit=options.fit, window=options.window, overlap=options.overlap,
+        guidance=options.guidance, guidance_2=options.guidance_2, boundary=options.boundary, shift=options.shift,
+        sampler=options.sampler, seed=options.seed, fit=options.fit, window=options.window, overlap=options.overlap,
         positions=options.positions, quality=options.quality, recipe=options.recipe, sigmas=options.sigmas,
         references=tuple(clip(path) for path in options.reference), **task,
     )  # fmt: skip

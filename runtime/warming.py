@@ -37,7 +37,7 @@ def warm(model: Model, request: Request) -> None:
     assert request.num_frames and request.height and request.width
     shape = model.spec.latent_shape(request.num_frames, request.height, request.width)
     # One step at the highest sigma, for the first expert, and one below the boundary, for the second.
-    sigmas = torch.tensor([HIGHEST, 0.5 * (model.spec.boundary or 1.0), 0.0], dtype=torch.float64)
+    sigmas = torch.tensor([HIGHEST, 0.5 * (request.boundary or 1.0), 0.0], dtype=torch.float64)
     with torch.inference_mode():
         # Not through the cache: a text that is known there would leave the encoder where it is.
         texts = [run_encoder(model, text).tokens for text in texts_of(request).values()]

@@ -37,8 +37,11 @@ def test_second_guidance_follows_the_published_or_the_first() -> None:
     assert Request(prompt="a", guidance=6.0).resolved(two).guidance_2 == 6.0
     published = replace(two, defaults=replace(SPEC.defaults, guidance_2=3.0))
     assert Request(prompt="a").resolved(published).guidance_2 == 3.0
-    with pytest.raises(ValueError, match="one expert"):
-        Request(prompt="a", guidance_2=3.0).resolved(SPEC)
+    assert Request(prompt="a").resolved(two).boundary == 0.9
+    assert Request(prompt="a", boundary=0.5).resolved(two).boundary == 0.5
+    for alone in ({"guidance_2": 3.0}, {"boundary": 0.5}):
+        with pytest.raises(ValueError, match="one expert"):
+            Request(prompt="a", **alone).resolved(SPEC)
 
 
 def test_frozen_and_keyword_only() -> None:
@@ -60,6 +63,7 @@ def test_frozen_and_keyword_only() -> None:
         ({"guidance": math.inf}, "finite"),
         ({"guidance_2": -math.inf}, "finite"),
         ({"shift": 0}, "more than 0"),
+        ({"boundary": 1.5}, "up to 1"),
         ({"fps": -1.0}, "more than 0"),
         ({"fps": math.nan}, "finite"),
         ({"steps": 0}, "at least 1"),

@@ -15,8 +15,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from runtime.serve import jobs, leases
-from runtime.serve.forecast import in_turn, learned, pace, size_of
+from runtime.serve.api import Api
+from runtime.serve.forecast import Outlook, in_turn, learned, pace, size_of
 from runtime.serve.jobs import Job, Store, new_id
+from runtime.serve.settings import Settings
 from tests.serving import LONG, TINY, Server
 
 WITHIN = 0.25  # of the truth
@@ -47,9 +49,11 @@ class Works:
     done: dict[str, float] = field(default_factory=dict)
     claims: list[str] = field(default_factory=list)
 
-    def add(self, predicted: float, owner: str = "a", priority: int = 0, deviation: float = 0.0) -> str:
+    def add(
+        self, predicted: float, owner: str = "a", priority: int = 0, deviation: float = 0.0, model: str = "m"
+    ) -> str:
         values = {
-            "id": new_id("video"), "kind": "video", "owner": owner, "model": "m", "prompt": "", "priority": priority,
+            "id": new_id("video"), "kind": "video", "owner": owner, "model": model, "prompt": "", "priority": priority,
             "request": {}, "shown": {}, "total": 10,
         }  # fmt: skip
         job = self.store.create(values, max_queue=1000, max_owner=1000)
@@ -157,6 +161,26 @@ def test_several_workers_and_what_is_not_predicted(works: Works) -> None:
         db.execute("UPDATE jobs SET estimate = NULL WHERE id = ?", (job.id,))
     assert works.store.outlooks(1)[ids[0]].done is None
     assert works.store.outlooks(2)[ids[3]].position == 3
+
+
+def test_jobs_of_a_model_that_is_not_served_are_in_nobodys_way(works: Works) -> None:
+    """A server that was started again with another model makes that one's jobs as if it were alone."""
+    works.add(100.0, model="gone")
+    running = works.store.claim("a worker of another server")
+    left, mine = works.add(100.0, model="gone"), works.add(10.0)
+    assert running is not None and works.store.active() == 3 and works.store.active(["m"]) == 1
+    assert works.store.outlooks(1, ["m"]) == {mine: Outlook(0, 0.0, 10.0)}
+    assert works.store.outlooks(1)[mine].position == 1 and left in works.store.outlooks(1, ["m", "gone"])
+    api, waiting = Api(Settings(model=("m",)), works.store, lambda: None), works.store.get(left)
+    assert waiting is not None
+    told = api.object(waiting)
+    assert "'gone' is not served" in told["warnings"][0] and "queue_position" not in told
+    values = {
+        "kind": "video", "owner": "a", "model": "m", "prompt": "", "priority": 0, "request": {}, "shown": {},
+    }  # fmt: skip
+    for limits, taken in (((2, 9), True), ((2, 9), False), ((9, 2), False)):
+        of = {"max_queue": limits[0], "max_owner": limits[1], "models": ["m"]}
+        assert (works.store.create(values | {"id": new_id("video")}, **of) is not None) == taken
 
 
 def test_fair_shares() -> None:

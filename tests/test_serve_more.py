@@ -129,6 +129,19 @@ def test_parts_of_clips(server: Server, video: dict[str, Any]) -> None:
     job = server.http.post("/v1/videos/edits", data=form, files={"user": (None, "me")}).json()
     assert (job["num_frames"], job["num_inference_steps"]) == (4, 4), job
     server.http.delete(f"/v1/videos/{job['id']}")
+    ends = {"video[id]": video["id"], "end_video[id]": video["id"], "prompt": "x", "num_frames": "4"}
+    job = server.http.post("/v1/videos", data=ends, files={"num_inference_steps": (None, "2")}).json()
+    assert (job["task"], job["num_frames"]) == ("connect", 14), job
+    server.http.delete(f"/v1/videos/{job['id']}")
+    for path, fields, param in (
+        ("/v1/videos", {"end_video": own}, "end_video"),
+        ("/v1/videos/connections", {"video": own, "end_video": own, "videos": [own, own]}, "end_video"),
+        ("/v1/videos/connections", {"video": own}, "videos"),
+        ("/v1/videos/edits", {"video": own, "videos": [own, own]}, "videos"),
+        ("/v1/videos", {"boundary_ratio": 0.5}, "boundary_ratio"),
+    ):
+        answer = server.http.post(path, json=few | fields)
+        assert answer.status_code == 400 and answer.json()["error"]["param"] == param, (path, answer.text)
     for part in ({"from": 5}, {"from": -1}, {"to": 6}, {"from": 3, "to": 3}, {"form": 1}, [1, 2], "2-3"):
         fields = few | {"video": own, "clip": part}
         answer = server.http.post("/v1/videos/edits", json=fields)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -119,6 +120,19 @@ def test_whole_request(
     assert relative(video.latents, latents) <= 1e-3
     difference = np.abs(video.frames.astype(int) - theirs.astype(int))
     assert difference.max() <= 1
+
+
+def test_the_experts_take_turns_where_a_request_says(checkpoints: dict) -> None:
+    pipe, folder = checkpoints["two-experts"]
+    request = runtime.Request(prompt=PROMPT, width=48, height=32, num_frames=5, steps=6, guidance=1.0, seed=11)
+    model, own = runtime.load(folder), pipe.config.boundary_ratio
+    pipe.register_to_config(boundary_ratio=0.6)
+    try:
+        latents, _ = reference(pipe, CONFIGS["two-experts"].text_length, request)
+    finally:
+        pipe.register_to_config(boundary_ratio=own)
+    asked, published = (runtime.generate(model, replace(request, boundary=at)).latents for at in (0.6, None))
+    assert relative(asked, latents) <= 1e-3 < relative(published, latents)
 
 
 def reference(pipe: object, text_length: int, request: runtime.Request) -> tuple[torch.Tensor, np.ndarray]:

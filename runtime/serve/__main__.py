@@ -21,7 +21,7 @@ from runtime.serve.health import serve_health
 from runtime.serve.jobs import Store
 from runtime.serve.logs import start_logging
 from runtime.serve.opening import open_store
-from runtime.serve.settings import Settings, model_place, read_settings
+from runtime.serve.settings import Settings, read_settings
 from runtime.serve.supervisor import Supervisor
 from runtime.serve.telemetry import start_telemetry
 from runtime.serve.webhooks import Webhooks
@@ -89,7 +89,7 @@ def main() -> int:
     threading.Thread(target=tidy, args=(store, settings, supervisor.stopping), daemon=True).start()
     if hooks is not None:
         threading.Thread(target=hooks.run, args=(supervisor.stopping,), daemon=True).start()
-    names = ", ".join(model_place(each)[0] for each in settings.model)
+    names = ", ".join(settings.served)
     print(f"serving {names} on http://{host}:{port} (data in {settings.data})", flush=True)
     try:
         server.run(sockets=[listener])

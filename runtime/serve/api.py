@@ -30,7 +30,7 @@ from runtime.serve.keys import Pace
 from runtime.serve.metrics import Metrics
 from runtime.serve.moderation import Moderator, Refused, keep
 from runtime.serve.schema import Asked, Given, Offer, check_frame, parse_request
-from runtime.serve.settings import Settings, model_place
+from runtime.serve.settings import Settings
 from runtime.serve.shown import shown, video_object
 from runtime.serve.supervisor import Unanswered
 from runtime.serve.telemetry import Telemetry
@@ -85,8 +85,8 @@ class Api:
 
     def models(self) -> dict[str, dict[str, Any]]:
         """Return what workers have told of the models that are served, the first one first."""
-        told, names = self.store.models(), [model_place(each)[0] for each in self.settings.model]
-        return {name: told[name] for name in names if name in told}
+        told = self.store.models()
+        return {name: told[name] for name in self.settings.served if name in told}
 
     async def ask(self, kind: str, model: str, **asked: Any) -> dict[str, Any]:
         """Return what a worker answers; ApiError where none does, or it refuses to."""
@@ -108,7 +108,7 @@ class Api:
 
     def check_queue(self) -> None:
         """ApiError where the queue is full, or will be with the jobs that are being taken."""
-        if self.store.active(besides=self.taking) + len(self.taking) >= self.settings.max_queue:
+        if self.store.active(self.settings.served, besides=self.taking) + len(self.taking) >= self.settings.max_queue:
             raise self.full()
 
     @contextmanager
@@ -133,7 +133,7 @@ class Api:
         """Return what lies before each job, a moment old at most."""
         began = time.monotonic()
         if began > self._look_at:
-            self._outlooks = self.store.outlooks(self.settings.workers)
+            self._outlooks = self.store.outlooks(self.settings.workers, self.settings.served)
             now = time.monotonic()
             self._look_at = now + max(OUTLOOK_SECONDS, OUTLOOK_REST * (now - began))
         return self._outlooks
@@ -141,13 +141,16 @@ class Api:
     def object(self, job: Job) -> dict[str, Any]:
         """Return a job as the API tells of it."""
         found = video_object(job, self.outlook(job), self.settings.keep)
+        if job.status == "queued" and job.model not in self.settings.served:
+            found["warnings"] = [f"model {job.model!r} is not served here now; the job waits until it is again"]
         if job.status == "in_progress" and job.step and not self.moderator.checks("frames"):
             found["preview_url"] = f"/v1/videos/{job.id}/content?variant=preview"
         return found
 
     def outlook(self, job: Job) -> Outlook | None:
-        """Return what lies before a job, None where it ends; one that came after the last look is the last so far."""
-        if job.status not in ACTIVE or job.cancel:
+        """Return what lies before a job, None where it ends or its model is not served; one that came after the last
+        look is the last so far."""
+        if job.status not in ACTIVE or job.cancel or job.model not in self.settings.served:
             return None
         known = self.outlooks()
         if job.id not in known:
@@ -269,7 +272,9 @@ class Api:
             sync(folder)
         limit = self.settings.limits(values["owner"])
         values["trace"] = None if self.telemetry is None else self.telemetry.here()
-        job = self.store.create(values, max_queue=self.settings.max_queue, max_owner=limit.jobs or 0)
+        job = self.store.create(
+            values, max_queue=self.settings.max_queue, max_owner=limit.jobs or 0, models=self.settings.served
+        )
         if job is None:
             raise self.full()
         return job

@@ -22,8 +22,8 @@ Given = Callable[[dict[str, Any], Callable[[], Path]], tuple[list[dict[str, Any]
 # What the final video of a draft takes over: the API's name of each, and where it stands in the draft's record.
 TAKEN_OVER = {
     "prompt": "prompt", "negative_prompt": "negative_prompt", "seed": "seed", "fps": "fps", "flow_shift": "shift",
-    "guidance_scale": "guidance", "guidance_scale_2": "guidance_2", "sampler": "sampler", "lora": "lora",
-    "recipe": "recipe",
+    "guidance_scale": "guidance", "guidance_scale_2": "guidance_2", "boundary_ratio": "boundary",
+    "sampler": "sampler", "lora": "lora", "recipe": "recipe",
 }  # fmt: skip
 
 
@@ -44,9 +44,11 @@ def from_video(api: Api, request: Request, **settings: Any) -> Given:
 
 
 def from_prompt(api: Api, request: Request) -> Given:
-    """No clip, but for a loop of one."""
+    """No clip, but for a loop of one, and two to be connected."""
 
     def given(fields: dict[str, Any], own: Callable[[], Path]) -> tuple[list[dict[str, Any]], str | None]:
+        if "videos" in fields or "end_video" in fields:
+            return from_two(api, request)(fields, own)
         if not str(fields.get("prompt", "")).strip() and not fields.get("storyboard"):
             raise bad("prompt is missing; say what the video shows", "prompt")
         if "video" not in fields:
@@ -59,14 +61,19 @@ def from_prompt(api: Api, request: Request) -> Given:
 
 
 def from_two(api: Api, request: Request) -> Given:
-    """Two clips in `videos`, to be connected."""
+    """Two clips in `videos`, or in `video` and `end_video`, to be connected."""
 
     def given(fields: dict[str, Any], own: Callable[[], Path]) -> tuple[list[dict[str, Any]], str | None]:
-        videos = structured(fields.pop("videos", None), "videos")
+        if "end_video" in fields:
+            if "videos" in fields or "video" not in fields:
+                raise bad("end_video is given; legal: with video, which comes first, and without videos", "end_video")
+            videos, names = [fields.pop("video"), fields.pop("end_video")], ("video", "end_video")
+        else:
+            videos, names = structured(fields.pop("videos", None), "videos"), ("videos", "videos")
         if not isinstance(videos, list) or len(videos) != 2:
-            raise bad("videos is no list of two; legal: two files, or two of {id}", "videos")
-        fields["direction"] = "between"
-        found = [api.clip(request, video, "videos", own) for video in videos]
+            raise bad("videos is no list of two; legal: two files, or two of {id}, or video and end_video", "videos")
+        fields.setdefault("direction", "between")
+        found = [api.clip(request, video, name, own) for video, name in zip(videos, names, strict=True)]
         return [clip for clip, _ in found], found[0][1]
 
     return given
@@ -111,12 +118,10 @@ def finished(api: Api, request: Request, video_id: str) -> Given:
 
 
 def anything(api: Api, request: Request) -> Given:
-    """What the fields themselves say: two clips, one to go on from or to make anew, or none."""
+    """What the fields themselves say: one clip to go on from or to make anew, or what `from_prompt` takes."""
 
     def given(fields: dict[str, Any], own: Callable[[], Path]) -> tuple[list[dict[str, Any]], str | None]:
-        if "videos" in fields:
-            return from_two(api, request)(fields, own)
-        if "video" in fields and ("direction" in fields or "strength" in fields):
+        if "video" in fields and "end_video" not in fields and ("direction" in fields or "strength" in fields):
             return from_video(api, request)(fields, own)
         return from_prompt(api, request)(fields, own)
 

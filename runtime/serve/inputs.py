@@ -19,7 +19,7 @@ from runtime.serve.forms import Upload
 from runtime.serve.pictures import inspect, stub
 from runtime.storyboard import Card
 
-CLIPS = ("input_reference", "last_frame", "keyframes", "storyboard", "characters", "video", "videos")
+CLIPS = ("input_reference", "last_frame", "keyframes", "storyboard", "characters")
 KEYFRAME = {"frame", "time", "image", "image_url", "strength"}
 CARD = {"from": "start", "to": "end"}  # a card's times, and what else they may be called
 CARD_FRAMES = ("image", "image_url", "clip")

@@ -1,6 +1,7 @@
 """The store: jobs, workers and models in one sqlite file.
 
-A job is queued, in_progress, then completed, failed or cancelled for good; `leases` says how workers take it.
+A job is queued, in_progress, then completed, failed or cancelled for good; `leases` says how workers take it. Where
+`models` are named, jobs of others, which nobody makes here, do not count (None: all do).
 """
 
 from __future__ import annotations
@@ -9,18 +10,20 @@ import json
 import secrets
 import sqlite3
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 from runtime.serve.database import ACTIVE, TERMINAL, Job
 from runtime.serve.forecast import Outlook, forecast
-from runtime.serve.leases import Leases
+from runtime.serve.leases import Leases, of
 
 
 class Store(Leases):
     """The jobs of a data folder."""
 
-    def create(self, values: Mapping[str, Any], *, max_queue: int, max_owner: int) -> Job | None:
+    def create(
+        self, values: Mapping[str, Any], *, max_queue: int, max_owner: int, models: Collection[str] | None = None
+    ) -> Job | None:
         """Add a job, durable when this returns; the same job for an idempotency key that is known; None where full."""
         owner, columns = values["owner"], dict(values)
         for name in ("request", "shown"):
@@ -34,8 +37,9 @@ class Store(Leases):
                 if same is not None:
                     return same
             (waiting, mine) = db.execute(
-                "SELECT count(*), coalesce(sum(owner = ?), 0) FROM jobs WHERE status IN ('queued', 'in_progress')",
-                (owner,),
+                "SELECT count(*), coalesce(sum(owner = ?), 0) FROM jobs WHERE status IN ('queued', 'in_progress') "
+                f"{of(models)}",
+                (owner, *(models or ())),
             ).fetchone()
             if waiting >= max_queue or mine >= max_owner:
                 return None
@@ -124,11 +128,13 @@ class Store(Leases):
                 (json.dumps(error), job.id),
             )
 
-    def outlooks(self, workers: int) -> dict[str, Outlook]:
+    def outlooks(self, workers: int, models: Collection[str] | None = None) -> dict[str, Outlook]:
         """Return what lies before each job that is queued or running."""
         rows = self._reader.execute(
             "SELECT id, seq, owner, status, model, priority, estimate, denoising, step, total, progress, claimed_at, "
-            "claimed_step, stepped_at FROM jobs WHERE status IN ('queued', 'in_progress') AND NOT cancel"
+            "claimed_step, stepped_at FROM jobs WHERE status IN ('queued', 'in_progress') AND NOT cancel "
+            f"{of(models)}",
+            (*(models or ()),),
         ).fetchall()
         shares = dict(self._reader.execute("SELECT name, share FROM owners").fetchall())
         return forecast(rows, shares, self.paces(), workers, time.time())
@@ -151,12 +157,12 @@ class Store(Leases):
         rows = self._reader.execute("SELECT stage, code, count(*) FROM refusals GROUP BY stage, code").fetchall()
         return {(stage, code): count for stage, code, count in rows}
 
-    def active(self, besides: Iterable[str] = ()) -> int:
+    def active(self, models: Collection[str] | None = None, besides: Iterable[str] = ()) -> int:
         """Return how many jobs wait or are being made, `besides` those of some ids."""
         (count,) = self._reader.execute(
             "SELECT count(*) FROM jobs WHERE status IN ('queued', 'in_progress') "
-            "AND id NOT IN (SELECT value FROM json_each(?))",
-            (json.dumps(list(besides)),),
+            f"AND id NOT IN (SELECT value FROM json_each(?)) {of(models)}",
+            (json.dumps(list(besides)), *(models or ())),
         ).fetchone()
         return int(count)
 
@@ -189,10 +195,12 @@ class Store(Leases):
         with self._write() as db:
             db.execute("INSERT OR REPLACE INTO models VALUES (?, ?)", (name, json.dumps(card)))
 
-    def unestimated(self) -> list[Job]:
+    def unestimated(self, models: Collection[str]) -> list[Job]:
         """Return queued and running jobs that nobody has predicted yet: an idle worker takes one at once."""
         rows = self._reader.execute(
-            "SELECT * FROM jobs WHERE status IN ('queued', 'in_progress') AND estimate IS NULL ORDER BY seq"
+            "SELECT * FROM jobs WHERE status IN ('queued', 'in_progress') AND estimate IS NULL "
+            f"{of(models)} ORDER BY seq",
+            (*models,),
         )
         return [Job.of(row) for row in rows.fetchall()]
 

@@ -28,10 +28,16 @@ FIELDS: dict[str, Any] = {
     "size": {"type": "string", "pattern": "^[0-9]+x[0-9]+$"},
     "negative_prompt": {"type": "string"},
     "guidance_scale": {"type": "number"},
+    "guidance_scale_2": {"type": "number"},
+    "boundary_ratio": {"type": "number", "exclusiveMinimum": 0, "maximum": 1},
     "num_inference_steps": {"type": "integer", "minimum": 1, "maximum": 1000},
     "seed": {"type": "integer", "minimum": 0},
     "fps": {"type": "number"},
     "num_frames": {"type": "integer", "minimum": 1},
+    "width": {"type": "integer", "minimum": 1},
+    "height": {"type": "integer", "minimum": 1},
+    "window": {"type": "integer", "minimum": 1},
+    "overlap": {"type": "integer", "minimum": 1},
     "flow_shift": {"type": "number"},
     "sampler": {"type": "string"},
     "recipe": {"type": "string", "description": "how distilled weights are sampled"},
@@ -79,10 +85,13 @@ PICTURES = {
     "response_format": {"type": "string", "enum": ["b64_json", "url"]},
     "output_format": {"type": "string", "enum": ["png"]},
 }
+TWO = {
+    "videos": {"type": "array", "items": VIDEO, "minItems": 2, "maxItems": 2}, "video": VIDEO, "end_video": VIDEO
+}  # fmt: skip
 BODIES: dict[str, tuple[dict[str, Any], list[str]]] = {
     "create": (
         {
-            **FIELDS, "video": VIDEO, "clip": CUT, "loop": {"type": "boolean"},
+            **FIELDS, **TWO, "clip": CUT, "loop": {"type": "boolean"},
             "input_reference": PICTURE, "last_frame": PICTURE, **SHOWN,
         },
         ["prompt"],
@@ -99,7 +108,7 @@ BODIES: dict[str, tuple[dict[str, Any], list[str]]] = {
         {**FIELDS, "video": VIDEO, "clip": CUT, "direction": {"type": "string", "enum": ["forward", "backward"]}},
         ["prompt", "video"],
     ),
-    "connect": ({**FIELDS, "videos": {"type": "array", "items": VIDEO, "minItems": 2, "maxItems": 2}}, ["videos"]),
+    "connect": ({**FIELDS, **TWO}, []),
     "provenance": ({"video": VIDEO}, ["video"]),
     "image": ({**FIELDS, **PICTURES}, ["prompt"]),
     "image_edit": (

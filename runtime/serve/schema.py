@@ -21,6 +21,7 @@ from runtime.video import check_encodable
 NUMBERS: dict[str, tuple[str, type]] = {
     "guidance_scale": ("guidance", float),
     "guidance_scale_2": ("guidance_2", float),
+    "boundary_ratio": ("boundary", float),
     "flow_shift": ("shift", float),
     "num_inference_steps": ("steps", int),
     "seed": ("seed", int),

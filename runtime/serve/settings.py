@@ -72,6 +72,11 @@ class Settings:
         lora_files(self.lora)
 
     @property
+    def served(self) -> tuple[str, ...]:
+        """The models' names in the API."""
+        return tuple(model_place(each)[0] for each in self.model)
+
+    @property
     def expansion(self) -> Expansion:
         """Who writes prompts out."""
         return Expansion(model=self.expand_model, url=self.expand_url)
@@ -171,7 +176,7 @@ def read_settings(arguments: Sequence[str] | None = None) -> Settings:
     for name in LISTS & values.keys():
         values[name] = tuple([values[name]] if isinstance(values[name], str) else values[name])
     settings = Settings(**values)
-    names = [model_place(each)[0] for each in settings.model]
+    names = settings.served
     if twice := next((name for name in names if not name or names.count(name) > 1), None):
         raise ValueError(f"model {twice!r} is named twice; legal: each name once, so give NAME=PLACE")
     if settings.api_key is not None:

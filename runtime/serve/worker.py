@@ -80,7 +80,7 @@ class Worker:
             job = self.next_job()
             if job is None:
                 rested = time.monotonic() - busy > REST_SECONDS
-                if not self.wake.wait(IDLE_SECONDS) and rested and self.chores and not self.store.active():
+                if not self.wake.wait(IDLE_SECONDS) and rested and self.chores and self.free():
                     self.do(self.chores.pop(0))
                 continue
             self.job = job
@@ -95,6 +95,10 @@ class Worker:
                 self.job, busy = None, time.monotonic()
                 job_id.set("")
                 say("idle")
+
+    def free(self) -> bool:
+        """Tell whether nobody waits for what is made here."""
+        return not self.store.active(self.maker.models.places)
 
     def do(self, chore: Callable[[], object]) -> None:
         """Do what can wait; where it fails, the first job that needs it says so."""
@@ -123,10 +127,9 @@ class Worker:
     def foresee(self) -> None:
         """Predict what is queued or just taken, also while a job is made; what is of no loaded model is left out."""
         while not self.stopping.wait(FORESEE_SECONDS):
-            for job in self.store.unestimated():
-                if job.model in self.maker.models:
-                    with suppress(sqlite3.OperationalError):  # a full disk
-                        self.estimate(job)
+            for job in self.store.unestimated(tuple(self.maker.models)):
+                with suppress(sqlite3.OperationalError):  # a full disk
+                    self.estimate(job)
 
     def estimate(self, job: Job) -> None:
         """Predict a job's seconds by the planner, once the machine is measured; what cannot fit counts nothing."""
