@@ -148,14 +148,16 @@ class Api:
         return found
 
     def outlook(self, job: Job) -> Outlook | None:
-        """Return what lies before a job, None where it ends or its model is not served; one that came after the last
-        look is the last so far."""
+        """Return what lies before a job, None where it ends or its model is not served; what came or began after the
+        last look is right too."""
         if job.status not in ACTIVE or job.cancel or job.model not in self.settings.served:
             return None
         known = self.outlooks()
-        if job.id not in known:
-            queued = sum(each.wait != 0.0 for each in known.values())
-            known[job.id] = Outlook(queued) if job.status == "queued" else Outlook(0, 0.0)
+        found = known.get(job.id)
+        if job.status == "in_progress" and (found is None or found.wait != 0.0):  # it began since
+            known[job.id] = Outlook(0, 0.0, None if found is None else found.done)
+        elif found is None:
+            known[job.id] = Outlook(sum(each.wait != 0.0 for each in known.values()))
         return known[job.id]
 
     def job(self, request: Request, job_id: str) -> Job:
