@@ -13,6 +13,7 @@ import shutil
 import subprocess
 import sys
 import sysconfig
+from contextlib import suppress
 from pathlib import Path
 from typing import ClassVar
 
@@ -114,6 +115,26 @@ def make(made: Path, command: list[str], content: str) -> bool:
     return True
 
 
+def place(target: Path, asked: str | None) -> None:
+    """Build the library for the compute capability asked for, None for all, and put it at `target`.
+
+    NotBuilt where that cannot be; why is printed, and lies in a file beside it.
+    """
+    reason = target.with_name(REASON)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        library = compile_library(asked, sysconfig.get_config_var("EXT_SUFFIX"))
+    except NotBuilt as problem:
+        target.unlink(missing_ok=True)  # one of other sources would be worse than none
+        reason.write_text(f"{problem}\n")
+        print(f"csrc: the CUDA library is not built: {problem}", file=sys.stderr, flush=True)
+        raise
+    reason.unlink(missing_ok=True)
+    temporary = target.with_name(target.name + ".new")
+    shutil.copy2(library, temporary)
+    temporary.replace(target)  # a process that has the old one open keeps it
+
+
 class BuildCuda(build_ext):
     """build_ext by nvcc; a failure leaves an install without the library, and says so."""
 
@@ -124,20 +145,8 @@ class BuildCuda(build_ext):
         self.arch: str | None = None
 
     def run(self) -> None:
-        target = Path(self.get_ext_fullpath(self.extensions[0].name))
-        reason = target.with_name(REASON)
-        target.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            library = compile_library(self.arch, sysconfig.get_config_var("EXT_SUFFIX"))
-        except NotBuilt as problem:
-            target.unlink(missing_ok=True)  # one of other sources would be worse than none
-            reason.write_text(f"{problem}\n")
-            print(f"csrc: the CUDA library is not built: {problem}", file=sys.stderr, flush=True)
-            return
-        reason.unlink(missing_ok=True)
-        temporary = target.with_name(target.name + ".new")
-        shutil.copy2(library, temporary)
-        temporary.replace(target)  # a process that has the old one open keeps it
+        with suppress(NotBuilt):  # it has been printed
+            place(Path(self.get_ext_fullpath(self.extensions[0].name)), self.arch)
 
 
 if __name__ == "__main__":

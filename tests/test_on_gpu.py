@@ -6,6 +6,8 @@ What is marked gpu runs on the CPU as well, where it is equal, so that it is sou
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -13,11 +15,12 @@ import pytest
 import torch
 
 import runtime
+from benchmarks import random_model
 from kernels.tolerance import judge
 from runtime.models.wan.transformer import TransformerConfig, WanTransformer
 from runtime.models.wan.vae import WanVAE
 from runtime.models.wan.vae_config import VAEConfig
-from runtime.offload import Offload
+from runtime.offload import Offload, give_back_memory
 from runtime.pipeline import start_receipt
 
 DEVICES = [pytest.param("cuda", marks=pytest.mark.gpu), "cpu"]
@@ -140,6 +143,42 @@ def test_a_budget_on_this_gpu() -> None:
     assert all(stage.peak_bytes is None or stage.peak_bytes < 6 * 2**30 for stage in made.receipt.stages.values())
 
 
+@contextmanager
+def limited(count: float) -> Iterator[None]:
+    """Let PyTorch take so many bytes of the GPU at most."""
+    torch.cuda.empty_cache()
+    torch.cuda.set_per_process_memory_fraction(count / torch.cuda.get_device_properties(0).total_memory)
+    try:
+        yield
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0)
+
+
+@pytest.mark.gpu
+def test_blocks_that_come_and_go_under_a_real_limit(tmp_path: Path) -> None:
+    """Where the weights do not fit into what the driver would give, blocks in turn do, and the numbers are the same."""
+    pytest.importorskip("diffusers")  # it writes the checkpoint
+    random_model.write(tmp_path)  # 400 MB of blocks
+
+    def made(offload: Offload) -> tuple[torch.Tensor, int]:
+        give_back_memory()
+        torch.cuda.reset_peak_memory_stats()
+        model = runtime.load(tmp_path, device="cuda", dtype="float32", offload=offload)
+        request = runtime.Request(prompt="any", width=128, height=128, num_frames=9, steps=2, seed=1)
+        latents = runtime.generate(model, request).latents
+        assert latents is not None
+        return latents.cpu(), torch.cuda.max_memory_reserved()
+
+    whole, streamed = Offload(), Offload("streamed", 0)
+    expected, most = made(whole)
+    found, least = made(streamed)
+    assert torch.equal(found, expected) and least < 0.7 * most
+    with limited((least + most) / 2):
+        assert torch.equal(made(streamed)[0], expected)
+        with pytest.raises(torch.OutOfMemoryError):
+            made(whole)
+
+
 @pytest.mark.gpu
 def test_the_ladder_under_a_real_limit() -> None:
     """Where whole frames do not fit into what the driver would give, tiles do, and the frames are the same."""
@@ -151,14 +190,9 @@ def test_the_ladder_under_a_real_limit() -> None:
     free = torch.cuda.memory_reserved()
     assert np.array_equal(runtime.decode(model, latents).frames, expected)
     most = torch.cuda.max_memory_reserved() - free
-    torch.cuda.empty_cache()
-    total = torch.cuda.get_device_properties(0).total_memory
     receipt = start_receipt(model, REQUEST.resolved(model.spec))
-    try:
-        torch.cuda.set_per_process_memory_fraction((free + 0.6 * most) / total)
+    with limited(free + 0.6 * most):
         frames = runtime.decode(model, latents, receipt=receipt).frames.astype(int)
-    finally:
-        torch.cuda.set_per_process_memory_fraction(1.0)
     assert len(receipt.decoding) > 1 and any("ran out of memory" in note for note in receipt.notes), receipt
     assert receipt.decoding[-1].startswith("tiles of ")
     assert np.abs(frames - expected).max() <= 1

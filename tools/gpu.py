@@ -14,6 +14,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import sysconfig
 import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -31,6 +32,7 @@ TEST_PROCESSES = 8  # compiling takes most of the time, the largest cases 10 GB 
 CHECKERS = ("memcheck", "racecheck")
 SANITIZERS = ("compute-sanitizer", "/usr/local/cuda/bin/compute-sanitizer")
 NEEDED = ("av", "ftfy", "transformers", "safetensors")  # by the runtime; its operations need none of them
+QUESTION = 120.0  # seconds that a question to another process may take
 LAST = 20.0  # seconds kept for printing the table
 # What is most wanted first: in each part a later group, or row, is what the time may end before.
 PUBLISHED = (("step-1.3b-480p,decode-480p,decode-720p", 0.55), ("step-14b-480p", 0.8), ("step-5b-704p", 1.0))
@@ -95,11 +97,16 @@ def reachable() -> dict[str, str]:
 
 
 def build(end: float) -> str:
-    """Build csrc for this GPU into runtime/; what a machine lacks for it is printed, and the rest runs without."""
+    """Build csrc for this GPU into runtime/; what a machine lacks for it is printed, and the rest runs without.
+
+    setup.py's function is called itself: its command wants a setuptools that reads this pyproject.toml.
+    """
     question = "import torch; print(*torch.cuda.get_device_capability(), sep='')"
-    arch = output(sys.executable, "-c", question)
-    command = [sys.executable, "setup.py", "-q", "build_ext", "--inplace", "--arch", str(arch)]
-    return failed("building csrc", command, dict(os.environ), end)
+    target = ROOT / "runtime" / f"_cuda{sysconfig.get_config_var('EXT_SUFFIX')}"
+    call = (
+        f"import setup, pathlib; setup.place(pathlib.Path({str(target)!r}), {output(sys.executable, '-c', question)!r})"
+    )
+    return failed("building csrc", [sys.executable, "-c", call], dict(os.environ), end)
 
 
 def tests(environment: dict[str, str], end: float) -> str:
@@ -115,16 +122,17 @@ def tests(environment: dict[str, str], end: float) -> str:
             pool.map(lambda file: output(*pytest, "--collect-only", str(file), environment=environment), files)
         )
     names: list[str] = []
+    absent: list[str] = []
     for file, found in zip(files, collected, strict=True):
         if found is None:
-            print(f"{file.name} is left out: it does not import here", flush=True)
+            absent.append(f"{file.name} does not import here, so its tests are left out")
         else:
             names += [line for line in found.splitlines() if "::" in line]
     if not names:
-        return "no GPU test can run here"
+        return "; ".join([*absent, "no GPU test can run here"])
     size = -(-len(names) // TEST_PROCESSES)
     shares = [names[first : first + size] for first in range(0, len(names), size)]
-    commands = {f"tests {i}": [*pytest, "-rf", "--tb=short", "--maxfail=20", *each] for i, each in enumerate(shares)}
+    commands = {f"tests {i}": [*pytest, "-rfEs", "--tb=short", "--maxfail=20", *each] for i, each in enumerate(shares)}
     commands |= checkers()
     logs = {name: LINKED.with_name(f"gpu-{name.replace(' ', '-')}.log") for name in commands}
     LINKED.parent.mkdir(exist_ok=True)
@@ -138,7 +146,7 @@ def tests(environment: dict[str, str], end: float) -> str:
         (OUT / "tests.log").write_text("\n".join(f"==== {name}\n{text}" for name, text in texts.items()))
     for name, text in texts.items():
         print(f"{name}:", "\n".join(text.splitlines()[-25:]), flush=True)
-    return "; ".join(sorted(set(filter(None, notes))))
+    return "; ".join([*absent, *sorted(set(filter(None, notes)))])
 
 
 def checkers() -> dict[str, list[str]]:
@@ -233,8 +241,11 @@ def failed(what: str, command: list[str], environment: dict[str, str], end: floa
 
 
 def output(*command: str, environment: dict[str, str] | None = None) -> str | None:
-    """Return what a command prints, None where it fails."""
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+    """Return what a command prints, None where it fails or takes minutes."""
+    try:
+        done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=QUESTION)
+    except subprocess.TimeoutExpired:
+        return None
     return done.stdout.strip() if done.returncode == 0 else None
 
 

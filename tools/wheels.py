@@ -1,7 +1,8 @@
 """python tools/wheels.py: wheels of what a GPU machine without a network lacks, small enough to be carried along.
 
 They are downloaded in the versions of constraints.txt, for another Python and Linux on x86-64, and packed tighter. On
-that machine: python3 -m pip install --no-index --no-deps --target DIR .whl/*.whl, and DIR in PYTHONPATH.
+that machine: python3 -m pip install --no-index --no-deps --target DIR .whl/*.whl, and DIR in PYTHONPATH. Older wheels
+in the folder are deleted: two versions of one package would stop the whole install.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-PACKAGES = ("av", "diffusers", "ftfy", "importlib_metadata", "wcwidth", "zipp")
+PACKAGES = ("av", "diffusers", "ftfy", "wcwidth")  # diffusers imports importlib_metadata on no Python of today
 GLIBC = (28, 27, 17)  # pip takes a platform's number literally
 
 
@@ -33,6 +34,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         "--only-binary=:all:", "--implementation=cp", f"--python-version={args.python}", *platforms,
         f"--dest={args.into}", *(name + pinned.get(name, "") for name in args.packages.split(",")),
     ]  # fmt: skip
+    for old in args.into.glob("*.whl"):
+        old.unlink()
     if status := subprocess.run(download, check=False).returncode:
         return status
     wheels = sorted(args.into.glob("*.whl"))
