@@ -5,7 +5,7 @@ from __future__ import annotations
 import shutil
 import subprocess
 import sys
-import venv
+import sysconfig
 from pathlib import Path
 
 import numpy as np
@@ -62,10 +62,12 @@ def programs(package: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def bare(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """The setting that tells `checks` of an environment without this package."""
+    """The setting that tells `checks` of a Python without this package, which has a library of its own."""
     folder = tmp_path_factory.mktemp("bare")
-    venv.create(folder, symlinks=True)
-    return f"BARE_PYTHON={folder / 'bin' / 'python'}"
+    (folder / "bin").mkdir()
+    (folder / "bin" / "python").touch(0o755)  # its place says where its library is, and nobody runs it
+    (folder / "lib").symlink_to(Path(sysconfig.get_path("stdlib")).parent)
+    return f"BARE_HOME={folder}"
 
 
 @pytest.fixture(scope="module")

@@ -171,7 +171,7 @@ def test_jobs_of_a_model_that_is_not_served_are_in_nobodys_way(works: Works) -> 
     assert running is not None and works.store.active() == 3 and works.store.active(["m"]) == 1
     assert works.store.outlooks(1, ["m"]) == {mine: Outlook(0, 0.0, 10.0)}
     assert works.store.outlooks(1)[mine].position == 1 and left in works.store.outlooks(1, ["m", "gone"])
-    api, waiting = Api(Settings(model=("m",)), works.store, lambda: None), works.store.get(left)
+    api, waiting = Api(Settings(data=works.store.data, model=("m",)), works.store, lambda: None), works.store.get(left)
     assert waiting is not None
     told = api.object(waiting)
     assert "'gone' is not served" in told["warnings"][0] and "queue_position" not in told

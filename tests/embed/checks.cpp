@@ -1,9 +1,11 @@
 // What a C++ host may do to the library, rightly and wrongly. Prints one line per finding, "name: what"; the Python test
-// says what it must be. BARE_PYTHON names an environment without dit-runtime. With a number as its argument: so many requests, and the memory before and after the last half.
+// says what it must be. BARE_HOME is of a Python without dit-runtime. With a number as its argument: so many requests,
+// and the memory before and after the last half.
 #include <csignal>
 #include <clocale>
 #include <cstdio>
 #include <cstdlib>
+#include <filesystem>
 #include <fstream>
 #include <future>
 #include <string>
@@ -163,7 +165,9 @@ void on_signal(int) {}
 int main(int count, char** given) {
   std::signal(SIGINT, on_signal);
   trying("no python", [] { start("/no/such/python"); });
-  trying("python without us", [] { start(std::getenv("BARE_PYTHON")); });
+  const std::string bare = std::getenv("BARE_HOME");
+  trying("python without us", [&] { start(bare + "/bin/python"); });
+  std::filesystem::remove(bare + "/lib");  // nobody looks there any more
   {
     const Model model = Model::load("demo");
     say("SIGINT", std::signal(SIGINT, on_signal) == on_signal ? "the host's" : "changed");

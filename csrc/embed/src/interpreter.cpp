@@ -8,15 +8,20 @@
 #include <mutex>
 #include <thread>
 
+// What CPython 3.11 to 3.13 export beside their API: forgets where a former interpreter found its library. Else the next
+// one looks there, whatever its configuration says.
+extern "C" void _PyPathConfig_ClearGlobal(void) __attribute__((weak));
+
 namespace dit_runtime {
 
 namespace {
 
-enum class Phase { none, running, ended };
+enum class Phase { none, running, over };
 
 struct Interpreter {
   std::mutex lifecycle;  // held while it is started or ended
   Phase phase = Phase::none;
+  std::string over;  // why it cannot start again in this process
   bool ours = false;  // else the host is a Python program itself
   std::string python;
   std::atomic<int> users{0};
@@ -39,6 +44,7 @@ void expect(PyStatus status) {
 }
 
 void initialize(const std::string& python) {
+  if (_PyPathConfig_ClearGlobal != nullptr) _PyPathConfig_ClearGlobal();  // an attempt before may have failed
   PyPreConfig before;
   PyPreConfig_InitIsolatedConfig(&before);
   before.utf8_mode = 1;  // whatever the host's locale is
@@ -46,7 +52,6 @@ void initialize(const std::string& python) {
   PyConfig config;
   PyConfig_InitIsolatedConfig(&config);  // no signal handlers, no PYTHON* variables, no user's packages
   expect(PyConfig_SetBytesString(&config, &config.program_name, python.c_str()));
-  expect(PyConfig_SetBytesString(&config, &config.executable, python.c_str()));  // program_name is kept over restarts
   py::initialize_interpreter(&config, 0, nullptr, false);  // clears the config
 }
 
@@ -74,6 +79,7 @@ void live(Interpreter& self) {
     }
   } catch (const std::exception& error) {
     failure = "Python cannot start from " + self.python + ": " + error.what();
+    self.over = "Python failed half-way through its start, which nothing can take back; start a new process";
   }
   std::unique_lock lock(self.mutex);
   self.failure = failure, self.ready = true;
@@ -97,6 +103,7 @@ void launch(Interpreter& self, const std::string& python) {
   }
   if (!self.failure.empty()) {
     self.thread.join();
+    if (!self.over.empty()) self.phase = Phase::over;
     throw Refused(self.failure);
   }
   self.ours = true;
@@ -107,11 +114,7 @@ void launch(Interpreter& self, const std::string& python) {
 void enter_interpreter(const std::string& python) {
   auto& self = interpreter();
   std::lock_guard lock(self.lifecycle);
-  if (self.phase == Phase::ended) {
-    throw Error(
-        "the interpreter was shut down and cannot start again in this process, because PyTorch and NumPy refuse to be "
-        "loaded twice; keep it until the end, or start a new process");
-  }
+  if (self.phase == Phase::over) throw Error(self.over);
   if (self.phase == Phase::running && !python.empty() && python != self.python) {
     throw Refused("the interpreter already runs from " + self.python + "; there is one per process");
   }
@@ -150,7 +153,10 @@ void shutdown() {
     self.changed.notify_all();
     self.thread.join();
   }
-  self.phase = Phase::ended;
+  self.phase = Phase::over;
+  self.over =
+      "the interpreter was shut down and cannot start again in this process, because PyTorch and NumPy refuse to be "
+      "loaded twice; keep it until the end, or start a new process";
 }
 
 void throw_told(py::error_already_set& error) {
