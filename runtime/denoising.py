@@ -42,6 +42,19 @@ class Known:
     hold: torch.Tensor
 
 
+@dataclass(frozen=True)
+class Terms:
+    """What one sampling is held to, beside its noise, context and sigmas."""
+
+    known: Known | None = None  # held; where sigmas begin below 1 also what sampling starts from
+    channels: torch.Tensor | None = None  # [1, C', T, H, W], seen behind those of x
+    periodic: bool = False  # the last frame is followed by the first
+    savings: Savings = EXACT  # what is given up for speed
+
+
+PLAIN = Terms()
+
+
 class Cancelled(Exception):
     """Raised by an `on_step` callback to stop a generation between two steps."""
 
@@ -157,31 +170,26 @@ def denoise(
     sigmas: torch.Tensor,
     request: Request,
     on_state: OnState | None = None,
-    *,
-    known: Known | None = None,
-    channels: torch.Tensor | None = None,
-    periodic: bool = False,
-    savings: Savings = EXACT,
+    terms: Terms = PLAIN,
 ) -> torch.Tensor:
     """Return the denoised latents [1, C, T, H, W] float32 of `noise`, same shape, over `sigmas` [steps + 1].
 
-    `known` frames are held, and where `sigmas` begin below 1 also what sampling starts from; `channels` are seen behind
-    those of x; with `periodic` the last frame is followed by the first. `on_state(state, estimate)` is called after
-    each step, with what the step took for the clean latents, and may raise Cancelled. A state in the place of `noise`
-    goes on from there, to the same numbers. `savings` says what is given up for speed.
+    `on_state(state, estimate)` is called after each step, with what the step took for the clean latents, and may raise
+    Cancelled. A state in the place of `noise` goes on from there, to the same numbers.
     Raises FloatingPointError where the latents stop being finite.
     """
+    known, skips = terms.known, terms.savings.skips
     resumed = noise.to(model.device) if isinstance(noise, SamplerState) else None
     noise = noise.x if isinstance(noise, SamplerState) else noise
     patch = model.spec.patch
     tokens = noise[0, 0].numel() // (patch[0] * patch[1] * patch[2])
     levels = sigmas.tolist()
-    denoiser = compose(model, request, tokens, savings.fp8)
+    denoiser = compose(model, request, tokens, terms.savings.fp8)
     cache = None
-    if savings.skips is not None:
-        denoiser = cache = cached(denoiser, savings.skips, levels, resumed.past if resumed is not None else None)
-    if channels is not None and model.spec.conditioning == "channels":
-        denoiser = widened(denoiser, channels.to(model.device))
+    if skips is not None:
+        denoiser = cache = cached(denoiser, skips, levels, resumed.past if resumed is not None else None)
+    if terms.channels is not None and model.spec.conditioning == "channels":
+        denoiser = widened(denoiser, terms.channels.to(model.device))
     state = start(noise.to(model.device))
     if known is not None:
         denoiser = held(denoiser, known, clean=model.spec.conditioning == "clean_tokens")
@@ -191,7 +199,7 @@ def denoise(
     if resumed is not None:
         state = resumed
     rounds = visits(model, request, known)
-    if periodic:
+    if terms.periodic:
         denoiser = rolled(denoiser, called=state.step * rounds)
     assert request.sampler is not None and request.seed is not None
     sampler = make_sampler(request.sampler, {**model.spec.sampler_options, "seed": request.seed})

@@ -133,7 +133,7 @@ def write(options: Options, model: Model, request: Request) -> None:
     if frames is not None and (options.receipt or not options.quiet):
         foretell(model, request, quiet=options.quiet)
     with Progress("denoising", "step", quiet=options.quiet) as progress:
-        watch = Previewer(model, options.preview, request.fps, progress) if options.preview else None
+        watch = Previewer(model, options.preview, request, progress) if options.preview else None
         video = runtime.generate(model, request, on_step=progress if watch is None else watch)
     for note in video.receipt.notes:
         warnings.warn(note, stacklevel=1)

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, TypedDict, cast
 
 import torch
 
@@ -201,6 +201,17 @@ def choose_dtype(dtype: str | torch.dtype, device: torch.device) -> torch.dtype:
     if found is None or found not in DTYPES.values():
         raise ValueError(f"dtype is {dtype!r}; legal: auto, {', '.join(DTYPES)}")
     return found
+
+
+class Loading(TypedDict, total=False):
+    """How a model is loaded: what `load` takes beside its name."""
+
+    device: str | torch.device
+    dtype: str | torch.dtype
+    engine: str
+    offload: Offload | None
+    loras: Sequence[Lora]
+    precision: str
 
 
 def load(

@@ -17,7 +17,7 @@ from runtime.canvas import framed
 from runtime.checkpoints import Checkpoints
 from runtime.clips import Clip, conformed, part_of
 from runtime.decoding import decode
-from runtime.denoising import Known, OnState, OnStep, denoise, prepare_context, visits
+from runtime.denoising import Known, OnState, OnStep, Terms, denoise, prepare_context, visits
 from runtime.expansion import expand
 from runtime.fidelity import frame_psnr, frame_ssim, psnr
 from runtime.known import encode_channels, encode_known, firmness, given_frames, given_masks
@@ -138,8 +138,8 @@ class Job:
             if self.checkpoints is not None:
                 self.checkpoints.keep(index, state, last=state.step == total)
             if self.on_step is not None:
-                done = index * total + state.step
-                self.on_step(done, len(self.plan.windows) * total, state.x, estimate)
+                done, own = index * total + state.step, len(self.request.references)  # frames that are not shown
+                self.on_step(done, len(self.plan.windows) * total, state.x[:, :, own:], estimate[:, :, own:])
 
         return note
 
@@ -177,11 +177,9 @@ def sample(job: Job, index: int, given: Mapping[int, np.ndarray], noise: torch.T
             )
             if choice is not None and kept is not None and kept.step == total:
                 account(job.receipt, choice, kept.past)
-            latents = denoise(
-                model, kept or noise, context, sigmas, request, job.told(index, total, choice),
-                known=told.known, channels=told.channels, periodic=window.periodic,
-                savings=EXACT if choice is None else choice.savings,
-            )  # fmt: skip
+            terms = Terms(told.known, told.channels, window.periodic, EXACT if choice is None else choice.savings)
+            note = job.told(index, total, choice)
+            latents = denoise(model, kept or noise, context, sigmas, request, note, terms)
     return latents[:, :, extra:].clone().cpu()
 
 

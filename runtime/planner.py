@@ -8,9 +8,8 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, Unpack
 
 import torch
 
@@ -18,9 +17,8 @@ from runtime.budget import computed_steps
 from runtime.calibration import local
 from runtime.kernels.attention import Call, choose
 from runtime.kernels.tuning import slug
-from runtime.lora import Lora
 from runtime.machine import GPUS, Machine
-from runtime.model import Model, choose_device, choose_dtype, load, locate
+from runtime.model import Loading, Model, choose_device, choose_dtype, load, locate
 from runtime.models import open_checkpoint, published, published_names
 from runtime.models.costs import Costs
 from runtime.models.spec import ModelSpec
@@ -122,35 +120,26 @@ def foresee_plan(model: Model, request: Request, plan: Plan) -> Prediction | Non
     return replace(largest, seconds={name: sum(each.seconds[name] for each in found) for name in found[0].seconds})
 
 
-def load_within(
-    name: str,
-    request: Request,
-    *,
-    memory: str,
-    device: str = "auto",
-    dtype: str = "auto",
-    engine: str = "eager",
-    offload: Offload | None = None,
-    loras: Sequence[Lora] = (),
-    precision: str = "full",
-) -> Model:
+def load_within(name: str, request: Request, *, memory: str, **how: Unpack[Loading]) -> Model:
     """Load a model so that a request, and all smaller ones, keep a budget of memory such as "12GiB".
 
-    The planner chooses which weights stay on the device, unless `offload` says it. Raises ValueError with the nearest
-    request that fits where this one does not; larger ones are refused by `generate`.
+    `how` is what `load` takes; the planner chooses which weights stay on the device, unless `offload` says it. Raises
+    ValueError with the nearest request that fits where this one does not; larger ones are refused by `generate`.
     """
-    place = choose_device(device)
-    kind = choose_dtype(dtype, place)
+    place = choose_device(how.get("device", "auto"))
+    kind = choose_dtype(how.get("dtype", "auto"), place)
     checkpoint = open_checkpoint(locate(name))
     spec, costs = checkpoint.spec, checkpoint.costs()
     machine = local(place, kind)
     assert machine is not None  # it is measured where it was not
     resolved = request.resolved(spec)
-    setting = setting_of(spec, costs, resolved, machine, kind, engine)
-    setting = replace(setting, memory=parse_bytes(memory), offload=offload, fp8=precision == "fp8")
+    setting = setting_of(spec, costs, resolved, machine, kind, how.get("engine", "eager"))
+    setting = replace(
+        setting, memory=parse_bytes(memory), offload=how.get("offload"), fp8=how.get("precision") == "fp8"
+    )
     found = predict(spec, costs, resolved, machine, setting).choices
-    chosen = Offload(found["offload"]["text_encoder"], found["offload"]["blocks"])
-    model = load(name, device=place, dtype=kind, engine=engine, offload=chosen, loras=loras, precision=precision)
+    how["offload"] = Offload(found["offload"]["text_encoder"], found["offload"]["blocks"])
+    model = load(name, **how)
     return replace(model, memory=setting.memory, tile=found["tiles"])
 
 

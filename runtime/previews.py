@@ -15,11 +15,13 @@ import torch
 import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
 
+from runtime.canvas import framed
 from runtime.decoding import to_bytes
 from runtime.denoising import OnStep
 from runtime.engines.store import cache_root
 from runtime.latents import check_latents
 from runtime.model import Model
+from runtime.request import Request
 from runtime.video import Video
 from runtime.weights import publish
 
@@ -28,11 +30,19 @@ RIDGE = 0.1  # of the latents' variance, which is about 1: channels that hardly 
 ENLARGE = 4  # pixels per cell in a preview
 
 
-def preview(model: Model, latents: torch.Tensor, *, fps: float | None = None) -> Video:
+def preview(
+    model: Model,
+    latents: torch.Tensor,
+    *,
+    fps: float | None = None,
+    height: int | None = None,
+    width: int | None = None,
+) -> Video:
     """Return a small video of latents [C, T, H, W] or [1, C, T, H, W]: a frame of 4 H x 4 W pixels for each of T.
 
-    `fps` is the rate of the whole video (the model's own where None), of which latent frames are a fraction. Raises
-    ValueError for latents of another shape or type, or with NaN or infinity.
+    `fps` is the rate of the whole video (the model's own where None), of which latent frames are a fraction; `height`
+    and `width` in pixels are its frame (the whole canvas where None), whose part is shown. Raises ValueError for
+    latents of another shape or type, or with NaN or infinity, and for a frame larger than they are.
     """
     spec = model.spec
     latents = check_latents(latents, (spec.latent_channels, None, None, None), "latents").cpu()
@@ -40,22 +50,33 @@ def preview(model: Model, latents: torch.Tensor, *, fps: float | None = None) ->
     colours = torch.einsum("cthw,co->tohw", latents[0], matrix[:-1]) + matrix[-1].view(3, 1, 1)
     pixels = F.interpolate(colours, scale_factor=ENLARGE, mode="bilinear")
     frames = to_bytes(pixels.transpose(0, 1))
-    count, height, width, _ = frames.shape
+    count, rows, columns, _ = frames.shape
     rate = (spec.defaults.fps if fps is None else fps) / spec.stride[0]
-    return Video(frames, fps=max(rate, 0.01), num_frames=count, height=height, width=width, latents=latents[0])
+    video = Video(frames, fps=max(rate, 0.01), num_frames=count, height=rows, width=columns, latents=latents[0])
+    return framed(
+        video,
+        rows
+        if height is None
+        else 2 * round(ENLARGE * height / spec.stride[1] / 2),  # even, as files of videos want it
+        columns if width is None else 2 * round(ENLARGE * width / spec.stride[2] / 2),
+    )
 
 
 class Previewer:
-    """An `on_step` that writes each estimate's preview to a file, which always holds the newest one whole."""
+    """An `on_step` that writes each estimate's preview to a file, which always holds the newest one whole.
+
+    `request` is the resolved one of the video.
+    """
 
     def __init__(
-        self, model: Model, path: str | os.PathLike[str], fps: float | None = None, then: OnStep | None = None
+        self, model: Model, path: str | os.PathLike[str], request: Request, then: OnStep | None = None
     ) -> None:
-        self.model, self.path, self.fps, self.then = model, path, fps, then
+        self.model, self.path, self.request, self.then = model, path, request, then
 
     def __call__(self, step: int, total: int, latents: torch.Tensor, estimate: torch.Tensor) -> None:
         """Show the estimate of a step; then tell the next callback, if there is one."""
-        preview(self.model, estimate, fps=self.fps).save(self.path)
+        asked = self.request
+        preview(self.model, estimate, fps=asked.fps, height=asked.height, width=asked.width).save(self.path)
         if self.then is not None:
             self.then(step, total, latents, estimate)
 

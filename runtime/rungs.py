@@ -21,7 +21,7 @@ from runtime import precision, sensitivity
 from runtime.budget import Calibrated, Rung, Setting, device_name, first_layers
 from runtime.caches import EXACT, Moments, Savings, Skips, search
 from runtime.decoding import decode
-from runtime.denoising import OnState, denoise, prepare_context
+from runtime.denoising import OnState, Terms, denoise, prepare_context
 from runtime.fidelity import frame_ssim, psnr
 from runtime.latents import draw_noise
 from runtime.model import Model
@@ -226,7 +226,7 @@ def sample(
     with torch.inference_mode():
         texts, _ = encode_prompt(model, request)
         context = prepare_context(model, texts, shape_of(model, request))
-        return denoise(model, noise, context, request.schedule(model.spec), request, on_state, savings=savings)
+        return denoise(model, noise, context, request.schedule(model.spec), request, on_state, Terms(savings=savings))
 
 
 def shape_of(model: Model, request: Request) -> tuple[int, int, int, int]:

@@ -48,6 +48,19 @@ def test_a_preview_is_near_to_the_decoded_frames(model: runtime.Model) -> None:
     assert (estimates[-1][0].cpu() - video.latents).abs().max() < 0.2
 
 
+def test_a_preview_shows_the_frame_and_not_its_canvas(model: runtime.Model) -> None:
+    """72 x 52 pixels are made at 80 x 64: 8 of an edge are 4 in the preview."""
+    request = runtime.Request(prompt="a red ball", width=72, height=52, num_frames=5, steps=2, seed=7)
+    video = runtime.generate(model, request)
+    assert video.latents is not None
+    whole = runtime.preview(model, video.latents)
+    shown = runtime.preview(model, video.latents, height=52, width=72)
+    assert (whole.height, whole.width, shown.height, shown.width) == (32, 40, 26, 36)
+    assert np.array_equal(shown.frames, whole.frames[:, 3:29, 2:38])
+    with pytest.raises(ValueError, match="up to the canvas"):
+        runtime.preview(model, video.latents, height=68)
+
+
 def test_the_fit_is_kept(model: runtime.Model, monkeypatch: pytest.MonkeyPatch) -> None:
     fitted = previews.projection(model)
     assert fitted.shape == (33, 3)
@@ -95,6 +108,8 @@ def test_the_command_line_shows_each_step(
     assert written == [str(file)] * 3 + [str(tmp_path / "ball.mp4")]
     shown = read_video(file)
     assert (len(shown.frames), shown.height, shown.width) == (2, 32, 32)
+    odd = ["--size", "70x50", "-o", str(tmp_path / "odd.mp4"), "--preview", str(tmp_path / "odd-look.mp4")]
+    assert main([*command, *odd]) == 0
     assert main([*command, "-o", str(tmp_path / "x.mp4"), "--preview", str(tmp_path / "look.png")]) == 2
     assert "holds one picture, 2 frames given" in capsys.readouterr().err
     assert not (tmp_path / "x.mp4").exists()

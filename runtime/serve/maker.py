@@ -165,10 +165,11 @@ class Report:
         if self.maker.store.pressing(self.job, each * (total - step), self.maker.models.places):
             self.checkpoints.write()
             raise Stopping
-        if self.tell(round(90 * step / total), last=step == total):
-            shown = self.maker.models[self.job.model]
-            if not self.maker.moderator.checks("frames"):  # nobody has looked at these
-                preview(shown, estimate).save(self.folder / "preview.gif")
+        told = self.tell(round(90 * step / total), last=step == total)
+        if told and not self.maker.moderator.checks("frames"):  # nobody has looked at these
+            model, asked = self.maker.models[self.job.model], self.job.request
+            frame = {name: asked[name] for name in ("fps", "height", "width")}
+            preview(model, estimate, **frame).save(self.folder / "preview.gif")
 
     def frame(self, done: int, total: int) -> None:
         """Report a frame that is written."""
