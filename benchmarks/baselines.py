@@ -53,8 +53,11 @@ class Bar:
 MEMORY = Bar(rate=3.7e12)  # cuDNN's RMS norm reaches 3.76 TB/s on H200
 BARS = {
     "modulate": MEMORY,
+    "modulate_fp8": MEMORY,
     "gate_residual": MEMORY,
     "gate_residual_modulate": MEMORY,
+    "gate_residual_modulate_fp8": MEMORY,
+    "quantise_rows": MEMORY,
     "qk_norm_rope": MEMORY,
     "norm_silu": MEMORY,
     "attention": Bar(rate=480e12),  # what a portable fallback must keep; Triton's tutorial reaches 477 on H100

@@ -56,7 +56,8 @@ CHIPS = {
     "sm_100": Chip(warps=64, blocks=32, shared=228 * KIB),  # B200
     "sm_120": Chip(warps=48, blocks=24, shared=100 * KIB),  # RTX 50, RTX PRO 6000
 }
-LEAST = {"linear_fp8": "sm_89"}  # the oldest architecture that an operation's types exist on
+# The oldest architecture that an operation's types exist on.
+LEAST = dict.fromkeys(("linear_fp8", "quantise_rows", "modulate_fp8", "gate_residual_modulate_fp8"), "sm_89")
 
 TYPES = {
     torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16", torch.float64: "fp64",

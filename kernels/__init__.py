@@ -9,12 +9,13 @@ Dimension key: B batch, L video tokens, S text tokens, D width, N heads, K head 
 if __name__ != "kernels":
     from .attention import attention
     from .causal_conv3d import causal_conv3d
-    from .gate_residual import gate_residual, gate_residual_modulate
-    from .linear_fp8 import linear_fp8, quantise_rows
+    from .gate_residual import gate_residual, gate_residual_modulate, gate_residual_modulate_fp8
+    from .linear_fp8 import linear_fp8
     from .mlp import mlp
-    from .modulate import modulate
+    from .modulate import modulate, modulate_fp8
     from .norm_silu import norm_silu
     from .qk_norm_rope import AxisTables, qk_norm_rope
+    from .quantise_rows import quantise_rows
 
 __all__ = [
     "AxisTables",
@@ -22,9 +23,11 @@ __all__ = [
     "causal_conv3d",
     "gate_residual",
     "gate_residual_modulate",
+    "gate_residual_modulate_fp8",
     "linear_fp8",
     "mlp",
     "modulate",
+    "modulate_fp8",
     "norm_silu",
     "qk_norm_rope",
     "quantise_rows",

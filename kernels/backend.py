@@ -132,6 +132,11 @@ def capability_of(device: torch.device) -> tuple[int, int] | None:
     return torch.cuda.get_device_capability(device) if device.type == "cuda" else None
 
 
+def has_fp8(device: torch.device) -> bool:
+    """Tell whether Triton can make e4m3 numbers for a device: GPUs before sm_89 cannot."""
+    return triton is not None and (capability_of(device) or (8, 9)) >= (8, 9)
+
+
 def launch(
     kernel: Any,
     grid: tuple[int, ...],

@@ -106,8 +106,8 @@ REAL = ((WAN_1B, P480), (WAN_1B, P720), (WAN_14B, P480), (WAN_14B, P720), (WAN_5
 HALF = 2  # bytes of bfloat16, in which real cases are counted
 
 
-def modulate_cases() -> Iterator[Case]:
-    """Plain, per sample, per token group, affine; a width that is no power of 2."""
+def adapted_cases(operation: str, written: int) -> Iterator[Case]:
+    """Plain, per sample, per token group, affine; a width that is no power of 2. `written`: bytes of each number."""
     for rows, length, width, groups, shared, affine in (
         (1, 7, 33, 1, True, False), (2, 12, 96, 3, False, False), (2, 12, 65, 12, True, True),
         (1, 5, 130, 0, True, True), (0, 4, 16, 1, True, False),
@@ -126,24 +126,37 @@ def modulate_cases() -> Iterator[Case]:
                 "bias": m.vector(width) if affine else None,
             }
 
-        yield Case("modulate", f"{rows}x{length}x{width} groups {groups} affine {affine}", make)
+        yield Case(operation, f"{rows}x{length}x{width} groups {groups} affine {affine}", make)
 
     def strided(m: Maker) -> Arguments:
         return {"x": m.tensor(5, 2, 48).transpose(0, 1), "scale": m.vector(1, 1, 48), "shift": m.vector(1, 1, 48)}
 
-    yield Case("modulate", "transposed", strided)
+    yield Case(operation, "transposed", strided)
     for model, size in REAL:
 
         def real(m: Maker, width: int = model.width, tokens: int = size.tokens) -> Arguments:
             return {"x": m.tensor(1, tokens, width), "scale": m.vector(1, 1, width), "shift": m.vector(1, 1, width)}
 
-        moved = 2 * HALF * size.tokens * model.width
-        yield Case("modulate", f"{model.name} {size.name}", real, real=True, bytes=moved)
+        moved = (HALF + written) * size.tokens * model.width
+        yield Case(operation, f"{model.name} {size.name}", real, real=True, bytes=moved)
 
 
-def residual_cases(operation: str, writes: int) -> Iterator[Case]:
-    """Plain sums, gates per sample and per token group, one row of x for all; fused: the norm's own groups besides."""
-    fused = writes == 2
+def modulate_cases() -> Iterator[Case]:
+    """See `adapted_cases`."""
+    return adapted_cases("modulate", HALF)
+
+
+def modulate_fp8_cases() -> Iterator[Case]:
+    """See `adapted_cases`."""
+    return adapted_cases("modulate_fp8", 1)
+
+
+def residual_cases(operation: str, written: int) -> Iterator[Case]:
+    """Plain sums, gates per sample and per token group, one row of x for all; fused: the norm's own groups besides.
+
+    `written`: bytes of each number.
+    """
+    fused = written > HALF
 
     def vectors(m: Maker, name: str, rows: int, groups: int, width: int) -> Arguments:
         return {name: m.vector(rows, groups, width) if groups else None}
@@ -182,18 +195,23 @@ def residual_cases(operation: str, writes: int) -> Iterator[Case]:
             given = {"x": m.tensor(1, tokens, width), "y": m.tensor(1, tokens, width), "gate": m.vector(1, 1, width)}
             return given | ({"scale": m.vector(1, 1, width), "shift": m.vector(1, 1, width)} if fused else {})
 
-        moved = (2 + writes) * HALF * size.tokens * model.width
+        moved = (2 * HALF + written) * size.tokens * model.width
         yield Case(operation, f"{model.name} {size.name}", real, real=True, bytes=moved)
 
 
 def gate_residual_cases() -> Iterator[Case]:
     """See `residual_cases`."""
-    return residual_cases("gate_residual", writes=1)
+    return residual_cases("gate_residual", HALF)
 
 
 def gate_residual_modulate_cases() -> Iterator[Case]:
     """See `residual_cases`."""
-    return residual_cases("gate_residual_modulate", writes=2)
+    return residual_cases("gate_residual_modulate", 2 * HALF)
+
+
+def gate_residual_modulate_fp8_cases() -> Iterator[Case]:
+    """See `residual_cases`."""
+    return residual_cases("gate_residual_modulate_fp8", HALF + 1)
 
 
 def qk_norm_rope_cases() -> Iterator[Case]:
@@ -500,8 +518,27 @@ def mlp_cases() -> Iterator[Case]:
         yield Case("mlp", f"{model.name} {size.name}", real, real=True, bytes=moved, flops=work)
 
 
+def quantise_rows_cases() -> Iterator[Case]:
+    """Widths of one tile and of two; with GELU before it, as between the products of a feed-forward."""
+    for tokens, width, gelu in ((7, 33, False), (5, 130, True), (3, 1, False), (0, 16, False)):
+
+        def make(m: Maker, tokens: int = tokens, width: int = width, gelu: bool = gelu) -> Arguments:
+            return {"x": m.tensor(tokens, width), "gelu": gelu}
+
+        yield Case("quantise_rows", f"{tokens}x{width} gelu {gelu}", make)
+    yield Case("quantise_rows", "strided numbers", lambda m: {"x": m.tensor(5, 80)[:, ::2]})
+    for model, size in REAL:
+        for gelu, width in ((False, model.width), (True, model.ffn)):
+
+            def real(m: Maker, tokens: int = size.tokens, width: int = width, gelu: bool = gelu) -> Arguments:
+                return {"x": m.tensor(tokens, width), "gelu": gelu}
+
+            name = f"{model.name} {size.name} {width}{' gelu' if gelu else ''}"
+            yield Case("quantise_rows", name, real, real=True, bytes=(HALF + 1) * size.tokens * width)
+
+
 def linear_fp8_cases() -> Iterator[Case]:
-    """Widths that are no multiple of a tile; with and without bias, with GELU before it; a transposed input."""
+    """Widths that are no multiple of a tile; with and without bias, GELU before it; transposed; in 8 bits already."""
 
     def arguments(m: Maker, rows: int, length: int, width: int, outs: int, gelu: bool, bias: bool) -> Arguments:
         return {
@@ -528,7 +565,13 @@ def linear_fp8_cases() -> Iterator[Case]:
     def transposed(m: Maker) -> Arguments:
         return arguments(m, 2, 9, 32, 40, False, True) | {"x": m.tensor(9, 2, 32).transpose(0, 1)}
 
+    def given(m: Maker) -> Arguments:
+        made = arguments(m, 2, 9, 32, 40, False, True)
+        codes = m.tensor(9, 2, 32, scale=100.0).clamp(-448, 448).to(torch.float8_e4m3fn).transpose(0, 1)
+        return made | {"x": codes, "x_scale": m.gain(9, 2).abs().T, "dtype": m.dtype}
+
     yield Case("linear_fp8", "transposed", transposed)
+    yield Case("linear_fp8", "rows in 8 bits", given)
     for model, size in REAL:
         for gelu, (width, outs) in ((False, (model.width, model.ffn)), (True, (model.ffn, model.width))):
 
@@ -545,13 +588,16 @@ def linear_fp8_cases() -> Iterator[Case]:
 
 CASES: dict[str, Callable[[], Iterator[Case]]] = {
     "modulate": modulate_cases,
+    "modulate_fp8": modulate_fp8_cases,
     "gate_residual": gate_residual_cases,
     "gate_residual_modulate": gate_residual_modulate_cases,
+    "gate_residual_modulate_fp8": gate_residual_modulate_fp8_cases,
     "qk_norm_rope": qk_norm_rope_cases,
     "norm_silu": norm_silu_cases,
     "causal_conv3d": causal_conv3d_cases,
     "attention": attention_cases,
     "mlp": mlp_cases,
+    "quantise_rows": quantise_rows_cases,
     "linear_fp8": linear_fp8_cases,
 }
 

@@ -1,9 +1,11 @@
 """modulate: normalise each token, then scale and shift it (adaptive layer norm).
 
-    h = LayerNorm(x; weight, bias, eps) * (1 + scale) + shift
+    h            = LayerNorm(x; weight, bias, eps) * (1 + scale) + shift
+    codes, scale = quantise_rows(h)          # modulate_fp8: what a linear layer in 8 bits reads; h is never written
 
 x [B, L, D] any float dtype; scale, shift [1 or B, M, D] float32, one vector per L/M consecutive tokens, or None for
-no modulation; weight, bias [D] float32 or None; returns h [B, L, D] in x's dtype. Arithmetic is float32.
+no modulation; weight, bias [D] float32 or None; returns h [B, L, D] in x's dtype, or codes [B, L, D] e4m3 and their
+scale [B, L] float32. Arithmetic is float32; codes are of h before it would be rounded to x's dtype.
 Source: adaLN of DiT, https://arxiv.org/abs/2212.09748; Wan computes it in float32.
 """
 
@@ -14,9 +16,11 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from .backend import is_opaque, jit, launch, next_power_of_2, pick, register, tl
+from .backend import has_fp8, is_opaque, jit, launch, pick, register, tl
 from .checks import expect_floating, expect_groups, expect_shape
 from .cuda import modulate_cuda
+from .quantise_rows import InFp8, empty_in_fp8, quantise_rows_ref
+from .rows import load_token, store_in_8_bits, store_token, tiles_of, total
 from .tuning import tuned
 
 
@@ -40,19 +44,18 @@ def modulate_ref(
     return torch.addcmul(shift.unsqueeze(2), h, scale.unsqueeze(2) + 1.0).view(rows, length, width).to(x.dtype)
 
 
-@jit
-def load_token(start, body, tail, D: tl.constexpr):
-    """One token's numbers in two tiles, float32; past L1, whose room the vectors need that every token reads."""
-    a = tl.load(start + body, mask=body < D, other=0.0, cache_modifier=".cg")
-    b = tl.load(start + tail, mask=tail < D, other=0.0, cache_modifier=".cg")
-    return a.to(tl.float32), b.to(tl.float32)
-
-
-@jit
-def total(a, b):
-    """The sum of both tiles; the larger is folded onto the smaller, so that threads meet once."""
-    folded = tl.reshape(a, (a.shape[0] // b.shape[0], b.shape[0]))
-    return tl.sum(tl.sum(folded, axis=0) + b, axis=0)
+def modulate_fp8_ref(
+    x: torch.Tensor,
+    scale: torch.Tensor | None,
+    shift: torch.Tensor | None,
+    weight: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    eps: float,
+) -> InFp8:
+    """The definition: one after the other, in float32."""
+    h = modulate_ref(x.float(), scale, shift, weight, bias, eps)
+    codes, row_scale = quantise_rows_ref(h.flatten(0, 1), False)
+    return codes.view(h.shape), row_scale.view(h.shape[:2])
 
 
 @jit
@@ -81,14 +84,11 @@ def adapted(h, lanes, vector, scale, shift, weight, bias, D: tl.constexpr):
 
 @jit
 def modulate_kernel(
-    x, scale, shift, weight, bias, out,
+    x, scale, shift, weight, bias, out, row_scale,
     x_row, x_token, vector_row, length, group, eps,
     D: tl.constexpr, BODY: tl.constexpr, TAIL: tl.constexpr,
 ):  # fmt: skip
-    """One program per token: read it once, write it once.
-
-    Its width is two tiles, BODY and TAIL, both powers of 2: 5120 is 4096 and 1024, where one tile would be 8192.
-    """
+    """One program per token, in two tiles: read it once, write it once; in 8 bits where `row_scale` is given."""
     token = tl.program_id(0)
     row = (token // length).to(tl.int64)  # offsets may pass 2^31; the divisions are cheap in 32 bits
     place = token % length
@@ -99,45 +99,54 @@ def modulate_kernel(
     a = adapted(a, body, vector, scale, shift, weight, bias, D)
     b = adapted(b, tail, vector, scale, shift, weight, bias, D)
     target = out + token.to(tl.int64) * D
-    tl.store(target + body, a.to(out.dtype.element_ty), mask=body < D)
-    tl.store(target + tail, b.to(out.dtype.element_ty), mask=tail < D)
+    if row_scale is None:
+        store_token(target, a, b, body, tail, D)
+    else:
+        store_in_8_bits(target, row_scale + token, a, b, body, tail, D)
 
 
-def tiles_of(width: int) -> tuple[int, int, int]:
-    """Return the two tiles of a width, and warps that load 16 bytes of the smaller one by each thread."""
-    body = max(next_power_of_2(width) // 2, 1)
-    tail = next_power_of_2(width - body)
-    return body, tail, max(1, min(16, tail // 256))
+def modulate_triton(x: torch.Tensor, *others: Any) -> torch.Tensor:
+    """One pass over x. x's last dimension and the vectors are contiguous, or are made so."""
+    out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    _launch("modulate", out, None, x, *others)
+    return out
 
 
-def modulate_triton(
+def modulate_fp8_triton(x: torch.Tensor, *others: Any) -> InFp8:
+    """The same pass; it writes half as much, and spares the quantiser's own. From sm_89 on."""
+    codes, row_scale = empty_in_fp8(x)
+    _launch("modulate_fp8", codes, row_scale, x, *others)
+    return codes, row_scale
+
+
+def _launch(
+    operation: str,
+    out: torch.Tensor,
+    row_scale: torch.Tensor | None,
     x: torch.Tensor,
     scale: torch.Tensor | None,
     shift: torch.Tensor | None,
-    weight: torch.Tensor | None,
-    bias: torch.Tensor | None,
-    eps: float,
-) -> torch.Tensor:
-    """One pass over x. x's last dimension and the vectors are contiguous, or are made so."""
+    *norm: Any,
+) -> None:
+    """Launch either form; `norm` is weight, bias and eps."""
     rows, length, width = x.shape
     x = x if x.stride(2) == 1 else x.contiguous()
-    out = torch.empty(rows, length, width, dtype=x.dtype, device=x.device)
-    if scale is not None and shift is not None:
-        scale, shift = scale.contiguous(), shift.contiguous()
+    scale, shift, weight, bias = (
+        None if vector is None else vector.contiguous() for vector in (scale, shift, *norm[:2])
+    )
     body, tail, warps = tiles_of(width)
     launch(
         modulate_kernel,
         (rows * length,),
         {
-            "x": x, "scale": scale, "shift": shift, "weight": weight, "bias": bias, "out": out,
+            "x": x, "scale": scale, "shift": shift, "weight": weight, "bias": bias, "out": out, "row_scale": row_scale,
             "x_row": x.stride(0), "x_token": x.stride(1),
             "vector_row": 0 if scale is None or scale.shape[0] == 1 else scale.stride(0),
-            "length": length, "group": 1 if scale is None else length // scale.shape[1], "eps": eps,
+            "length": length, "group": 1 if scale is None else length // scale.shape[1], "eps": norm[2],
         },
         {"D": width, "BODY": body, "TAIL": tail},
-        num_warps=tuned("modulate", str(width), x.device).get("num_warps", warps),
+        num_warps=tuned(operation, str(width), x.device).get("num_warps", warps),
     )  # fmt: skip
-    return out
 
 
 def modulate_picked(x: torch.Tensor, *others: Any) -> torch.Tensor:
@@ -146,11 +155,14 @@ def modulate_picked(x: torch.Tensor, *others: Any) -> torch.Tensor:
     return pick(x, found, ref=modulate_ref, triton=modulate_triton, cuda=modulate_cuda)(x, *others)
 
 
-register(
-    "modulate(Tensor x, Tensor? scale, Tensor? shift, Tensor? weight, Tensor? bias, float eps) -> Tensor",
-    modulate_picked,
-    lambda x, *_: x.new_empty(x.shape),
-)
+def modulate_fp8_picked(x: torch.Tensor, *others: Any) -> InFp8:
+    """What runs eagerly, and behind `torch.ops.runtime.modulate_fp8`."""
+    return pick(x, ref=modulate_fp8_ref, triton=modulate_fp8_triton if has_fp8(x.device) else None)(x, *others)
+
+
+ARGUMENTS = "(Tensor x, Tensor? scale, Tensor? shift, Tensor? weight, Tensor? bias, float eps)"
+register(f"modulate{ARGUMENTS} -> Tensor", modulate_picked, lambda x, *_: x.new_empty(x.shape))
+register(f"modulate_fp8{ARGUMENTS} -> (Tensor, Tensor)", modulate_fp8_picked, lambda x, *_: empty_in_fp8(x))
 
 
 def modulate(
@@ -167,6 +179,22 @@ def modulate(
     if is_opaque():
         return torch.ops.runtime.modulate(x, scale, shift, weight, bias, eps)
     return modulate_picked(x, scale, shift, weight, bias, eps)
+
+
+def modulate_fp8(
+    x: torch.Tensor,
+    scale: torch.Tensor | None = None,
+    shift: torch.Tensor | None = None,
+    *,
+    weight: torch.Tensor | None = None,
+    bias: torch.Tensor | None = None,
+    eps: float = 1e-6,
+) -> InFp8:
+    """Return `modulate` of the same arguments per token in 8 bits: codes [B, L, D] e4m3, scale [B, L] float32."""
+    expect_modulation(x, scale, shift, weight, bias)
+    if is_opaque():
+        return torch.ops.runtime.modulate_fp8(x, scale, shift, weight, bias, eps)
+    return modulate_fp8_picked(x, scale, shift, weight, bias, eps)
 
 
 def expect_modulation(

@@ -62,23 +62,28 @@ def tensors(tree: Any) -> list[torch.Tensor]:
 
 
 def copied(arguments: Arguments, *, wide: bool = False) -> Arguments:
-    """Return copies of the arguments; with `wide`, those in half precision as float32."""
+    """Return copies of the arguments; with `wide`, those in half precision, and the dtypes themselves, as float32."""
 
-    def copy(tensor: torch.Tensor) -> torch.Tensor:
-        return tensor.float() if wide and tensor.dtype in HALVES else tensor.clone()
+    def copy(value: torch.Tensor | torch.dtype) -> torch.Tensor | torch.dtype:
+        if isinstance(value, torch.dtype):
+            return torch.float32 if wide and value in HALVES else value
+        return value.float() if wide and value.dtype in HALVES else value.clone()
 
-    return pytree.tree_map_only(torch.Tensor, copy, arguments)
+    return pytree.tree_map_only((torch.Tensor, torch.dtype), copy, arguments)
 
 
 class Standard:
     """What a case's outputs must be near to: the reference on float32 inputs, and on the case's own."""
 
     def __init__(self, case: Case, dtype: torch.dtype, device: str | torch.device = "cpu") -> None:
-        self.kind = "float8" if case.operation in EIGHT_BITS else None
+        self.kind = "float8" if case.operation in EIGHT_BITS else str(dtype).removeprefix("torch.")
         self.exact = run(case.operation, "ref", copied(made(case, dtype, device), wide=True))
         self.same_precision = run(case.operation, "ref", made(case, dtype, device))
 
     def judge(self, outputs: list[torch.Tensor]) -> list[Verdict]:
-        """Return a verdict per output."""
+        """Return a verdict per output, by the case's own dtype but for numbers of 8 bits."""
         pairs = zip(outputs, self.exact, self.same_precision, strict=True)
-        return [judge(out, exact, same, self.kind) for out, exact, same in pairs]
+        return [
+            judge(out, exact, same, None if out.dtype == torch.float8_e4m3fn else self.kind)
+            for out, exact, same in pairs
+        ]

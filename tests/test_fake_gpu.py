@@ -47,7 +47,7 @@ def test_a_request_of_true_size(name: str, tmp_path: Path) -> None:
         assert copies == ["blocks"] + ["goes on"] * FORWARDS  # the noise once, sigma for each forward
         layers = len(model.transformers[0].blocks)
         assert counted(launches) == {
-            "modulate_kernel": FORWARDS * (2 * layers + 1), "qk_norm_rope_kernel": FORWARDS * layers,
+            "modulate_kernel": FORWARDS * (layers + 1), "qk_norm_rope_kernel": FORWARDS * layers,
             "gate_residual_kernel": FORWARDS * 3 * layers,
         }  # fmt: skip
         launches.clear()
@@ -66,10 +66,16 @@ def test_linear_layers_in_8_bits(tmp_path: Path) -> None:
     with fake_gpu() as (launches, _):
         network = true_size.load(tmp_path, GPU, "bfloat16", "eager").transformers[0]
         context = network.project([torch.randn(9, network.text_dim)], 512, (3, 60, 104))
-        launches.clear()
         small = to_fp8(network, candidates(network), {})
+        launches.clear()
         out = small(torch.empty(1, 16, 3, 60, 104, device=GPU), torch.tensor([0.5], dtype=torch.float64), context)
-        assert out.shape == (1, 16, 3, 60, 104) and counted(launches)["quantise_rows_kernel"] > 0
+        assert out.shape == (1, 16, 3, 60, 104)
+        layers = len(network.blocks)
+        assert counted(launches) == {  # rows are quantised where they are made, but for attention's and the inner ones
+            "modulate_kernel": layers + 1, "gate_residual_kernel": 3 * layers, "qk_norm_rope_kernel": layers,
+            "quantise_rows_kernel": 3 * layers,
+        }  # fmt: skip
+        assert sum("row_scale" in launch.arguments for launch in launches) == 3 * layers
 
 
 def counted(launches: list) -> Counter:

@@ -13,10 +13,11 @@ import torch
 import torch.nn.functional as F
 
 from runtime import kernels
-from runtime.kernels import backend, tuning
+from runtime.kernels import backend, linear_fp8, quantise_rows, tuning
 from runtime.kernels.cases import Case, Maker, attention_cases, linear_fp8_cases, mlp_cases
-from runtime.kernels.linear_fp8 import linear_fp8, quantise_rows, quantise_rows_ref, quantise_rows_triton
+from runtime.kernels.quantise_rows import quantise_rows_ref, quantise_rows_triton
 from runtime.kernels.tolerance import judge
+from runtime.kernels.verdicts import copied
 
 pytest.importorskip("triton")
 
@@ -44,12 +45,8 @@ def _poisoned(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def run(case: Case, implementation: str, dtype: torch.dtype, wide: bool = False) -> torch.Tensor:
     """Run a case whose numbers are of `dtype`, in float32 where `wide`."""
-    given = case.make(Maker(DEVICE, dtype))
-    if wide:
-        halves = (torch.float16, torch.bfloat16)
-        given = {k: v.float() if isinstance(v, torch.Tensor) and v.dtype in halves else v for k, v in given.items()}
     with backend.forced(implementation):
-        return PUBLIC[case.operation](**given)
+        return PUBLIC[case.operation](**copied(case.make(Maker(DEVICE, dtype)), wide=wide))
 
 
 @pytest.mark.usefixtures("_poisoned")
@@ -93,11 +90,15 @@ def test_quantiser_is_exact() -> None:
 
 
 def test_no_eight_bits_before_sm_89(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(LINEAR_FP8, "capability_of", lambda device: (8, 0))
-    given = linear_case()
-    with backend.forced("triton"), pytest.raises(ValueError, match="no implementation 'triton' here"):
-        linear_fp8(**given)
-    assert linear_fp8(**given).shape == (1, 7, 50)
+    monkeypatch.setattr(backend, "capability_of", lambda device: (8, 0))
+    given, x = linear_case(), numbers(1, 6, 24)
+    for call in (
+        lambda: linear_fp8(**given), lambda: quantise_rows(x[0]), lambda: kernels.modulate_fp8(x),
+        lambda: kernels.gate_residual_modulate_fp8(x, x),
+    ):  # fmt: skip
+        with backend.forced("triton"), pytest.raises(ValueError, match="no implementation 'triton' here"):
+            call()
+        call()
 
 
 def linear_case() -> dict:
@@ -133,8 +134,13 @@ def test_library_products(monkeypatch: pytest.MonkeyPatch) -> None:
             verdict = judge(MLP.mlp_cublas(**given), MLP.mlp_ref(**given))
             assert verdict.correct, str(verdict)
     given = linear_case()
-    verdict = judge(LINEAR_FP8.linear_fp8_cutlass(**given), linear_fp8(**given))
-    assert verdict.correct, str(verdict)
+    exact = linear_fp8(**given)
+    codes, scale = quantise_rows(given["x"].flatten(0, 1))
+    in_8_bits = given | {"x": codes.view(given["x"].shape), "x_scale": scale.view(1, -1), "dtype": torch.float32}
+    for each in (given | {"x_scale": None, "dtype": torch.float32}, in_8_bits):
+        assert torch.equal(linear_fp8(**each), exact)
+        verdict = judge(LINEAR_FP8.linear_fp8_cutlass(**each), exact)
+        assert verdict.correct, str(verdict)
 
 
 # Which core computes attention.
@@ -243,6 +249,7 @@ def test_packaged_core(monkeypatch: pytest.MonkeyPatch) -> None:
 # What is refused.
 
 X, GATE, W8, SCALE = numbers(1, 4, 16), torch.ones(1, 1, 16), numbers(8, 16).to(torch.float8_e4m3fn), torch.ones(8)
+X8, ROWS = X.to(torch.float8_e4m3fn), torch.ones(1, 4)
 Q = numbers(1, 4, 2, 96)
 MATRICES = numbers(8, 16), numbers(8), numbers(16, 8), numbers(16)
 
@@ -267,6 +274,12 @@ def forced_attention() -> None:
         (lambda: linear_fp8(X, W8, SCALE[:7]), r"weight_scale has shape \[7\]; expected \[8\]"),
         (lambda: linear_fp8(X[..., :15], W8, SCALE), r"weight_fp8 has shape \[8, 16\]; expected \[any, 15\]"),
         (lambda: linear_fp8(X, W8, SCALE, SCALE.half()), "bias has dtype torch.float16; expected torch.float32"),
+        (lambda: linear_fp8(X8, W8, SCALE), "x is in 8 bits without x_scale"),
+        (lambda: linear_fp8(X, W8, SCALE, x_scale=ROWS), "x has dtype torch.float32; expected torch.float8_e4m3fn"),
+        (lambda: linear_fp8(X8, W8, SCALE, x_scale=ROWS), "expected no gelu, .* and an output dtype"),
+        (lambda: linear_fp8(X8, W8, SCALE, gelu=True, x_scale=ROWS, dtype=torch.float32), "expected no gelu"),
+        (lambda: linear_fp8(X8, W8, SCALE, x_scale=ROWS[:, :3], dtype=torch.half), r"x_scale has shape \[1, 3\]"),
+        (lambda: linear_fp8(X8, W8, SCALE, x_scale=ROWS.half(), dtype=torch.half), "x_scale has dtype torch.float16"),
         (lambda: quantise_rows(X), r"x has shape \[1, 4, 16\]; expected \[any, any\]"),
     ],
 )

@@ -135,6 +135,26 @@ def test_fused_is_one_after_the_other() -> None:
         assert torch.equal(h, kernels.modulate(out, scale, shift))
 
 
+@pytest.mark.parametrize("implementation", ["ref", "triton"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_rows_in_8_bits_are_those_of_float32_numbers(implementation: str, dtype: torch.dtype) -> None:
+    """The very codes and scales that the quantiser makes of what is never written; no rounding in between."""
+    m = Maker(DEVICE, dtype)
+    x, y, gate, scale, shift = m.tensor(2, 6, 50), m.tensor(2, 6, 50), m.vector(2, 3, 50), *(m.vector(1, 2, 50),) * 2
+    weight, bias = m.gain(50), m.vector(50)
+    with backend.forced(implementation):
+        out, *fused = kernels.gate_residual_modulate_fp8(x, y, gate, scale, shift)
+        assert torch.equal(out, kernels.gate_residual(x, y, gate))
+        for (codes, rows), h in (
+            (fused, kernels.modulate(out.float(), scale, shift)),
+            (kernels.modulate_fp8(x, scale, shift), kernels.modulate(x.float(), scale, shift)),
+            (kernels.modulate_fp8(x, weight=weight, bias=bias), kernels.modulate(x.float(), weight=weight, bias=bias)),
+        ):
+            their_codes, their_rows = kernels.quantise_rows(h.flatten(0, 1))
+            assert torch.equal(codes.flatten(0, 1).float(), their_codes.float())
+            assert torch.equal(rows.flatten(), their_rows)
+
+
 @pytest.mark.parametrize("last", [True, False])
 @pytest.mark.parametrize("implementation", ["ref", "triton"])
 def test_norm_silu_in_place(implementation: str, last: bool) -> None:

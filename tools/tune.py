@@ -38,7 +38,8 @@ def grid(**values: Sequence[Any]) -> list[Settings]:
     return [dict(zip(values, chosen, strict=True)) for chosen in itertools.product(*values.values())]
 
 
-ROWS = [*grid(num_warps=(4, 8, 16)), {"implementation": "cuda"}]
+WARPS = grid(num_warps=(4, 8, 16))
+ROWS = [*WARPS, {"implementation": "cuda"}]
 TILES = [
     {"block_t": t, "block_f": f, "block_i": i, "num_warps": w, "num_stages": s}
     for t, f, i, w, s in (
@@ -49,8 +50,11 @@ TILES = [
 # What is tried, by the operation that the setting is of: (the operation whose cases ask for it, candidates).
 CHOICES: dict[str, tuple[str, list[Settings]]] = {
     "modulate": ("modulate", ROWS),
+    "modulate_fp8": ("modulate_fp8", WARPS),
     "gate_residual": ("gate_residual", ROWS),
     "gate_residual_modulate": ("gate_residual_modulate", ROWS),
+    "gate_residual_modulate_fp8": ("gate_residual_modulate_fp8", WARPS),
+    "quantise_rows": ("quantise_rows", WARPS),
     "qk_norm_rope": ("qk_norm_rope", [*grid(num_warps=(2, 4, 8)), {"implementation": "cuda"}]),
     "norm_silu": ("norm_silu", [*grid(numbers=(2048, 4096, 8192), num_warps=(4, 8)), {"implementation": "cuda"}]),
     "causal_conv3d": (

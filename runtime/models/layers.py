@@ -5,13 +5,26 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from functools import lru_cache
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from runtime.kernels import gate_residual, linear_fp8, mlp, quantise_rows
+from runtime.kernels import (
+    gate_residual,
+    gate_residual_modulate,
+    gate_residual_modulate_fp8,
+    linear_fp8,
+    mlp,
+    modulate,
+    modulate_fp8,
+    quantise_rows,
+)
 from runtime.models.spec import Stretch
+
+# What a linear layer reads, [..., D]: numbers; or for one in 8 bits its codes, and the scale [...] of each token.
+Read = torch.Tensor | tuple[torch.Tensor, torch.Tensor]
 
 
 class LinearFp8(nn.Module):
@@ -23,17 +36,48 @@ class LinearFp8(nn.Module):
         self.weight = nn.Parameter(weight, requires_grad=False)  # [E, D] e4m3
         self.scale = nn.Parameter(scale, requires_grad=False)  # [E] float32
         self.bias = linear.bias
+        self.dtype = linear.weight.dtype  # of what it returns for codes
 
-    def forward(self, x: torch.Tensor, *, gelu: bool = False) -> torch.Tensor:
+    def forward(self, x: Read, *, gelu: bool = False) -> torch.Tensor:
         """x, or GELU_tanh(x), [..., D] -> [..., E] in x's dtype."""
+        if isinstance(x, tuple):
+            codes, scale = x
+            return linear_fp8(codes, self.weight, self.scale, self.bias, gelu=gelu, x_scale=scale, dtype=self.dtype)
         return linear_fp8(x, self.weight, self.scale, self.bias, gelu=gelu)
 
 
+def modulated(
+    reader: nn.Module,
+    x: torch.Tensor,
+    scale: torch.Tensor | None = None,
+    shift: torch.Tensor | None = None,
+    **norm: Any,
+) -> Read:
+    """Return `kernels.modulate` of the same arguments, as the linear layer `reader` reads it."""
+    return (modulate_fp8 if isinstance(reader, LinearFp8) else modulate)(x, scale, shift, **norm)
+
+
+def added_and_modulated(
+    reader: nn.Module,
+    x: torch.Tensor,
+    y: torch.Tensor,
+    gate: torch.Tensor | None = None,
+    scale: torch.Tensor | None = None,
+    shift: torch.Tensor | None = None,
+    **norm: Any,
+) -> tuple[torch.Tensor, Read]:
+    """Return `kernels.gate_residual_modulate` of the same arguments: the sum, and as `reader` reads it its norm."""
+    if isinstance(reader, LinearFp8):
+        out, codes, rows = gate_residual_modulate_fp8(x, y, gate, scale, shift, **norm)
+        return out, (codes, rows)
+    return gate_residual_modulate(x, y, gate, scale, shift, **norm)
+
+
 def feed_forward(
-    x: torch.Tensor, first: nn.Module, second: nn.Module, residual: torch.Tensor, gate: torch.Tensor
+    x: Read, first: nn.Module, second: nn.Module, residual: torch.Tensor, gate: torch.Tensor
 ) -> torch.Tensor:
     """Return residual + gate * second(GELU_tanh(first(x))), [B, L, D]; each layer may be in 8 bits."""
-    if isinstance(first, nn.Linear) and isinstance(second, nn.Linear):
+    if isinstance(x, torch.Tensor) and isinstance(first, nn.Linear) and isinstance(second, nn.Linear):
         return mlp(x, first.weight, first.bias, second.weight, second.bias, residual=residual, gate=gate)
     inner = first(x)
     if isinstance(second, LinearFp8):

@@ -18,7 +18,14 @@ import torch.nn.functional as F
 from torch import nn
 
 from runtime import kernels
-from runtime.models.layers import feed_forward, rotary_table, timestep_embedding
+from runtime.models.layers import (
+    Read,
+    added_and_modulated,
+    feed_forward,
+    modulated,
+    rotary_table,
+    timestep_embedding,
+)
 from runtime.models.spec import Projected, RunBlock, Stretch, config_from, run_block
 from runtime.trace import mark
 
@@ -248,14 +255,17 @@ class Block(nn.Module):
         """
         shift1, scale1, gate1, shift2, scale2, gate2 = modulation.unbind(2)
         with mark("denoise/attention"):
-            y = self.self_attention(kernels.modulate(h, scale1, shift1, eps=self.eps), rope)
-            h = kernels.gate_residual(h, y, gate1)
+            x = modulated(self.self_attention.qkv, h, scale1, shift1, eps=self.eps)
+            y = self.self_attention(x, rope)
+            if (norm := self.cross_norm) is None:
+                x = h = kernels.gate_residual(h, y, gate1)
+            else:
+                h, x = added_and_modulated(
+                    self.cross_attention.q, h, y, gate1, weight=norm.weight, bias=norm.bias, eps=self.eps
+                )
         with mark("denoise/cross_attention"):
-            cross = h
-            if self.cross_norm is not None:
-                cross = kernels.modulate(h, weight=self.cross_norm.weight, bias=self.cross_norm.bias, eps=self.eps)
-            y = self.cross_attention(cross, keys, values, bias, *images)
-            h, x = kernels.gate_residual_modulate(h.expand_as(y), y, None, scale2, shift2, eps=self.eps)
+            y = self.cross_attention(x, keys, values, bias, *images)
+            h, x = added_and_modulated(self.ffn_in, h.expand_as(y), y, None, scale2, shift2, eps=self.eps)
         with mark("denoise/mlp"):
             return feed_forward(x, self.ffn_in, self.ffn_out, h, gate2)
 
@@ -271,7 +281,7 @@ class SelfAttention(nn.Module):
         self.k_norm = nn.Parameter(torch.empty(config.width))
         self.out = nn.Linear(config.width, config.width)
 
-    def forward(self, x: torch.Tensor, rope: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: Read, rope: torch.Tensor) -> torch.Tensor:
         """x [B, L, D] -> [B, L, D]."""
         qkv = self.qkv(x)
         q, k, v = kernels.qk_norm_rope(qkv, self.q_norm, self.k_norm, rope, heads=self.heads, eps=self.eps)
@@ -305,7 +315,7 @@ class CrossAttention(nn.Module):
 
     def forward(
         self,
-        x: torch.Tensor,
+        x: Read,
         keys: torch.Tensor,
         values: torch.Tensor,
         bias: torch.Tensor | None,
