@@ -72,18 +72,22 @@ def copied(arguments: Arguments, *, wide: bool = False) -> Arguments:
     return pytree.tree_map_only((torch.Tensor, torch.dtype), copy, arguments)
 
 
+def kind_of(operation: str, dtype: torch.dtype, output: torch.Tensor) -> str:
+    """Return the row of BOUNDS that an output of an operation on inputs of `dtype` is judged by."""
+    if output.dtype == torch.float8_e4m3fn:
+        return "float8_e4m3fn"
+    return "float8" if operation in EIGHT_BITS else str(dtype).removeprefix("torch.")
+
+
 class Standard:
     """What a case's outputs must be near to: the reference on float32 inputs, and on the case's own."""
 
     def __init__(self, case: Case, dtype: torch.dtype, device: str | torch.device = "cpu") -> None:
-        self.kind = "float8" if case.operation in EIGHT_BITS else str(dtype).removeprefix("torch.")
+        self.operation, self.dtype = case.operation, dtype
         self.exact = run(case.operation, "ref", copied(made(case, dtype, device), wide=True))
         self.same_precision = run(case.operation, "ref", made(case, dtype, device))
 
     def judge(self, outputs: list[torch.Tensor]) -> list[Verdict]:
-        """Return a verdict per output, by the case's own dtype but for numbers of 8 bits."""
+        """Return a verdict per output."""
         pairs = zip(outputs, self.exact, self.same_precision, strict=True)
-        return [
-            judge(out, exact, same, None if out.dtype == torch.float8_e4m3fn else self.kind)
-            for out, exact, same in pairs
-        ]
+        return [judge(out, exact, same, kind_of(self.operation, self.dtype, out)) for out, exact, same in pairs]

@@ -20,7 +20,7 @@ from torch.utils import _pytree as pytree
 from runtime import kernels
 from runtime.kernels.cases import CASES, Case, Maker, cases
 from runtime.kernels.tolerance import judge
-from runtime.kernels.verdicts import Standard, copied, implementations, made, run, tensors
+from runtime.kernels.verdicts import Standard, copied, implementations, kind_of, made, run, tensors
 
 # Operations with tl.dot, which the interpreter gets wrong in bfloat16.
 MULTIPLYING = {"attention", "causal_conv3d", "linear_fp8", "mlp"}
@@ -256,10 +256,17 @@ def huge_linear_fp8(m: Maker) -> tuple[dict[str, Any], Any, int]:
     return {"x": arguments["x"], "weight_fp8": weight, "weight_scale": scale, "bias": m.tensor(width)}, cutter, dim
 
 
+def huge_quantise_rows(m: Maker) -> tuple[dict[str, Any], Any, int]:
+    return {"x": m.tensor(HUGE // 4096 + 9, 4096), "gelu": True}, cut("x", dim=0), 0
+
+
 BEYOND: dict[str, Huge] = {
     "modulate": huge_modulate,
+    "modulate_fp8": huge_modulate,
     "gate_residual": huge_gate_residual,
     "gate_residual_modulate": lambda m: huge_tokens(m, "x", "y"),
+    "gate_residual_modulate_fp8": lambda m: huge_tokens(m, "x", "y"),
+    "quantise_rows": huge_quantise_rows,
     "qk_norm_rope": huge_qk_norm_rope,
     "norm_silu": huge_norm_silu,
     "causal_conv3d": huge_causal_conv3d,
@@ -287,7 +294,7 @@ def test_beyond_32_bits(operation: str, implementation: str) -> None:
     for part, wide in zip(ends, expected, strict=True):
         index = (slice(None),) * dim + (part,)
         for out, exact in zip(outputs, wide, strict=True):
-            verdict = judge(out[index], exact, kind="float8" if operation in EIGHT_BITS else None)
+            verdict = judge(out[index], exact, kind=kind_of(operation, torch.bfloat16, out))
             assert verdict.correct, str(verdict)
 
 
