@@ -24,6 +24,7 @@ DIRECTIONS = {"forward": "extend", "backward": "prepend", "between": "connect"}
 SMALL_AREA = 416 * 240  # pixels of a draft that shows something, where a quarter of the model's own size is more
 POSITIONS = ("ntk", "riflex")
 QUALITIES = {"exact": math.inf, "high": 32.0, "fast": 26.0}  # least PSNR in dB against the exact video of the seed
+MOST = 1000.0  # of guidance and shift: beyond that no number is left of a video
 WHOLE = 3  # up to so many times the model's own length a video is made at once, beyond that window by window
 
 
@@ -103,19 +104,19 @@ class Request:
             given = getattr(self, name)
             if given is not None and (isinstance(given, bool) or not isinstance(given, int) or given < 1):
                 raise ValueError(f"{name} is {given!r}; legal: a whole number of at least 1")
-        for name, floor in (
-            ("fps", 0.0), ("seconds", 0.0), ("guidance", None), ("guidance_2", None), ("shift", 0.0), ("strength", 0.0),
-            ("boundary", 0.0),
+        for name, floor, most in (
+            ("fps", 0.0, math.inf), ("seconds", 0.0, math.inf), ("guidance", -math.inf, MOST),
+            ("guidance_2", -math.inf, MOST), ("shift", 0.0, MOST), ("strength", 0.0, math.inf), ("boundary", 0.0, 1.0),
         ):  # fmt: skip
             given = getattr(self, name)
             if given is None:
                 continue
             if isinstance(given, bool) or not isinstance(given, int | float) or not math.isfinite(given):
                 raise ValueError(f"{name} is {given!r}; legal: a finite number")
-            if floor is not None and given <= floor:
+            if given <= floor:
                 raise ValueError(f"{name} is {given!r}; legal: more than {floor:g}")
-        if self.boundary is not None and self.boundary > 1:
-            raise ValueError(f"boundary is {self.boundary!r}; legal: more than 0, up to 1")
+            if abs(given) > most:
+                raise ValueError(f"{name} is {given!r}; legal: up to {most:g}")
         if self.seed is not None and (
             isinstance(self.seed, bool) or not isinstance(self.seed, int) or not 0 <= self.seed < 2**64
         ):
@@ -338,23 +339,7 @@ class Request:
             raise ValueError(
                 f"the size is {self.width}x{self.height}; {spec.name} makes {across}x{down} at least: take {smallest}"
             )
-        if not self.still and (self.width % 2 or self.height % 2):
-            smaller, larger = ("x".join(str(n + n % 2 * by) for n in (self.width, self.height)) for by in (-1, 1))
-            raise ValueError(
-                f"the size is {self.width}x{self.height}; the width and height of a video are even: take {smaller} or "
-                f"{larger}"
-            )
         time = spec.stride[0] * spec.patch[0]
-        text_at_once = self.task == "text" and self.seconds is None and self.window >= self.num_frames
-        if text_at_once and (self.num_frames - 1) % time:
-            below, above = nearest_counts(self.num_frames, time)
-            raise ValueError(
-                f"num_frames is {self.num_frames}; {spec.name} makes 1 + {time} * n frames: take {below} or {above}"
-            )
-        for name, least in (("overlap", 1), ("window", self.overlap + time)):
-            given = getattr(self, name)
-            if (given - 1) % time or given < least:
-                raise ValueError(f"{name} is {given}; legal: 1 + {time} * n frames, at least {least}")
         at_once = spec.sampled_frames(min(self.num_frames, self.window))
         for what, given, tokens, per_token in (
             ("num_frames", at_once, 1 + (at_once - 1) // time, time),
@@ -367,3 +352,19 @@ class Request:
                 raise ValueError(
                     f"{what} is {given}; {spec.name} has positions for {most} at most: ask for {most} or less"
                 )
+        if not self.still and (self.width % 2 or self.height % 2):
+            smaller, larger = ("x".join(str(n + n % 2 * by) for n in (self.width, self.height)) for by in (-1, 1))
+            raise ValueError(
+                f"the size is {self.width}x{self.height}; the width and height of a video are even: take {smaller} or "
+                f"{larger}"
+            )
+        text_at_once = self.task == "text" and self.seconds is None and self.window >= self.num_frames
+        if text_at_once and (self.num_frames - 1) % time:
+            below, above = nearest_counts(self.num_frames, time)
+            raise ValueError(
+                f"num_frames is {self.num_frames}; {spec.name} makes 1 + {time} * n frames: take {below} or {above}"
+            )
+        for name, least in (("overlap", 1), ("window", self.overlap + time)):
+            given = getattr(self, name)
+            if (given - 1) % time or given < least:
+                raise ValueError(f"{name} is {given}; legal: 1 + {time} * n frames, at least {least}")

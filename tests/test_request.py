@@ -64,6 +64,8 @@ def test_frozen_and_keyword_only() -> None:
         ({"guidance_2": -math.inf}, "finite"),
         ({"shift": 0}, "more than 0"),
         ({"boundary": 1.5}, "up to 1"),
+        ({"guidance": 1e308}, "up to 1000"),
+        ({"guidance_2": -1e6}, "up to 1000"),
         ({"fps": -1.0}, "more than 0"),
         ({"fps": math.nan}, "finite"),
         ({"steps": 0}, "at least 1"),
@@ -93,6 +95,7 @@ def test_refused_for_any_model(values: dict, sentence: str) -> None:
         ({"overlap": 9, "window": 9}, "at least 13"),
         ({"seconds": 2.0, "num_frames": 17}, "are 16; give one of them"),
         ({"width": 16400}, "16384 at most"),
+        ({"width": 99999}, "16384 at most"),
     ],
 )
 def test_refused_by_the_model(values: dict, sentence: str) -> None:

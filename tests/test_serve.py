@@ -53,7 +53,11 @@ def test_content(server: Server, video: dict[str, Any]) -> None:
     part = server.http.get(path, headers={"range": "bytes=4-7"})
     assert part.status_code == 206 and part.content == whole.content[4:8] == b"ftyp"
     assert server.http.get(path, headers={"range": "bytes=-4"}).content == whole.content[-4:]
-    assert server.http.get(path, headers={"range": f"bytes={10**9}-"}).status_code == 416
+    for asked, status in ((f"bytes={10**9}-", 416), ("nonsense", 400)):
+        refused = server.http.get(path, headers={"range": asked})
+        assert (refused.status_code, refused.json()["error"]["code"]) == (status, "invalid_range")
+    same = server.http.get(path, headers={"if-none-match": f'"other", {whole.headers["etag"]}'})
+    assert (same.status_code, same.content, same.headers["etag"]) == (304, b"", whole.headers["etag"])
     stale = {"range": "bytes=0-3", "if-range": '"other"'}
     assert server.http.get(path, headers=stale).content == whole.content and whole.headers["etag"]
     for variant, kind, least in (("thumbnail", "WEBP", 64), ("spritesheet", "JPEG", 160)):
@@ -124,12 +128,18 @@ BAD = [
     (TINY | {"size": "8x64"}, "size", 400),
     (TINY | {"size": "33x64"}, "size", 400),
     (TINY | {"size": "33x64", "num_frames": 1}, "size", 400),
-    (TINY | {"size": "99999x99999"}, None, 400),
+    (TINY | {"size": "99999x99999"}, "size", 400),
     (TINY | {"seconds": "4.5s"}, "seconds", 400),
     (TINY | {"num_frames": 6}, "num_frames", 400),
     (TINY | {"seed": -1}, "seed", 400),
     (TINY | {"seed": 2**64}, "seed", 400),
     (TINY | {"guidance_scale": "nan"}, "guidance_scale", 400),
+    (TINY | {"guidance_scale": 1e308}, "guidance_scale", 400),
+    (TINY | {"direction": "forward"}, "direction", 400),
+    (TINY | {"strength": 0.5}, "strength", 400),
+    (TINY | {"fit": "squeeze"}, "fit", 400),
+    (TINY | {"storyboard": [{"from": 1, "to": 1, "prompt": "a"}]}, "storyboard", 400),
+    (TINY | {"keyframes": [{"frame": 3}]}, "keyframes", 400),
     (TINY | {"num_inference_steps": 10**6}, "num_inference_steps", 400),
     (TINY | {"output_path": "/etc/x"}, "output_path", 400),
     (TINY | {"model": "../../etc"}, "model", 404),
@@ -144,7 +154,7 @@ BAD = [
     (TINY | {"extra_body": {"seed": 1}}, "seed", 400),
     (TINY | {"priority": 99}, "priority", 400),
     (TINY | {"fps": 1e308}, "fps", 400),
-    (TINY | {"direction": "up"}, None, 400),
+    (TINY | {"direction": "up"}, "direction", 400),
 ]
 
 

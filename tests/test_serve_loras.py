@@ -96,10 +96,17 @@ def test_no_name_is_a_path(server: Server, asked: Any) -> None:
         assert "legal: warm, grain" in answer.json()["error"]["message"]
 
 
+@pytest.mark.parametrize("fields", [{"lora_strength": 1}, {"lora_name": "warm", "lora": "warm"}])
+def test_names_as_other_clients_write_them(server: Server, fields: dict[str, Any]) -> None:
+    answer = server.http.post("/v1/videos", json=TINY | fields)
+    assert answer.status_code == 400 and answer.json()["error"]["param"] == "lora", answer.text
+
+
 def test_where_else_they_are_told_of(server: Server) -> None:
     assert server.http.get("/v1/models").json()["data"][0]["loras"] == ["warm", "grain"]
     with runtime.Client(server.url) as client:
         assert client.plan(prompt="a", lora="warm")["lora"] == ["warm"]
+        assert client.plan(prompt="a", lora_name="warm", lora_strength=0.5)["lora"] == ["warm:0.5"]
         assert client.image("a ball", size="64x64", num_inference_steps=1, lora=["grain:0.3"])
         said = [("prompt", "a"), ("num_frames", "5"), ("lora[]", "warm:0.1"), ("lora[]", "grain")]
         form = server.http.post("/v1/videos", files=[(name, (None, value)) for name, value in said])

@@ -121,7 +121,8 @@ async def answer(_: Request, error: Exception) -> Response:
 async def answer_http(request: Request, error: Exception) -> Response:
     """Answer what the router refuses: unknown paths and methods."""
     assert isinstance(error, HTTPException)
-    found = ApiError(error.status_code, f"{request.method} {request.url.path[:200]}: {error.detail}", code="not_found")
+    code = "method_not_allowed" if error.status_code == 405 else "not_found"
+    found = ApiError(error.status_code, f"{request.method} {request.url.path[:200]}: {error.detail}", code=code)
     return JSONResponse(found.body(), error.status_code, {**found.headers(), **(error.headers or {})})
 
 

@@ -39,6 +39,8 @@ def read_clips(fields: Mapping[str, Any], read: Read, rate: float) -> list[Found
     for each in frames:
         if not isinstance(each, dict) or each.keys() - KEYFRAME:
             raise bad("a keyframe has other keys than frame or time, image or image_url, and strength", "keyframes")
+        if each.keys().isdisjoint(("image", "image_url")):
+            raise bad("a keyframe has no image; legal: image or image_url, and frame or time", "keyframes")
         clip = read(each.get("image", each.get("image_url")), "keyframes")
         at = round(number(each, "time", float) * rate) if "time" in each else number({"frame": 0} | each, "frame", int)
         found.append(clip | {"at": at, "hold": number(each, "strength", float) if "strength" in each else 1.0})

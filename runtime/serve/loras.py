@@ -28,6 +28,17 @@ def lora_files(given: Sequence[str]) -> dict[str, list[str]]:
     return found
 
 
+def lora_by_name(fields: dict[str, Any]) -> None:
+    """Turn `lora_name` and `lora_strength`, as some clients write them, into the field `lora`; ApiError where both are
+    given, or a strength alone."""
+    given = {name: fields.pop(f"lora_{name}") for name in ("name", "strength") if f"lora_{name}" in fields}
+    if not given:
+        return
+    if "lora" in fields or "name" not in given:
+        raise bad("lora_strength is for lora_name, and both are for no lora beside them; give lora alone", "lora")
+    fields["lora"] = given
+
+
 def read_loras(value: Any, legal: Collection[str]) -> list[str]:
     """Return NAME, or NAME:STRENGTH, of each LoRA that a field asks for: one or a list of such texts, or of objects
     {name, strength}; ApiError for a name that is not legal. No name is ever a path.

@@ -13,7 +13,7 @@ from runtime.request import Request
 from runtime.serve.errors import ApiError, bad
 from runtime.serve.fields import flag, number, size, text
 from runtime.serve.inputs import CLIPS, Found, Read, card_stub, clip_stub, kept, read_cards, read_characters, read_clips
-from runtime.serve.loras import read_loras
+from runtime.serve.loras import lora_by_name, read_loras
 from runtime.tasks import plan_task
 from runtime.video import check_encodable
 
@@ -122,6 +122,9 @@ def parse_request(fields: Mapping[str, Any], offer: Offer, given: Given) -> Aske
     clips = [*given.clips, *read_clips(fields, given.read, values.get("fps") or spec.defaults.fps)]
     references = [*given.references, *read_characters(fields, given.read)]
     cards = read_cards(fields, given.read)
+    for task, path in (("direction", "/v1/videos/extensions"), ("strength", "/v1/videos/edits")):
+        if task in fields and not clips:
+            raise bad(f"{task} is given, and no video that it is for; legal: with video, at {path}", task)
     if cards and clips:
         raise bad("a storyboard's cards bring their own pictures; give no others beside it", "storyboard")
     if flag(fields, "expand_prompt"):
@@ -157,6 +160,7 @@ def named_once(fields: Mapping[str, Any]) -> dict[str, Any]:
             if name in found:
                 raise bad(f"{name} is given twice, as {given} as well", name)
             found[name] = value
+    lora_by_name(found)
     return found
 
 
@@ -173,6 +177,7 @@ def planned(
         plan = plan_task(request, spec, [clip.count(request.fps) for clip in request.clips])
     except ValueError as error:
         message, field = named(str(error))
+        field = field or ("storyboard" if values["storyboard"] else None)
         raise bad(message, "size" if field in ("width", "height") and "size" in fields else field) from error
     return request, plan.num_frames, len(plan.windows), final
 
@@ -227,7 +232,8 @@ def read_values(fields: Mapping[str, Any]) -> dict[str, Any]:
 
 def named(message: str) -> tuple[str, str | None]:
     """Return a message of runtime.Request with the API's name of the field that it speaks of."""
-    theirs = {ours: name for name, (ours, _) in NUMBERS.items()} | {"prompt": "prompt", "the size": "size"}
+    theirs = {ours: name for name, (ours, _) in NUMBERS.items()} | {name: name for name in (*TEXTS, "direction")}
+    theirs |= {"the size": "size"}
     for ours, name in sorted(theirs.items(), key=lambda pair: -len(pair[0])):
         if message.startswith((f"{ours} is", f"the {ours} is")):
             return message.replace(ours, name, 1), name

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from fastapi import FastAPI
-from fastapi.responses import FileResponse, JSONResponse, Response, StreamingResponse
+from fastapi.responses import JSONResponse, Response, StreamingResponse
 from PIL import Image
 from starlette.requests import ClientDisconnect, Request
 
@@ -25,6 +25,7 @@ from runtime.serve.fields import flag, number
 from runtime.serve.inputs import read_upload
 from runtime.serve.jobs import new_id
 from runtime.serve.openapi import DESCRIPTIONS, describe
+from runtime.serve.results import Result
 from runtime.serve.schema import EDIT_STRENGTH, Asked, again
 
 # Fields that have one effect here: what they may say.
@@ -103,7 +104,7 @@ def add(app: FastAPI, api: Api) -> None:
             raise missing(f"image {image_id[:80]!r}")
         headers = {"cache-control": "private"}
         path = api.output(job, "video")
-        return FileResponse(path, headers=headers, filename=f"{job.id}.png", content_disposition_type="inline")
+        return Result(path, headers=headers, filename=f"{job.id}.png", content_disposition_type="inline")
 
 
 def read_options(fields: dict[str, Any]) -> Options:

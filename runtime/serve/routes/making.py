@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from fastapi import FastAPI
-from fastapi.responses import FileResponse, JSONResponse, Response
+from fastapi.responses import JSONResponse, Response
 from starlette.requests import Request
 
 from runtime.serve.api import Api
@@ -15,6 +15,7 @@ from runtime.serve.database import Job
 from runtime.serve.errors import ApiError
 from runtime.serve.given import Given, finished, from_prompt, from_two, from_video, remixed
 from runtime.serve.openapi import describe
+from runtime.serve.results import Result
 from runtime.serve.schema import EDIT_STRENGTH, Asked
 
 
@@ -42,7 +43,7 @@ def add(app: FastAPI, api: Api) -> None:
             raise ApiError(
                 500, (job.error or {}).get("message", "failed"), code=(job.error or {}).get("code", "failed")
             )
-        return FileResponse(api.output(job, "video"), headers={"x-video-id": job.id})
+        return Result(api.output(job, "video"), headers={"x-video-id": job.id})
 
     @app.post("/v1/videos/edits", openapi_extra=describe("edit"))
     async def edit(request: Request) -> Response:

@@ -6,7 +6,7 @@ import asyncio
 from pathlib import Path
 
 from fastapi import FastAPI, Query
-from fastapi.responses import FileResponse, JSONResponse, Response
+from fastapi.responses import JSONResponse, Response
 from starlette.convertors import StringConvertor, register_url_convertor
 from starlette.requests import Request
 from starlette.routing import Route
@@ -16,6 +16,7 @@ from runtime.serve.database import ACTIVE, TERMINAL, Job
 from runtime.serve.errors import ApiError, bad, missing
 from runtime.serve.formats import FORMATS, converted
 from runtime.serve.openapi import DESCRIPTIONS
+from runtime.serve.results import Result
 from runtime.serve.shown import brief
 
 VARIANTS = ("video", "thumbnail", "spritesheet", "preview")
@@ -110,7 +111,7 @@ def add(app: FastAPI, api: Api) -> None:
         if kind is not None:
             path = await in_format(path, variant, kind)
         headers = {"cache-control": "private"}
-        return FileResponse(
+        return Result(
             path, headers=headers, filename=f"{job.id}{path.suffix}",
             content_disposition_type="attachment" if download else "inline",
         )  # fmt: skip
