@@ -6,13 +6,16 @@ GPU reaches; best published figures are of the same GPU and shape where no other
 
 from __future__ import annotations
 
+import argparse
 import json
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
+REPORTS = {"kernels": "kernels", "published": "published", "latency": "latency_report"}  # where their tables are made
 OURS = ("triton", "cuda", "picked")
 ASIDE = ("reference", "torch.compile", *OURS)  # versions that are no library's
 
@@ -20,6 +23,8 @@ ASIDE = ("reference", "torch.compile", *OURS)  # versions that are no library's
 @dataclass(frozen=True)
 class Bar:
     """A bar: where it stands in the results (benchmark, then operation and case or part and version), and its text.
+
+    `which` is the version of ours that is judged; "" is the fastest.
 
     One of: `seconds` at most; `rate` per second at least, of the case's bytes or FLOPs; `ratio` of the time of the
     version `over` (of the fastest one that is not ours where that is "") at most.
@@ -31,6 +36,7 @@ class Bar:
     rate: float | None = None
     over: str | None = None
     ratio: float = 1.0
+    which: str = ""
 
     def __str__(self) -> str:
         if self.seconds is not None:
@@ -61,8 +67,30 @@ BARS = (
     kernel("modulate", SHAPE, "3.76 TB/s (cuDNN RMS norm)", rate=3.7e12),
     kernel("gate_residual", SHAPE, "", rate=3.7e12),
     kernel("modulate", SHAPE, "", over="torch.compile", ratio=1 / 1.2),
+    kernel("qk_norm_rope", f"{SHAPE} dense", "", over="torch.compile", ratio=1 / 1.2),
+    kernel("gate_residual", SHAPE, "", over="torch.compile", ratio=1 / 1.2),
+    kernel("gate_residual_modulate", SHAPE, "", over="torch.compile", ratio=1 / 1.2),
     kernel("norm_silu", "wan-vae 480p 96 channels", "0.63 TB/s (sglang)", rate=3.7e12),
-    kernel("attention", f"{SHAPE} over itself", "693 TFLOP/s (cuDNN 9.19)", over="", ratio=1.01),
+    kernel("norm_silu", "wan-vae 480p 96 channels", "", over="torch.compile", ratio=1 / 1.2),
+    *(
+        kernel(
+            "attention",
+            f"{model} {size} over {keys}",
+            "693 TFLOP/s (cuDNN 9.19)" * (keys == "itself"),
+            over="",
+            ratio=1.01,
+            which="picked",
+        )
+        for model, size in (
+            ("wan-14b", "480p"),
+            ("wan-1.3b", "480p"),
+            ("wan-14b", "720p"),
+            ("wan-1.3b", "720p"),
+            ("wan-5b", "704p"),
+        )
+        for keys in ("itself", "text")
+    ),
+    kernel("attention", f"{SHAPE} over itself", "395 to 477 TFLOP/s (Triton, H100)", rate=480e12, which="triton"),
     kernel("mlp", SHAPE, "", over="bare GEMMs", ratio=1.02),
     kernel("linear_fp8", f"{SHAPE} 5120 to 13824", "1102 TFLOP/s (FBGEMM, H100)", over="bf16 linear", ratio=1 / 1.4),
     kernel("causal_conv3d", "wan-vae 480p 96 to 96 at 832x480x4", "374 TFLOP/s (sglang)", over="", ratio=1 / 1.5),
@@ -93,8 +121,17 @@ class Measured:
 def add_command(commands: Any) -> None:
     """Add `bars` to the command line."""
     parser = commands.add_parser("bars", help="the bars of an H200 beside results, in one table")
-    parser.set_defaults(run=lambda args: print(table([json.loads(file.read_text()) for file in args.files])))
-    parser.add_argument("files", type=Path, nargs="+", help="results of kernels and published")
+    parser.set_defaults(run=run)
+    parser.add_argument("files", type=Path, nargs="+", help="results of kernels, published and latency")
+    parser.add_argument("--tables", action="store_true", help="each file's own table before it")
+
+
+def run(args: argparse.Namespace) -> None:
+    """Print the tables."""
+    records = [json.loads(file.read_text(encoding="utf-8")) for file in args.files]
+    for record in records if args.tables else ():
+        print(import_module(f"benchmarks.{REPORTS[record['benchmark']]}").table(record), end="\n\n")
+    print(table(records))
 
 
 def table(records: Sequence[dict[str, Any]]) -> str:
@@ -114,7 +151,7 @@ def table(records: Sequence[dict[str, Any]]) -> str:
 
 def row(bar: Bar, measured: Measured | None) -> str:
     """Return one bar's line."""
-    what = " ".join(bar.place[1:]).removesuffix(" 16 bits")
+    what = " ".join(bar.place[1:]).removesuffix(" 16 bits") + (f", {bar.which}" if bar.which else "")
     if measured is None or measured.ours is None:
         return f"| {what} | | {bar.published} | {bar} | not measured | | | |"
     met = bar.met(measured.ours, measured.work, measured.others)
@@ -136,14 +173,14 @@ def found(bar: Bar, records: Sequence[dict[str, Any]]) -> Measured | None:
         for each in record["kernels"] if benchmark == "kernels" else record["parts"]:
             key = (each["operation"], each["case"]) if benchmark == "kernels" else (each["name"], which)
             if key == (name, which) and each.get("seconds"):
-                return kernel_times(each) if benchmark == "kernels" else part_times(each, which)
+                return kernel_times(each, bar.which) if benchmark == "kernels" else part_times(each, which)
     return None
 
 
-def kernel_times(each: dict[str, Any]) -> Measured:
+def kernel_times(each: dict[str, Any], which: str) -> Measured:
     """Read one case of `kernels`."""
     medians = {name: statistics.median(samples) for name, samples in each["seconds"].items()}
-    ours = min((medians[name] for name in OURS if name in medians), default=None)
+    ours = min((medians[name] for name in OURS if name in medians and which in ("", name)), default=None)
     others = {name: seconds for name, seconds in medians.items() if name not in ASIDE or name == "torch.compile"}
     return Measured(ours, others, each["least_us"] / 1e6, each["bytes" if each["bound"] == "memory" else "flops"])
 

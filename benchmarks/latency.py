@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import itertools
+import json
 import os
 import shutil
 import sys
@@ -26,9 +27,9 @@ from benchmarks import plot, sides, true_size
 from benchmarks.latency_report import bars, table
 from benchmarks.machine import describe, keep, opened
 from benchmarks.measure import Refused, alternate, check_equal, fresh_process, peak_growth
-from benchmarks.sides import Case, Diffusers, Ours, Side
+from benchmarks.sides import Case, Ours, Side
 from runtime.engines.store import cache_root
-from runtime.machine import GPUS
+from runtime.machine import peaks_of
 from runtime.model import choose_device, locate
 from runtime.models import open_checkpoint
 from runtime.planner import plan_request
@@ -87,7 +88,8 @@ def add_command(commands: Any) -> None:
     )
     parser.add_argument("--frames", type=_numbers, help="such as 1,17,81 (default: the model's)")
     parser.add_argument("--engines", default="eager", help="some of eager,cuda_graph,inductor,tensorrt (default eager)")
-    parser.add_argument("--against", choices=["diffusers"], help="measure it behind each size")
+    parser.add_argument("--against", choices=list(sides.RIVALS), help="measure diffusers behind each size, as it is "
+                        "written, compiled block by block, or both")  # fmt: skip
     parser.add_argument("--steps", type=int, help="denoising steps (default: the model's)")
     parser.add_argument("--dtype", default="auto", help="auto (default), float32, bfloat16, float16")
     parser.add_argument("--device", default="auto", help="auto (default), cpu, cuda, cuda:N")
@@ -95,12 +97,16 @@ def add_command(commands: Any) -> None:
     parser.add_argument("--repeats", type=int, default=3, help="warm samples of each number (default 3)")
     parser.add_argument("--budget", type=float, metavar="SECONDS", help="begin no row after so long")
     parser.add_argument("--resume", type=Path, metavar="FILE", help="go on with the rows that this file lacks")
+    parser.add_argument("--show", type=Path, metavar="FILE", help="print the table of a file of results")
     parser.add_argument("--json", type=Path, help="file of results (default: benchmarks/results/<device>/"
                         "<date>-<commit>.json); the plot lies beside it")  # fmt: skip
 
 
 def run(args: argparse.Namespace) -> int:
     """Measure row after row, keep each, print the table; 130 where it was interrupted."""
+    if args.show:
+        print(table(json.loads(args.show.read_text(encoding="utf-8"))))
+        return 0
     began, device = time.monotonic(), choose_device(args.device)
     torch.set_num_threads(args.threads or torch.get_num_threads())
     asked = {"model": args.model, "steps": args.steps, "dtype": args.dtype, "repeats": args.repeats}
@@ -169,9 +175,10 @@ def row(cell: Cell, settings: Settings) -> dict[str, Any]:
     except ValueError as refused:  # by the request's checks, or by the planner where it cannot fit
         return found | {"reason": str(refused)}
     case = Case(settings.folder, spec, request, settings.dtype, cell.engine or "eager", settings.random)
-    kind: type[Side] = Ours if cell.side == Ours.name else Diffusers
+    kind = next(side for side in (Ours, *sides.RIVALS["both"]) if side.name == cell.side)
+    counts = {"steps": request.steps, "usual_steps": spec.defaults.steps}
     try:
-        return found | {"steps": request.steps} | fresh_process(measured, kind, case, settings)
+        return found | counts | fresh_process(measured, kind, case, settings)
     except BrokenProcessPool:
         return found | {"reason": "its process was killed, most likely because the machine's memory was used up"}
     except Exception as error:  # of a process of its own: out of memory, no such engine here, a peer that cannot
@@ -185,10 +192,9 @@ def floor(settings: Settings, request: Request) -> dict[str, Any] | None:
     """
     gpu = None
     if settings.device.type == "cuda":
-        name = torch.cuda.get_device_name(settings.device).lower()
-        gpu = next((known for known in GPUS if known in name), None)
-        if gpu is None:
+        if (known := peaks_of(torch.cuda.get_device_name(settings.device))) is None:
             return None
+        gpu = known.name
     name = settings.model.removesuffix(true_size.SUFFIX) if settings.random else str(settings.folder)
     keys = ("width", "height", "num_frames", "steps", "guidance")
     planned = plan_request(name, gpu=gpu, dtype=settings.dtype, **{key: getattr(request, key) for key in keys})
@@ -224,7 +230,8 @@ def measured(kind: type[Side], case: Case, settings: Settings) -> dict[str, Any]
     missing = {}
     for stage in STAGES:
         try:
-            getattr(side, stage)(next(takes))  # unmeasured
+            for _ in range(1 if settings.device.type == "cpu" else 2):  # unmeasured; a graph is recorded at the second
+                getattr(side, stage)(next(takes))
             [seconds[stage]] = alternate([getattr(side, stage)], list(itertools.islice(takes, settings.repeats)))
         except (RuntimeError, MemoryError) as error:  # a stage by itself may take more memory than in a request
             missing[stage] = (str(error).splitlines() or [""])[0]

@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import gc
 import itertools
+import json
 import math
 import os
 import statistics
@@ -28,24 +29,26 @@ from torch import nn
 from benchmarks import sides, true_size
 from benchmarks.machine import describe, keep, results_file, told
 from benchmarks.measure import alternate
-from benchmarks.profiled import Profile, profiled
+from benchmarks.profiled import Profile, floors, profiled
 from benchmarks.sides import Case, Diffusers, Ours
-from runtime.machine import GPUS
+from runtime.machine import Gpu, peaks_of
 from runtime.model import choose_device
 from runtime.models import open_checkpoint
+from runtime.models.costs import Shape
 from runtime.planner import plan_request
 from runtime.precision import candidates, to_fp8
 from runtime.request import Request
 
 Call = Callable[[int], Any]
+Version = tuple[Call, Callable[[], None]]  # and what is to be done before each call
 SAMPLES = (2, 7)  # fewest and most of a version
-SECONDS = 25.0  # for the samples of a part, all versions together
+SECONDS = 15.0  # for the samples of a part, all versions together
 COMPILING = 60.0  # seconds that must be left for torch.compile to begin
 METHOD = (
     "Random weights of the published sizes, bfloat16, versions in turns. A step asks both prompts; a decode ends with "
     "bytes in the host's memory. Apart: steps relative, frames in dB."
 )
-FP8 = "ours, fp8"
+FP8, COMPILED = "ours, fp8", "diffusers, compiled"
 STEPS = 50  # of the schedule that the step is taken from
 
 
@@ -84,11 +87,15 @@ def add_command(commands: Any) -> None:
     parser.add_argument("--profile", action="store_true", help="one more run of ours, profiled")
     parser.add_argument("--budget", type=float, default=math.inf, help="seconds after which nothing more begins")
     parser.add_argument("--device", default="cuda", help="cuda (default), cuda:N, cpu")
+    parser.add_argument("--show", type=Path, metavar="FILE", help="print the table of a file of results")
     parser.add_argument("--json", type=Path, help="file of results")
 
 
 def run(args: argparse.Namespace) -> None:
     """Measure part after part, write the results after each, print the table."""
+    if args.show:
+        print(table(json.loads(args.show.read_text(encoding="utf-8"))))
+        return
     end = time.monotonic() + args.budget
     device = choose_device(args.device)
     machine = describe(device)
@@ -101,7 +108,8 @@ def run(args: argparse.Namespace) -> None:
             folder = Path(scratch) / model
             true_size.write_configs(folder, model)
             for found in measured(list(group), folder, device, args, end):
-                record["parts"].append(found)
+                if found not in record["parts"]:
+                    record["parts"].append(found)
                 keep(record, file)
     done = {found["name"] for found in record["parts"]}
     record["left_out"] = [part.name for part in chosen if part.name not in done]
@@ -125,19 +133,32 @@ def measured(
         if ours is None:
             ours = Ours(case, device)
             rivals = sides.rival(args.against)
-            theirs = Diffusers(case, device) if rivals else None
+            theirs = Diffusers(case, device, ours) if rivals else None
         at_case(ours, case)
         if theirs is not None:
             at_case(theirs, case)
+        compiled = None if theirs is None else Compiled(compiled_parts(part, theirs)[1])
+        calls: dict[str, Version] = {}
         with tried(found, "all"):
-            calls = versions(part, ours, theirs, end, found)
-            found |= timed(calls, part.stage, found)
+            calls = ready(versions(part, ours, theirs, compiled, found), part, found)
+            found |= timed(calls, part.stage, end)
+        yield found  # what follows may take longer than there is time
         if args.profile and time.monotonic() < end:
             with tried(found, "profile"):
                 say(f"{part.name}: profile")
                 call = {"step": ours.step, "decode": decode_rounded(ours)}[part.stage]
                 found["profile"] = vars(profiled(lambda call=call: call(0)))  # type: ignore[misc]
-        yield found
+                found["floors"] = floors_of(part, ours, device)
+            yield found
+        if theirs is not None and compiled is not None and calls:
+            if time.monotonic() + COMPILING < end:
+                rival: Version = (theirs.step if part.stage == "step" else theirs.decode, compiled.on)
+                with tried(found, COMPILED):
+                    if added := ready({COMPILED: rival}, part, found):
+                        found |= timed(calls | added, part.stage, end)
+            else:
+                found["skipped"][COMPILED] = "too little time was left"
+            yield found
         gc.collect()
         torch.cuda.empty_cache()
 
@@ -158,52 +179,63 @@ def at_case(side: Ours | Diffusers, case: Case) -> None:
         side.__dict__.pop(name, None)
 
 
+def gpu_of(device: torch.device) -> Gpu | None:
+    """Return the peaks of a known GPU."""
+    return peaks_of(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
+
+
 def floor_of(part: Part, device: torch.device) -> float | None:
     """Return the least seconds by the planner's arithmetic and traffic at a known GPU's peaks."""
-    if device.type != "cuda":
+    if (gpu := gpu_of(device)) is None:
         return None
-    name = torch.cuda.get_device_name(device).lower()
-    gpu = next((known for known in GPUS if known in name), None)
-    if gpu is None:
-        return None
-    planned = plan_request(part.model, gpu=gpu, width=part.width, height=part.height, num_frames=part.frames)
+    planned = plan_request(part.model, gpu=gpu.name, width=part.width, height=part.height, num_frames=part.frames)
     return planned.seconds[part.stage]
 
 
+def floors_of(part: Part, ours: Ours, device: torch.device) -> dict[str, float]:
+    """Return the least seconds of what a part's profile shows; empty for a GPU that is not known."""
+    if (gpu := gpu_of(device)) is None:
+        return {}
+    latents = ours.case.shape[1:]
+    if part.stage == "decode":
+        return floors(gpu, {"": ours.model.costs.decode(latents, None, torch.bfloat16.itemsize).operations})
+    rows, keys = ours.step_inputs[2].experts[0].keys[0].shape[:2]
+    return floors(gpu, ours.model.costs.ranges(Shape(latents=latents, text=keys, rows=rows)))
+
+
 def versions(
-    part: Part, ours: Ours, theirs: Diffusers | None, end: float, found: dict[str, Any]
-) -> dict[str, tuple[Call, Callable[[], None]]]:
-    """Return the calls by name, each with what is to be done before its sample; all have run once."""
+    part: Part, ours: Ours, theirs: Diffusers | None, compiled: Compiled | None, found: dict[str, Any]
+) -> dict[str, Version]:
+    """Return the versions by name, but for the compiled one."""
     nothing = lambda: None  # noqa: E731
-    calls: dict[str, tuple[Call, Callable[[], None]]] = {}
+    calls: dict[str, Version] = {}
     if part.stage == "step":
         calls |= {f"ours, {engine}": (ours.by(engine).step, nothing) for engine in ("eager", "cuda_graph")}
-        calls[FP8] = (in_fp8(ours).step, nothing)
+        with tried(found, FP8):  # on a smaller GPU there is no room for both
+            calls[FP8] = (in_fp8(ours).step, nothing)
     else:
         calls["ours"] = (decode_rounded(ours), nothing)
-    if theirs is not None:
-        network, modules = compiled_parts(part, theirs)
-        compiled = Compiled(modules)
-        rival: Call = theirs.step if part.stage == "step" else theirs.decode
+    if theirs is not None and compiled is not None:
         with torch.no_grad():
-            laid_out(network, part.stage)
-        calls["diffusers"] = (rival, compiled.off)
-        if time.monotonic() + COMPILING < end:
-            calls["diffusers, compiled"] = (rival, compiled.on)
-        else:
-            found["skipped"]["diffusers, compiled"] = "too little time was left"
-    for name, (call, before) in list(calls.items()):
-        with tried(found, name):
-            say(f"{part.name}: {name}")
-            for _ in range(2):  # kernels are compiled at the first, a graph is recorded at the second
-                before()
-                call(0)
-            continue
-        del calls[name]
+            laid_out(compiled_parts(part, theirs)[0], part.stage)
+        calls["diffusers"] = (theirs.step if part.stage == "step" else theirs.decode, compiled.off)
     return calls
 
 
-def timed(calls: dict[str, tuple[Call, Callable[[], None]]], stage: str, found: dict[str, Any]) -> dict[str, Any]:
+def ready(calls: dict[str, Version], part: Part, found: dict[str, Any]) -> dict[str, Version]:
+    """Return those that run, after two calls each: the first compiles kernels, the second records a graph."""
+    kept = {}
+    for name, (call, before) in calls.items():
+        with tried(found, name):
+            say(f"{part.name}: {name}")
+            for _ in range(2):
+                before()
+                call(0)
+            kept[name] = call, before
+    return kept
+
+
+def timed(calls: dict[str, Version], stage: str, end: float) -> dict[str, Any]:
     """Return seconds of each version, taken in turns, and how far their results are from the first one's."""
     results: dict[str, np.ndarray] = {}
     began = time.monotonic()
@@ -212,7 +244,8 @@ def timed(calls: dict[str, tuple[Call, Callable[[], None]]], stage: str, found: 
         result = call(0)
         results[name] = (result if isinstance(result, np.ndarray) else result.float().cpu().numpy()).astype(np.float32)
     once = time.monotonic() - began
-    takes = range(max(SAMPLES[0], min(SAMPLES[1], int(SECONDS / max(once, 1e-6)))))
+    seconds_left = min(SECONDS, max(end - time.monotonic(), 0.0))
+    takes = range(max(SAMPLES[0], min(SAMPLES[1], int(seconds_left / max(once, 1e-6)))))
 
     def prepared(call: Call, before: Callable[[], None]) -> Call:
         def sample(take: int) -> Any:
@@ -319,7 +352,8 @@ def table(record: dict[str, Any]) -> str:
     lines += ["", METHOD]
     for found in record["parts"]:
         if "profile" in found:
-            lines += ["", f"**{found['name']}, profiled**", "", Profile(**found["profile"]).table(found["floor"])]
+            shown = Profile(**found["profile"]).table(found["floor"], found.get("floors", {}))
+            lines += ["", f"**{found['name']}, profiled**", "", shown]
     return "\n".join(lines)
 
 

@@ -169,7 +169,8 @@ class Diffusers:
 
     name = "diffusers"
 
-    def __init__(self, case: Case, device: torch.device) -> None:
+    def __init__(self, case: Case, device: torch.device, beside: Ours | None = None) -> None:
+        """Load; of random weights those of the side `beside` are shared."""
         import transformers
         from diffusers.utils import logging
 
@@ -178,7 +179,11 @@ class Diffusers:
         self.case, self.device = case, device
         self.latents, self.frames = case.inputs()
         self.dtype = choose_dtype(case.dtype, device)
-        self.pipe: Any = random_pipeline(case, device) if case.random else saved_pipeline(case, device, self.dtype)
+        self.pipe: Any = (
+            random_pipeline(case, device, None if beside is None else beside.model)
+            if case.random
+            else saved_pipeline(case, device, self.dtype)
+        )
         self.pipe.set_progress_bar_config(disable=True)
         statistics = torch.tensor([self.pipe.vae.config.latents_mean, self.pipe.vae.config.latents_std], device=device)
         self.mean, self.std = statistics.view(2, 1, -1, 1, 1, 1)
@@ -255,6 +260,19 @@ class Diffusers:
         return video.mul(255).round_().to(torch.uint8).permute(0, 2, 3, 1).contiguous().cpu().numpy()
 
 
+class DiffusersCompiled(Diffusers):
+    """The same, its transformers' blocks compiled one by one, as its documentation advises."""
+
+    name = "diffusers, compiled"
+
+    def __init__(self, case: Case, device: torch.device) -> None:
+        super().__init__(case, device)
+        for name in ("transformer", "transformer_2"):
+            if (network := getattr(self.pipe, name, None)) is not None:
+                for block in network.blocks:
+                    block.compile(dynamic=False)
+
+
 def saved_pipeline(case: Case, device: torch.device, dtype: torch.dtype) -> Any:
     """Return diffusers' pipeline of a checkpoint, its VAE in float32 as its documentation has it."""
     from diffusers import AutoencoderKLWan, WanPipeline
@@ -265,7 +283,7 @@ def saved_pipeline(case: Case, device: torch.device, dtype: torch.dtype) -> Any:
         return WanPipeline.from_pretrained(case.folder, vae=vae, torch_dtype=dtype).to(device)
 
 
-def random_pipeline(case: Case, device: torch.device) -> Any:
+def random_pipeline(case: Case, device: torch.device, loaded: runtime.Model | None) -> Any:
     """Return diffusers' pipeline of a folder of configs, with the weights that this runtime has there."""
     from accelerate import init_empty_weights
     from diffusers import AutoencoderKLWan, UniPCMultistepScheduler, WanPipeline, WanTransformer3DModel
@@ -276,7 +294,7 @@ def random_pipeline(case: Case, device: torch.device) -> Any:
         with init_empty_weights(include_buffers=False):  # 14B in float32 would take 57 GB only to be replaced
             return AutoencoderKLWan(**config) if name == "vae" else WanTransformer3DModel(**config)
 
-    networks = true_size.fill_peer(case.folder, device, case.dtype, build)
+    networks = true_size.fill_peer(case.folder, device, case.dtype, build, loaded)
     index = read_json(case.folder / "model_index.json")
     return WanPipeline(
         tokenizer=AutoTokenizer.from_pretrained(case.folder / "tokenizer"),
@@ -287,10 +305,17 @@ def random_pipeline(case: Case, device: torch.device) -> Any:
     )
 
 
+RIVALS: dict[str, list[type[Side]]] = {
+    "diffusers": [Diffusers],
+    "compiled": [DiffusersCompiled],
+    "both": [Diffusers, DiffusersCompiled],
+}
+
+
 def rival(name: str | None) -> list[type[Side]]:
-    """Return the side called `name`, none for None; ValueError where it is not installed."""
+    """Return the sides that `name` asks for, none for None; ValueError where they are not installed."""
     if name is None:
         return []
     if installed("diffusers") is None:
         raise ValueError("diffusers is not installed; install it with: pip install diffusers, or leave out --against")
-    return [Diffusers]
+    return [*RIVALS[name]]

@@ -93,12 +93,23 @@ def made(component: Component, device: torch.device, dtype: torch.dtype) -> nn.M
     return module
 
 
-def fill_peer(folder: Path, device: torch.device, dtype: str, build: Callable[[str], Any]) -> dict[str, Any]:
-    """Return a pipeline's networks, most made by `build(name)`, with our weights under their published names."""
+def fill_peer(
+    folder: Path, device: torch.device, dtype: str, build: Callable[[str], Any], loaded: Model | None = None
+) -> dict[str, Any]:
+    """Return a pipeline's networks, most made by `build(name)`, with our weights under their published names.
+
+    Those of a loaded model are shared as far as they are still as published, so that both fit into the memory.
+    """
     checkpoint, kind = open_checkpoint(folder), choose_dtype(dtype, device)
+    there: dict[str, Any] = {}
+    if loaded is not None:
+        parts = zip(checkpoint.transformers, loaded.transformers, strict=True)
+        there = {"text_encoder": loaded.text_encoder} | {part.name: network for part, network in parts}
     found = {}
     for component in checkpoint.components:
-        ours = made(component, device, torch.float32 if component.name == "vae" else kind)
+        ours = there.get(component.name)
+        if ours is None:
+            ours = made(component, device, torch.float32 if component.name == "vae" else kind)
         if component.name == "text_encoder":  # of one library, transformers
             found[component.name] = ours
             continue

@@ -103,6 +103,11 @@ GPUS = {
 }
 
 
+def peaks_of(name: str) -> Gpu | None:
+    """Return the peaks of a GPU by the name that its driver tells, such as "NVIDIA H200"; None for one not known."""
+    return next((gpu for known, gpu in GPUS.items() if known in name.lower()), None)
+
+
 @dataclass(frozen=True)
 class Rate:
     """Seconds of one kind of operation, as measured.

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks.__main__ import main
-from benchmarks.bars import BARS, Bar
+from benchmarks.bars import BARS, Bar, kernel_times
 from benchmarks.published import FP8, PARTS
 from runtime.kernels.cases import cases
 
@@ -41,7 +41,23 @@ def test_table(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     steps = [line for line in lines if "step-14b" in line]
     assert [line.split("|")[-2].strip() for line in steps] == ["missed", "met", "not measured", "met"]
     assert "| 5.1 s | 83% | diffusers 9 s | missed |" in steps[0] and "| 3.7 s |" in steps[3]
-    assert sum("not measured | | | |" in line for line in lines) == len(BARS) - 5
+    assert sum("not measured | | | |" in line for line in lines) == len(BARS) - 6
+
+
+def test_tables_come_first(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = tmp_path / "a.json"
+    part = {"name": "decode-480p", "floor": 0.4, "bars": {"16 bits": 0.9, FP8: None}, "seconds": {"ours": [0.8]},
+            "difference": {"ours": 0.0}, "skipped": {}}  # fmt: skip
+    file.write_text(json.dumps({"benchmark": "published", "machine": MACHINE, "parts": [part], "left_out": []}))
+    assert main(["bars", "--tables", str(file)]) == 0
+    shown = capsys.readouterr().out
+    assert shown.index("| decode-480p | ours | 0.800 s | 1 | 50% | 0.9 s: met |") < shown.index("best published")
+
+
+def test_which_version_is_judged() -> None:
+    seconds = {"triton": [2.0], "picked": [1.0], "SDPA cuDNN": [1.0]}
+    each = {"seconds": seconds, "least_us": 1, "bound": "compute", "bytes": 1, "flops": 1}
+    assert [kernel_times(each, which).ours for which in ("", "triton", "picked", "cuda")] == [1.0, 2.0, 1.0, None]
 
 
 def test_rates_and_ratios() -> None:

@@ -8,6 +8,7 @@ import importlib.util
 import json
 import os
 import sys
+import tarfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -168,6 +169,7 @@ def test_gpu_tool_runs_every_part(gpu_tool: ModuleType, tmp_path: Path, monkeypa
     monkeypatch.setenv("OUT", str(tmp_path))
     monkeypatch.setattr(gpu_tool, "OUT", tmp_path)
     monkeypatch.setattr(gpu_tool, "LINKED", tmp_path / "build" / "gpu")
+    monkeypatch.setattr(gpu_tool, "KEPT", tmp_path / "build" / "results")
     monkeypatch.setattr(gpu_tool, "failed", noted)
     monkeypatch.setattr(gpu_tool, "checkers", lambda: {tool: ["compute-sanitizer", tool] for tool in gpu_tool.CHECKERS})
     monkeypatch.setattr(
@@ -175,11 +177,13 @@ def test_gpu_tool_runs_every_part(gpu_tool: ModuleType, tmp_path: Path, monkeypa
     )
     began = time.time()
     assert gpu_tool.main(["--only", ",".join(reversed(gpu_tool.PARTS)), "--budget", "500"]) == 0
-    assert max(ends) <= began + 501 and (tmp_path / "tests.log").exists()
+    assert max(ends) <= began + 501
+    with tarfile.open(tmp_path / "results.tar.gz") as archive:
+        assert "results/tests.log" in archive.getnames()
     asked = [command[3:] for command in commands if command[1:3] == ["-m", "benchmarks"]]
-    assert [each[0] for each in asked] == ["kernels", *["published"] * 3, *["latency"] * 3]
+    assert [each[0] for each in asked] == ["kernels", *["published"] * 3, *["latency"] * 6]
     for name, *options in asked:
         parser = argparse.ArgumentParser()
         importlib.import_module(f"benchmarks.{name}").add_command(parser.add_subparsers())
-        assert parser.parse_args([name, *options]).json.parent == tmp_path
+        assert parser.parse_args([name, *options]).json.parent == tmp_path / "build" / "results"
     assert real(sys.executable, "-m", "tools.tune", "--dry-run", "--only", "modulate") is not None

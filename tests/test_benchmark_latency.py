@@ -49,13 +49,18 @@ def small(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.usefixtures("small")
-def test_rows_of_random_weights_beside_diffusers(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Both sides have the same random weights, which are never on disk, and make the same video."""
+def test_rows_of_random_weights_beside_diffusers(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All sides have the same random weights, which are never on disk, and make the same video."""
+    compiled: list[torch.nn.Module] = []
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda self, **given: compiled.append(self))
     file, model = tmp_path / "a.json", "wan2.1-t2v-1.3b@random"
-    asked = ["--model", model, "--sizes", "32x32,33x32", "--frames", "5", "--against", "diffusers"]
+    asked = ["--model", model, "--sizes", "32x32,33x32", "--frames", "5", "--against", "both"]
     assert main([*QUICK, *asked, "--dtype", "float32", "--json", str(file)]) == 0
-    ours, theirs, *refused = json.loads(file.read_text())["rows"]
-    for row in (ours, theirs):
+    ours, theirs, faster, *refused = json.loads(file.read_text())["rows"]
+    assert len(compiled) == 2 and faster["side"] == "diffusers, compiled"
+    for row in (ours, theirs, faster):
         assert "reason" not in row, row["reason"]
         assert set(row["seconds"]) == {"load", "cold", "total", "text", "step", "decode", "encode"}
         assert all(len(samples) == 2 and min(samples) > 0 for samples in list(row["seconds"].values())[2:])
@@ -63,12 +68,15 @@ def test_rows_of_random_weights_beside_diffusers(tmp_path: Path, capsys: pytest.
         assert row["floor"]["basis"] == "measured" and row["floor"]["predicted"]["total"] > 0
     assert (ours["side"], ours["engine"], theirs["side"]) == ("dit-runtime", "eager", "diffusers")
     assert theirs["difference"] <= 1
-    assert all("take 32x32 or 34x32" in row["reason"] for row in refused) and len(refused) == 2
+    assert all("take 32x32 or 34x32" in row["reason"] for row in refused) and len(refused) == 3
     told = capsys.readouterr().out
-    assert re.search(r"\| 32x32 x 5 \| eager \| 2 \|.*GiB \| \d+% \| \d+\.\d\d \|", told)
+    assert re.search(
+        r"\| 32x32 x 5 \| eager \| 2 \|.*GiB \| \d+% \| \d+\.\d\d, \d+\.\d\d \| 50: .* s, extrapolated \|", told
+    )
+    assert main(["latency", "--show", str(file)]) == 0 and capsys.readouterr().out == told
     assert "not measured: the size is 33x32" in told
     picture = ElementTree.parse(file.with_suffix(".svg")).getroot()
-    assert len([each for each in picture.iter() if each.tag.endswith("rect")]) == 1 + 2 * 4
+    assert len([each for each in picture.iter() if each.tag.endswith("rect")]) == 1 + 3 * 4
     true_size.write_configs(tmp_path / "m", "wan2.1-t2v-1.3b")
     assert not list((tmp_path / "m").rglob("*.safetensors"))
 

@@ -12,7 +12,10 @@ import torch
 
 from benchmarks import published
 from benchmarks.__main__ import main
-from benchmarks.profiled import summary
+from benchmarks.profiled import floors, kind_of, summary
+from runtime.machine import GPUS
+from runtime.models.costs import Shape
+from runtime.planner import find_model
 from tests.test_benchmark_latency import small  # noqa: F401
 from tools.profile.readers import Range, Timeline, Work
 
@@ -69,9 +72,51 @@ def test_what_fails_or_comes_too_late_is_told(
 
 
 def test_profile_summary() -> None:
-    work = [Work("gemm", 0.0, 1.0, 0.0), Work("norm", 1.5, 2.0, 0.2), Work("gemm", 2.0, 4.0, 0.6)]
+    work = [
+        Work("nvjet_gemm", 0.0, 1.0, 0.0),
+        Work("modulate_kernel", 1.5, 2.0, 0.2),
+        Work("nvjet_gemm", 2.0, 4.0, 0.6),
+    ]
     found = summary(Timeline([Range("denoise/mlp", 0.5, 0.7), Range("denoise/attention", 0.0, 0.4)], work))
     assert (found.whole, found.idle, found.long_gaps) == (4.0, 0.5, 1)
     assert found.ranges == [("denoise/mlp", 1, 2.0), ("denoise/attention", 1, 1.5)]
-    assert found.kernels == [("gemm", 2, 3.0), ("norm", 1, 0.5)]
-    assert "| gemm | 2 | 3000.00 | 75.0% |" in found.table(2.0) and "floor 2000.0 ms" in found.table(2.0)
+    assert found.kernels == [("nvjet_gemm", 2, 3.0), ("modulate_kernel", 1, 0.5)]
+    assert found.kinds == [("linear", 2, 3.0), ("modulate", 1, 0.5)]
+    shown = found.table(2.0, {"denoise/mlp": 1.0, "linear": 2.5, "modulate": 0.4})
+    assert "| nvjet_gemm | 2 | 3000.00 | 75.0% |  |  |" in shown and "floor 2000.0 ms" in shown
+    assert "| denoise/mlp | 1 | 2000.00 | 50.0% | 1000.00 | 50% |" in shown and "| linear | 2 | 3000.00 |" in shown
+    assert shown.splitlines()[-3:] == [
+        "1. linear: 500.0 ms above its floor of 2500.0 ms, most of it in nvjet_gemm (3000.0 ms)",
+        "2. idle: 500.0 ms above its floor of 0.0 ms",
+        "3. modulate: 100.0 ms above its floor of 400.0 ms, most of it in modulate_kernel (500.0 ms)",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("kernel", "kind"),
+    [
+        ("cudnn_generated_fort_native_sdpa_sm90_flash_fprop_wgmma_f16_knob_7_64x128x128", "attention"),
+        ("void pytorch_flash::flash_fwd_kernel<...>", "attention"), ("attention_kernel", "attention"),
+        ("nvjet_hsh_256x128_64x4_1x2_h_bz_coopA_bias_TNT", "linear"), ("linear_kernel", "linear"),
+        ("sm90_xmma_gemm_bf16bf16_bf16f32_f32_tn_n_tilesize128x128x64", "linear"),
+        ("causal_conv3d_kernel", "convolution"), ("sm80_xmma_dgrad_implicit_gemm_indexed_bf16", "convolution"),
+        ("void rows_kernel<dit::qk_norm_rope::Body>", "qk_norm_rope"), ("gate_residual_kernel", "gate_residual"),
+        ("void at::native::elementwise_kernel<128, 4>", "other"), ("Memcpy DtoH (Device -> Pinned)", "copies"),
+    ],
+)  # fmt: skip
+def test_kinds_of_kernels(kernel: str, kind: str) -> None:
+    assert kind_of(kernel) == kind
+
+
+def test_floors() -> None:
+    """Ranges and kinds hold the same operations; the sum of a step's is near the whole step's, which overlaps them."""
+    spec, costs = find_model("wan2.1-t2v-14b")
+    shape = Shape(latents=spec.latent_shape(81, 480, 832)[1:], text=512, rows=2)
+    found = floors(GPUS["h200"], costs.ranges(shape))
+    ranges = sum(seconds for name, seconds in found.items() if name.startswith("denoise/"))
+    kinds = sum(seconds for name, seconds in found.items() if not name.startswith("denoise/"))
+    whole = GPUS["h200"].seconds(costs.forward(shape), "step")
+    assert 0.95 * whole < ranges < kinds < 1.1 * whole
+    assert {"attention", "linear", "modulate", "gate_residual", "qk_norm_rope"} <= set(found)
+    decode = floors(GPUS["h200"], {"": costs.decode((21, 60, 104), None, 2).operations})
+    assert {"convolution", "norm_silu", "attention", "linear"} == set(decode)

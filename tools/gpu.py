@@ -2,19 +2,21 @@
 
 Nothing is downloaded or installed: it runs with the Python that starts it, which needs torch, triton and pytest; what
 else it finds (diffusers, av, ftfy) it uses. All parts together end within the budget; what was measured until then is
-kept, in the folder OUT where that variable names one, and printed last. Exit status: 0 all well, 1 something failed
-or was cut off, 2 no GPU.
+kept, as results.tar.gz in the folder OUT where that variable names one, and printed last. Exit status: 0 all well, 1
+something failed or was cut off, 2 no GPU.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import shutil
 import signal
 import subprocess
 import sys
 import sysconfig
+import tarfile
 import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -24,6 +26,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 LINKED = ROOT / "build" / "gpu"
+KEPT = ROOT / "build" / "results"  # where OUT is set: packed into it
 OUT = Path(os.environ.get("OUT", ROOT / "out"))
 # In the order in which they run: name -> share of the time that is left when it begins.
 PARTS = {"tests": 0.55, "kernels": 1.0, "tune": 0.3, "published": 1.0, "latency": 0.75, "demo": 1.0}
@@ -33,14 +36,19 @@ CHECKERS = ("memcheck", "racecheck")
 SANITIZERS = ("compute-sanitizer", "/usr/local/cuda/bin/compute-sanitizer")
 NEEDED = ("av", "ftfy", "transformers", "safetensors")  # by the runtime; its operations need none of them
 QUESTION = 120.0  # seconds that a question to another process may take
-LAST = 20.0  # seconds kept for printing the table
+LAST = 20.0  # seconds kept for printing the tables
 # What is most wanted first: in each part a later group, or row, is what the time may end before.
-PUBLISHED = (("step-1.3b-480p,decode-480p,decode-720p", 0.55), ("step-14b-480p", 0.8), ("step-5b-704p", 1.0))
-LATENCY = (
-    ("wan2.1-t2v-1.3b", "480p,720p,vertical,1080p", "81,1", 0.5),
-    ("wan2.1-t2v-14b", "480p,720p", "81", 0.6),
-    ("wan2.2-ti2v-5b", "1280x704", "121,1", 1.0),
+PUBLISHED = (("step-1.3b-480p,decode-480p,decode-720p", 0.5), ("step-14b-480p", 0.8), ("step-5b-704p", 1.0))
+ENGINES, GRAPH = "cuda_graph,eager,inductor", "cuda_graph"
+LATENCY = (  # model, sizes, frames, engines, of diffusers, share of the time that is left
+    ("wan2.1-t2v-1.3b", "480p", "81", ENGINES, "both", 0.45),
+    ("wan2.1-t2v-14b", "480p", "81", GRAPH, "both", 0.5),
+    ("wan2.2-ti2v-5b", "1280x704", "121,1", GRAPH, "diffusers", 0.5),
+    ("wan2.1-t2v-1.3b", "720p,vertical,1080p", "81", GRAPH, "diffusers", 0.6),
+    ("wan2.1-t2v-1.3b", "480p,720p,1080p", "1", GRAPH, "diffusers", 0.7),
+    ("wan2.1-t2v-14b", "720p,vertical,480p", "81,1", GRAPH, "diffusers", 1.0),
 )
+SHOWN = ("kernels", "published", "latency")  # benchmarks whose tables are printed at the end
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -55,11 +63,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     if unknown := [part for part in given if part not in PARTS]:
         parser.error(f"--only {', '.join(unknown)}: legal are {', '.join(PARTS)}, joined by commas")
     asked = [part for part in PARTS if part in given]
-    end = time.time() + args.budget
+    began = time.time()
+    end = began + args.budget - LAST
     if (gpu := output(sys.executable, "-c", "import torch; print(torch.cuda.get_device_name())")) is None:
         print("no NVIDIA GPU that this Python's torch can use is here, so there is nothing to run", file=sys.stderr)
         return 2
     print(f"{gpu}; {args.budget:.0f} s for {', '.join(asked)}", flush=True)
+    shutil.rmtree(KEPT, ignore_errors=True)
+    KEPT.mkdir(parents=True)
     notes = [build(end)]
     environment = reachable()
     steps = {"tests": tests, "kernels": speeds, "tune": tune, "published": published, "latency": latency, "demo": demo}
@@ -72,9 +83,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     for part in asked:
         share = 1.0 if part == asked[-1] else PARTS[part]
         notes.append(steps[part](environment, time.time() + share * (end - time.time())))
+        pack()
         print(f"{part}: {end - time.time():.0f} s are left", flush=True)
+    tables(environment, began)
     for note in filter(None, notes):
-        print(note, file=sys.stderr)
+        print(note, flush=True)
     return 1 if any(notes) else 0
 
 
@@ -143,7 +156,7 @@ def tests(environment: dict[str, str], end: float) -> str:
                                                   logs[name]), commands))  # fmt: skip
     texts = {name: log.read_text(errors="replace") for name, log in logs.items()}
     if "OUT" in os.environ:
-        (OUT / "tests.log").write_text("\n".join(f"==== {name}\n{text}" for name, text in texts.items()))
+        (KEPT / "tests.log").write_text("\n".join(f"==== {name}\n{text}" for name, text in texts.items()))
     for name, text in texts.items():
         print(f"{name}:", "\n".join(text.splitlines()[-25:]), flush=True)
     return "; ".join([*absent, *sorted(set(filter(None, notes)))])
@@ -160,18 +173,29 @@ def checkers() -> dict[str, list[str]]:
 
 
 def speeds(environment: dict[str, str], end: float) -> str:
-    """Measure the operations; where the time ends it, print what is in the file by then."""
-    began = time.time()
-    command = [*benchmark("kernels", "kernels"), "--budget", f"{max(end - time.time() - 2 * LAST, 0):.0f}"]
-    note = failed("benchmarks kernels", command, environment, end - LAST)
-    if "out of time" in note:
-        newest = max(
-            [*RESULTS.glob("*/*.json"), *OUT.glob("*.json")], key=lambda file: file.stat().st_mtime, default=None
-        )
-        if newest is not None and newest.stat().st_mtime >= began:
-            show = [sys.executable, "-m", "benchmarks", "kernels", "--show", str(newest)]
-            failed("the table", show, environment, time.time() + LAST)
-    return note
+    """Measure the operations."""
+    command = [*benchmark("kernels", "kernels"), "--budget", f"{max(end - time.time() - LAST, 0):.0f}"]
+    return failed("benchmarks kernels", command, environment, end)
+
+
+def tables(environment: dict[str, str], began: float) -> None:
+    """Print what is in the files that were written since, whatever was cut off: each table, then the bars."""
+    files = [file for file in [*RESULTS.glob("*/*.json"), *KEPT.glob("*.json")] if file.stat().st_mtime >= began]
+    measured = [str(file) for file in sorted(files) if json.loads(file.read_text()).get("benchmark") in SHOWN]
+    if measured:
+        command = [sys.executable, "-m", "benchmarks", "bars", "--tables", *measured]
+        failed("the tables", command, environment, time.time() + LAST)
+
+
+def pack(folder: Path | None = None) -> None:
+    """Put what a folder holds (None: the results so far) into OUT as one file: what fetches it may take but a few."""
+    folder = folder or KEPT
+    if "OUT" not in os.environ or not folder.exists():
+        return
+    packed = OUT / f"{folder.name}.tar.gz"
+    with tarfile.open(packed.with_suffix(".partial"), "w:gz") as archive:
+        archive.add(folder, folder.name)
+    packed.with_suffix(".partial").replace(packed)
 
 
 def tune(environment: dict[str, str], end: float) -> str:
@@ -180,7 +204,7 @@ def tune(environment: dict[str, str], end: float) -> str:
     note = failed("tuning", [sys.executable, "-m", "tools.tune", "--jobs", "10", "--budget", budget], environment, end)
     if "OUT" in os.environ:
         for file in (ROOT / "kernels" / "tuned").glob("*.json"):
-            shutil.copy(file, OUT / f"tuned-{file.name}")
+            shutil.copy(file, KEPT / f"tuned-{file.name}")
     return note
 
 
@@ -192,39 +216,44 @@ def published(environment: dict[str, str], end: float) -> str:
         budget = f"{max(until - time.time() - 2 * LAST, 0):.0f}"
         command = [*benchmark("published", f"published-{number}"), "--only", parts, "--profile", "--budget", budget]
         notes.append(failed(f"benchmarks published {parts}", [*command, *against(environment)], environment, until))
+        pack()
     return "; ".join(filter(None, notes))
 
 
 def latency(environment: dict[str, str], end: float) -> str:
     """Measure whole requests of many sizes, a process per row; rows that do not fit into the time are left out."""
     notes = []
-    for number, (model, sizes, frames, share) in enumerate(LATENCY):
+    for number, (model, sizes, frames, engines, rivals, share) in enumerate(LATENCY):
         until = time.time() + share * (end - time.time())
         command = [
             *benchmark("latency", f"latency-{number}"), "--model", f"{model}@random", "--device", "cuda",
-            "--sizes", sizes, "--frames", frames, "--engines", "cuda_graph", "--steps", "4", "--repeats", "2",
-            "--budget", f"{max(until - time.time() - 3 * LAST, 0):.0f}", *against(environment),
+            "--sizes", sizes, "--frames", frames, "--engines", engines, "--steps", "4", "--repeats", "2",
+            "--budget", f"{max(until - time.time() - 3 * LAST, 0):.0f}", *against(environment, rivals),
         ]  # fmt: skip
         notes.append(failed(f"benchmarks latency {model}", command, environment, until))
+        pack()
     return "; ".join(filter(None, notes))
 
 
 def demo(environment: dict[str, str], end: float) -> str:
     """Train the built-in model in its GPU size; goes on with what an earlier run left in the folder."""
-    train = [sys.executable, "-m", "tools.demo_model", "train", "--size", "gpu", "--out", str(OUT / "demo-model")]
-    return failed("training the demo model", train, environment, end)
+    folder = ROOT / "out" / "demo-model"
+    train = [sys.executable, "-m", "tools.demo_model", "train", "--size", "gpu", "--out", str(folder)]
+    note = failed("training the demo model", train, environment, end)
+    pack(folder)
+    return note
 
 
 def benchmark(name: str, kept: str) -> list[str]:
-    """Return the command of a benchmark, which keeps its results in OUT where that is set."""
+    """Return the command of a benchmark; its results are packed into OUT where that is set."""
     command = [sys.executable, "-m", "benchmarks", name]
-    return [*command, "--json", str(OUT / f"{kept}.json")] if "OUT" in os.environ else command
+    return [*command, "--json", str(KEPT / f"{kept}.json")] if "OUT" in os.environ else command
 
 
-def against(environment: dict[str, str]) -> list[str]:
+def against(environment: dict[str, str], rivals: str = "diffusers") -> list[str]:
     """Return the option that measures diffusers as well, where it is installed."""
     found = output(sys.executable, "-c", "import diffusers, accelerate", environment=environment)
-    return [] if found is None else ["--against", "diffusers"]
+    return [] if found is None else ["--against", rivals]
 
 
 def failed(what: str, command: list[str], environment: dict[str, str], end: float, log: Path | None = None) -> str:

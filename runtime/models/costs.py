@@ -6,6 +6,7 @@ torch's FlopCounterMode does: two per multiplication of a matrix product, attent
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Protocol
 
@@ -128,6 +129,10 @@ class Costs(Protocol):
 
     def forward(self, shape: Shape, *, published: bool = False) -> Work:
         """One pass of one transformer over all rows."""
+        ...
+
+    def ranges(self, shape: Shape, *, published: bool = False) -> Mapping[str, tuple[Operation, ...]]:
+        """The operations of `forward` by the range that profilers see them in; "" holds those that are in none."""
         ...
 
     def decode(

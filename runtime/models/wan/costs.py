@@ -9,6 +9,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import chain
 from typing import Any
 
 import torch
@@ -138,20 +139,30 @@ class WanCosts:
         return Work(tuple(operations), kept + rows * (c.text_dim + 4 * d) * size)
 
     def forward(self, shape: Shape, *, published: bool = False) -> Work:
-        """All rows through one transformer; rows of one batch share x as far as the first text attention."""
+        """All rows through one transformer."""
+        operations = tuple(chain.from_iterable(self.ranges(shape, published=published).values()))
+        return Work(operations, self._live(shape, self._tokens(shape)))
+
+    def ranges(self, shape: Shape, *, published: bool = False) -> dict[str, tuple[Operation, ...]]:
+        """The operations of `forward`; rows of one batch share x as far as the first text attention."""
         c = self.config
-        tokens = self._tokens(shape)
+        tokens, size = self._tokens(shape), shape.itemsize
         shared = 0 if published or shape.rows == 1 or c.vace_layers else 1
         blocks = c.num_layers + len(c.vace_layers)
-        operations = [
-            *self._ends(shape, tokens, published),
-            *(each.times(blocks - shared) for each in self._to_query(shape.rows, tokens, shape.itemsize)),
-            *(each.times(shared) for each in self._to_query(1, tokens, shape.itemsize) if shared),
-            *(each.times(blocks) for each in self._from_query(shape, tokens)),
-            linear(shape.rows * tokens, c.width, c.width, shape.itemsize, len(c.vace_layers)),  # the branch's ends
-            *(self.project(shape).operations if published else ()),
-        ]
-        return Work(tuple(operations), self._live(shape, tokens))
+        before = [(rows, count) for rows, count in ((shape.rows, blocks - shared), (1, shared)) if count]
+        branch = linear(shape.rows * tokens, c.width, c.width, size, len(c.vace_layers))  # its blocks' ends
+        text = self.project(shape).operations if published else ()
+        return {
+            "denoise/attention": tuple(
+                each.times(count) for rows, count in before for each in self._self_attention(rows, tokens, size)
+            ),
+            "denoise/cross_attention": (
+                *(each.times(count) for rows, count in before for each in self._query(rows, tokens, size)),
+                *(each.times(blocks) for each in self._text_attention(shape, tokens)),
+            ),
+            "denoise/mlp": tuple(each.times(blocks) for each in self._feed_forward(shape.rows * tokens, size)),
+            "": (*self._ends(shape, tokens, published), branch, *text),
+        }
 
     def _tokens(self, shape: Shape) -> int:
         """Video tokens of a pass."""
@@ -172,35 +183,48 @@ class WanCosts:
             sweep("pass", 2 * shape.rows * tokens * c.out_channels * cells, 4, 3),
         ]
 
-    def _to_query(self, rows: int, tokens: int, size: int) -> list[Operation]:
-        """A block as far as the text attention's query: self-attention."""
+    def _self_attention(self, rows: int, tokens: int, size: int) -> list[Operation]:
+        """A block's attention among the video tokens."""
         c, d, count = self.config, self.config.width, rows * tokens
         return [
             sweep("modulate", 2 * count * d, size),
             linear(count, d, 3 * d, size),
             sweep("qk_norm_rope", 4 * count * d, size),
             attention(tokens, tokens, c.num_attention_heads, c.attention_head_dim, size, rows),
-            linear(count, d, d, size, 2),
+            linear(count, d, d, size),
             sweep("gate_residual", 3 * count * d, size),
-            sweep("modulate", 2 * count * d, size, 1 + c.cross_attn_norm),
         ]
 
-    def _from_query(self, shape: Shape, tokens: int) -> list[Operation]:
-        """The rest of a block: text attention and feed-forward."""
-        c, d, size, rows = self.config, self.config.width, shape.itemsize, shape.rows
-        count = rows * tokens
-        operations = [
-            sweep("modulate", 2 * count * d, size),
+    def _query(self, rows: int, tokens: int, size: int) -> list[Operation]:
+        """A block's way to the text attention's query, norms included."""
+        d, count = self.config.width, rows * tokens
+        return [
             linear(count, d, d, size),
-            attention(tokens, shape.text, c.num_attention_heads, c.attention_head_dim, size, rows),
-            sweep("gate_residual", 3 * count * d, size, 2),
-            linear(count, d, c.ffn_dim, size),
-            linear(count, c.ffn_dim, d, size),
+            sweep("modulate", 2 * count * d, size, 1 + self.config.cross_attn_norm),
+        ]
+
+    def _text_attention(self, shape: Shape, tokens: int) -> list[Operation]:
+        """The rest of the text attention, and of that to pictures, as far as the feed-forward's input."""
+        c, d, size, rows = self.config, self.config.width, shape.itemsize, shape.rows
+        count, heads = rows * tokens, (c.num_attention_heads, c.attention_head_dim)
+        operations = [
+            attention(tokens, shape.text, *heads, size, rows),
+            linear(count, d, d, size),
+            sweep("gate_residual", 3 * count * d, size),
+            sweep("modulate", 2 * count * d, size),
         ]
         if self.image_tokens:
-            heads, head_size = c.num_attention_heads, c.attention_head_dim
-            operations.append(attention(tokens, self.image_tokens, heads, head_size, size, rows))
+            operations.append(attention(tokens, self.image_tokens, *heads, size, rows))
         return operations
+
+    def _feed_forward(self, count: int, size: int) -> list[Operation]:
+        """A block's feed-forward over `count` tokens."""
+        d, inner = self.config.width, self.config.ffn_dim
+        return [
+            linear(count, d, inner, size),
+            linear(count, inner, d, size),
+            sweep("gate_residual", 3 * count * d, size),
+        ]
 
     def _live(self, shape: Shape, tokens: int) -> int:
         """Bytes at the worst place of a block, in widths of the residual stream: attention's end or the feed-forward's.
