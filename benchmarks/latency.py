@@ -175,7 +175,8 @@ def row(cell: Cell, settings: Settings) -> dict[str, Any]:
     except ValueError as refused:  # by the request's checks, or by the planner where it cannot fit
         return found | {"reason": str(refused)}
     case = Case(settings.folder, spec, request, settings.dtype, cell.engine or "eager", settings.random)
-    kind = next(side for side in (Ours, *sides.RIVALS["both"]) if side.name == cell.side)
+    kinds: list[type[Side]] = [Ours, *sides.RIVALS["both"]]
+    kind = next(each for each in kinds if each.name == cell.side)
     counts = {"steps": request.steps, "usual_steps": spec.defaults.steps}
     try:
         return found | counts | fresh_process(measured, kind, case, settings)
