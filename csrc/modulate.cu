@@ -1,6 +1,6 @@
 // modulate: normalise each token, then scale and shift it (adaptive layer norm).
 //
-//     out = LayerNorm(x; weight, bias, eps) * (1 + scale) + shift
+//     out = norm(x; weight, bias, eps) * (1 + scale) + shift          // LayerNorm or RMS norm
 //
 // x [B, L, D], its last dimension contiguous; out [B, L, D] contiguous; scale, shift [1 or B, M, D] and weight, bias [D]
 // float32. One team per token: x is read once, out written once; mean and variance are two passes over registers.

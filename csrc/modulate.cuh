@@ -1,4 +1,4 @@
-// What follows the layer norm of a token: shared by modulate.cu and gate_residual.cu.
+// The norm of a token and what follows it: shared by modulate.cu and gate_residual.cu.
 #pragma once
 
 #include "row.cuh"
@@ -11,10 +11,10 @@ DIT_DEVICE const float* chosen(const Vectors& vectors, unsigned batch, unsigned 
   return vectors.data + batch * vectors.batch_step + int64_t(place / vectors.group) * width;
 }
 
-// to = ((row - mean) / deviation * weight + bias) * (1 + scale) + shift
+// to = ((row - mean) / deviation * weight + bias) * (1 + scale) + shift; for the RMS norm the mean is taken as 0
 template <int COUNT, typename T, class TokenRow>
 DIT_DEVICE void adapt(TokenRow& row, const Adaptation& a, unsigned batch, unsigned place, int width, T* to) {
-  const float mean = row.sum() / width;
+  const float mean = a.rms ? 0.0f : row.sum() / width;
   const float factor = 1.0f / sqrtf(row.squares(mean) / width + a.eps);
   const float* scale = chosen(a.scale, batch, place, width);
   const float* shift = chosen(a.shift, batch, place, width);

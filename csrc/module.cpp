@@ -100,7 +100,7 @@ void expect_launched(cudaError_t status) {
 }
 
 void modulate(Pointer x, Pair x_steps, Pointer out, Triple shape, Pointer scale, Pair scale_steps, Pointer shift,
-              Pair shift_steps, Pointer weight, Pointer bias, double eps, const std::string& dtype, Pointer stream) {
+              Pair shift_steps, Pointer weight, Pointer bias, double eps, bool rms, const std::string& dtype, Pointer stream) {
   const auto [batch, length, width] = shape;
   const dit::Dtype kind = dtype_of(dtype);
   dit::Modulate a;
@@ -108,6 +108,7 @@ void modulate(Pointer x, Pair x_steps, Pointer out, Triple shape, Pointer scale,
   a.width = within("width", width, 0, MOST);
   expect_countable("tokens", {batch, length});
   a.adaptation = adaptation(scale, scale_steps, shift, shift_steps, weight, bias, eps, length);
+  a.adaptation.rms = rms;
   if (batch * length * width == 0) return;
   a.x = needed<const void>("x", x, bytes_of(kind)), a.out = needed<void>("out", out, bytes_of(kind));
   std::tie(a.x_batch, a.x_token) = x_steps;
@@ -224,8 +225,8 @@ PYBIND11_MODULE(_cuda, m) {
   const Pair none{0, 1};  // steps of vectors that are absent
   m.def("modulate", &modulate, py::kw_only(), arg("x"), arg("x_steps"), arg("out"), arg("shape"), arg("scale") = 0,
         arg("scale_steps") = none, arg("shift") = 0, arg("shift_steps") = none, arg("weight") = 0, arg("bias") = 0,
-        arg("eps") = 1e-6, arg("dtype"), arg("stream"),
-        "out = LayerNorm(x) * (1 + scale) + shift. shape (B, L, D); x_steps (batch, token); scale_steps, shift_steps "
+        arg("eps") = 1e-6, arg("rms") = false, arg("dtype"), arg("stream"),
+        "out = LayerNorm(x) * (1 + scale) + shift, or with rms the RMS norm. shape (B, L, D); x_steps (batch, token); scale_steps, shift_steps "
         "(batch, tokens per vector).");
   m.def("gate_residual", &gate_residual, py::kw_only(), arg("x"), arg("x_steps"), arg("y"), arg("y_steps"),
         arg("gate") = 0, arg("gate_steps") = none, arg("out"), arg("shape"), arg("h") = 0, arg("scale") = 0,

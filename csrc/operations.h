@@ -20,8 +20,9 @@ struct Vectors {
   unsigned group = 1;
 };
 
-// What follows the layer norm of a token; each pointer may be null.
+// The norm of a token and what follows it; each pointer may be null.
 struct Adaptation {
+  bool rms = false;  // else layer norm
   Vectors scale, shift;
   const float* weight = nullptr;  // [D]
   const float* bias = nullptr;    // [D]

@@ -24,7 +24,7 @@ import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from .backend import capability_of, is_forced, is_opaque, jit, launch, next_power_of_2, pick, register, tl, triton
-from .checks import expect_floating, expect_shape
+from .checks import expect_device, expect_floating, expect_shape
 from .tuning import gpu_of, table, tuned
 
 HALVES = (torch.float16, torch.bfloat16)
@@ -322,6 +322,7 @@ def attention(
         if bias.dim() != 4 or bias.shape[0] not in (1, rows):
             raise ValueError(f"bias has shape {list(bias.shape)}; expected [1 or {rows}, 1, 1, {k.shape[1]}]")
         expect_shape("bias", bias, (None, 1, 1, k.shape[1]))
+    expect_device(q, k=k, v=v, bias=bias)
     if is_opaque():
         return torch.ops.runtime.attention(q, k, v, bias, core)
     return attention_picked(q, k, v, bias, core)

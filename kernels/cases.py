@@ -108,17 +108,19 @@ HALF = 2  # bytes of bfloat16, in which real cases are counted
 
 def adapted_cases(operation: str, written: int) -> Iterator[Case]:
     """Plain, per sample, per token group, affine; a width that is no power of 2. `written`: bytes of each number."""
-    for rows, length, width, groups, shared, affine in (
-        (1, 7, 33, 1, True, False), (2, 12, 96, 3, False, False), (2, 12, 65, 12, True, True),
-        (1, 5, 130, 0, True, True), (0, 4, 16, 1, True, False),
+    for rows, length, width, groups, shared, affine, norm in (
+        (1, 7, 33, 1, True, False, "layer"), (2, 12, 96, 3, False, False, "rms"), (2, 12, 65, 12, True, True, "layer"),
+        (1, 5, 130, 0, True, True, "layer"), (2, 5, 48, 0, True, True, "rms"), (1, 4, 33, 1, True, False, "rms"),
+        (0, 4, 16, 1, True, False, "layer"),
     ):  # fmt: skip
 
         def make(
             m: Maker, rows: int = rows, length: int = length, width: int = width, groups: int = groups,
-            shared: bool = shared, affine: bool = affine,
+            shared: bool = shared, affine: bool = affine, norm: str = norm,
         ) -> Arguments:  # fmt: skip
             vectors = (1 if shared else rows, groups, width)
             return {
+                "norm": norm,
                 "x": m.tensor(rows, length, width),
                 "scale": m.vector(*vectors) if groups else None,
                 "shift": m.vector(*vectors) if groups else None,
@@ -126,7 +128,7 @@ def adapted_cases(operation: str, written: int) -> Iterator[Case]:
                 "bias": m.vector(width) if affine else None,
             }
 
-        yield Case(operation, f"{rows}x{length}x{width} groups {groups} affine {affine}", make)
+        yield Case(operation, f"{rows}x{length}x{width} groups {groups} affine {affine} {norm}", make)
 
     def strided(m: Maker) -> Arguments:
         return {"x": m.tensor(5, 2, 48).transpose(0, 1), "scale": m.vector(1, 1, 48), "shift": m.vector(1, 1, 48)}
@@ -137,8 +139,12 @@ def adapted_cases(operation: str, written: int) -> Iterator[Case]:
         def real(m: Maker, width: int = model.width, tokens: int = size.tokens) -> Arguments:
             return {"x": m.tensor(1, tokens, width), "scale": m.vector(1, 1, width), "shift": m.vector(1, 1, width)}
 
+        def query(m: Maker, width: int = model.width, tokens: int = size.tokens) -> Arguments:
+            return {"x": m.tensor(1, tokens, width), "weight": m.gain(width), "norm": "rms"}
+
         moved = (HALF + written) * size.tokens * model.width
         yield Case(operation, f"{model.name} {size.name}", real, real=True, bytes=moved)
+        yield Case(operation, f"{model.name} {size.name} rms", query, real=True, bytes=moved)
 
 
 def modulate_cases() -> Iterator[Case]:

@@ -29,7 +29,7 @@ import torch
 import torch.nn.functional as F
 
 from .backend import is_forced, is_opaque, jit, launch, next_power_of_2, pick, register, tl, triton
-from .checks import expect_floating, expect_shape
+from .checks import expect_device, expect_floating, expect_shape
 from .tuning import tuned
 
 
@@ -384,6 +384,7 @@ def causal_conv3d(
     for name, tensor in (("weight", weight), ("bias", bias), ("history", history), ("residual", residual)):
         if tensor is not None and tensor.dtype != x.dtype:
             raise ValueError(f"{name} has dtype {tensor.dtype}; expected that of x, {x.dtype}")
+    expect_device(x, weight=weight, bias=bias, history=history, residual=residual)
     if is_opaque():
         return torch.ops.runtime.causal_conv3d(x, weight, bias, history, stride, residual)
     return causal_conv3d_picked(x, weight, bias, history, stride, residual, inplace)

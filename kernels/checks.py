@@ -19,10 +19,18 @@ def expect_floating(name: str, tensor: torch.Tensor) -> None:
         raise ValueError(f"{name} has dtype {tensor.dtype}; expected a floating-point dtype")
 
 
+def expect_device(like: torch.Tensor, **others: torch.Tensor | None) -> None:
+    """Raise ValueError unless all tensors that are given are on the device of `like`."""
+    for name, tensor in others.items():
+        if tensor is not None and tensor.device != like.device:
+            raise ValueError(f"{name} is on {tensor.device}; expected {like.device}, where the first tensor is")
+
+
 def expect_groups(name: str, vector: torch.Tensor, x: torch.Tensor) -> None:
     """Raise ValueError unless `vector` [1 or B, M, D] modulates `x` [B, L, D] in M equal groups of tokens."""
     rows, length, width = x.shape
-    if vector.dim() != 3 or vector.shape[0] not in (1, rows) or vector.shape[2] != width or length % vector.shape[1]:
+    fits = vector.dim() == 3 and vector.shape[0] in (1, rows) and vector.shape[2] == width
+    if not fits or vector.shape[1] == 0 or length % vector.shape[1]:
         raise ValueError(
             f"{name} has shape {list(vector.shape)}; expected [1 or {rows}, M, {width}] with M a divisor of {length}"
         )

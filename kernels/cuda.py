@@ -96,13 +96,15 @@ def modulate_cuda(
     weight: torch.Tensor | None,
     bias: torch.Tensor | None,
     eps: float,
+    norm: str,
 ) -> torch.Tensor:
     """One pass over x. x's last dimension and the vectors are contiguous, or are made so."""
     _expect_dtype("x", x)
     x = _tokens(x)
     out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     others = _vectors(x, scale=scale, shift=shift) | _plain(weight=weight, bias=bias)
-    call("modulate", x, x=x, x_steps=x.stride()[:2], out=out, shape=tuple(x.shape), eps=eps, **others)
+    shape, rms = tuple(x.shape), norm == "rms"
+    call("modulate", x, x=x, x_steps=x.stride()[:2], out=out, shape=shape, eps=eps, rms=rms, **others)
     return out
 
 

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from .backend import has_fp8, is_opaque, jit, launch, pick, register, tl
-from .checks import expect_floating, expect_groups, expect_shape
+from .checks import expect_device, expect_floating, expect_groups, expect_shape
 from .cuda import gate_residual_cuda, gate_residual_modulate_cuda
 from .modulate import adapted, expect_modulation, modulate_fp8_ref, modulate_ref, normalised
 from .quantise_rows import empty_in_fp8
@@ -47,7 +47,7 @@ def gate_residual_modulate_ref(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The definition: one after the other."""
     out = gate_residual_ref(x, y, gate)
-    return out, modulate_ref(out, scale, shift, weight, bias, eps)
+    return out, modulate_ref(out, scale, shift, weight, bias, eps, "layer")
 
 
 def gate_residual_modulate_fp8_ref(
@@ -62,7 +62,7 @@ def gate_residual_modulate_fp8_ref(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """The definition: one after the other."""
     out = gate_residual_ref(x, y, gate)
-    return out, *modulate_fp8_ref(out, scale, shift, weight, bias, eps)
+    return out, *modulate_fp8_ref(out, scale, shift, weight, bias, eps, "layer")
 
 
 @jit
@@ -92,7 +92,7 @@ def gate_residual_kernel(
     store_token(out + target, a, b, body, tail, D)
     if h is not None:
         vector = row * vector_row + (place // group).to(tl.int64) * D
-        c, d = normalised(a.to(tl.float32), b.to(tl.float32), body, tail, eps, D)
+        c, d = normalised(a.to(tl.float32), b.to(tl.float32), body, tail, eps, D, False)
         c = adapted(c, body, vector, scale, shift, weight, bias, D)
         d = adapted(d, tail, vector, scale, shift, weight, bias, D)
         if row_scale is None:
@@ -255,3 +255,4 @@ def _expect_sum(x: torch.Tensor, y: torch.Tensor, gate: torch.Tensor | None) -> 
     expect_shape("y", y, tuple(x.shape))
     if gate is not None:
         expect_groups("gate", gate, x)
+    expect_device(x, y=y, gate=gate)

@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 
 from .backend import capability_of, has_fp8, is_forced, is_opaque, pick, register
-from .checks import expect_floating, expect_shape
+from .checks import expect_device, expect_floating, expect_shape
 from .mlp import linear_triton, rows_of
 from .quantise_rows import InFp8, quantise_rows_picked, quantise_rows_ref, quantise_rows_triton
 from .tuning import tuned
@@ -157,6 +157,7 @@ def linear_fp8(
             raise ValueError(f"{name} has dtype {tensor.dtype}; expected {expected}")
     if bias is not None:
         expect_shape("bias", bias, (weight_fp8.shape[0],))
+    expect_device(x, weight_fp8=weight_fp8, weight_scale=weight_scale, bias=bias, x_scale=x_scale)
     if is_opaque():
         return torch.ops.runtime.linear_fp8(x, weight_fp8, weight_scale, bias, gelu, x_scale, kind)
     return linear_fp8_picked(x, weight_fp8, weight_scale, bias, gelu, x_scale, kind)

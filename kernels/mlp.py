@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 
 from .backend import is_forced, is_opaque, jit, launch, pick, register, tl, triton
-from .checks import expect_floating, expect_groups, expect_shape
+from .checks import expect_device, expect_floating, expect_groups, expect_shape
 from .gate_residual import gate_residual
 from .tuning import tuned
 
@@ -259,6 +259,7 @@ def mlp(
     ):  # fmt: skip
         if tensor is not None and tensor.dtype != x.dtype:
             raise ValueError(f"{name} has dtype {tensor.dtype}; expected x's, {x.dtype}")
+    expect_device(x, w_in=w_in, b_in=b_in, w_out=w_out, b_out=b_out, residual=residual, gate=gate)
     if is_opaque():
         return torch.ops.runtime.mlp(x, w_in, b_in, w_out, b_out, residual, gate)
     return mlp_picked(x, w_in, b_in, w_out, b_out, residual, gate)

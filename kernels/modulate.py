@@ -1,11 +1,12 @@
 """modulate: normalise each token, then scale and shift it (adaptive layer norm).
 
-    h            = LayerNorm(x; weight, bias, eps) * (1 + scale) + shift
+    h            = norm(x; weight, bias, eps) * (1 + scale) + shift
     codes, scale = quantise_rows(h)          # modulate_fp8: what a linear layer in 8 bits reads; h is never written
 
-x [B, L, D] any float dtype; scale, shift [1 or B, M, D] float32, one vector per L/M consecutive tokens, or None for
-no modulation; weight, bias [D] float32 or None; returns h [B, L, D] in x's dtype, or codes [B, L, D] e4m3 and their
-scale [B, L] float32. Arithmetic is float32; codes are of h before it would be rounded to x's dtype.
+norm is "layer", LayerNorm, or "rms": x / sqrt(mean(x^2) + eps). x [B, L, D] any float dtype; scale, shift
+[1 or B, M, D] float32, one vector per L/M consecutive tokens, or None for no modulation; weight, bias [D] float32 or
+None; returns h [B, L, D] in x's dtype, or codes [B, L, D] e4m3 and their scale [B, L] float32. Arithmetic is float32;
+codes are of h before it would be rounded to x's dtype.
 Source: adaLN of DiT, https://arxiv.org/abs/2212.09748; Wan computes it in float32.
 """
 
@@ -17,11 +18,13 @@ import torch
 import torch.nn.functional as F
 
 from .backend import has_fp8, is_opaque, jit, launch, pick, register, tl
-from .checks import expect_floating, expect_groups, expect_shape
+from .checks import expect_device, expect_floating, expect_groups, expect_shape
 from .cuda import modulate_cuda
 from .quantise_rows import InFp8, empty_in_fp8, quantise_rows_ref
 from .rows import load_token, store_in_8_bits, store_token, tiles_of, total
 from .tuning import tuned
+
+NORMS = ("layer", "rms")
 
 
 def modulate_ref(
@@ -31,38 +34,43 @@ def modulate_ref(
     weight: torch.Tensor | None,
     bias: torch.Tensor | None,
     eps: float,
+    norm: str,
 ) -> torch.Tensor:
     """The definition, float32 inside."""
     rows, length, width = x.shape
     if scale is None or shift is None:
-        return F.layer_norm(x.float(), (width,), weight, bias, eps).to(x.dtype)
+        return normed_ref(x, weight, bias, eps, norm).to(x.dtype)
     if weight is None and bias is None and scale.shape[:2] == (1, 1):
-        # One vector for all tokens is an affine layer norm: one pass instead of two.
-        return F.layer_norm(x.float(), (width,), scale[0, 0] + 1.0, shift[0, 0], eps).to(x.dtype)
+        # One vector for all tokens is an affine norm: one pass instead of two.
+        return normed_ref(x, scale[0, 0] + 1.0, shift[0, 0], eps, norm).to(x.dtype)
     groups = scale.shape[1]
-    h = F.layer_norm(x.float(), (width,), weight, bias, eps).view(rows, groups, length // groups, width)
+    h = normed_ref(x, weight, bias, eps, norm).view(rows, groups, length // groups, width)
     return torch.addcmul(shift.unsqueeze(2), h, scale.unsqueeze(2) + 1.0).view(rows, length, width).to(x.dtype)
 
 
-def modulate_fp8_ref(
-    x: torch.Tensor,
-    scale: torch.Tensor | None,
-    shift: torch.Tensor | None,
-    weight: torch.Tensor | None,
-    bias: torch.Tensor | None,
-    eps: float,
-) -> InFp8:
+def normed_ref(
+    x: torch.Tensor, weight: torch.Tensor | None, bias: torch.Tensor | None, eps: float, norm: str
+) -> torch.Tensor:
+    """The norm with its weights, float32."""
+    if norm == "layer":
+        return F.layer_norm(x.float(), x.shape[2:], weight, bias, eps)
+    h = F.rms_norm(x.float(), x.shape[2:], weight, eps)
+    return h if bias is None else h + bias
+
+
+def modulate_fp8_ref(x: torch.Tensor, *others: Any) -> InFp8:
     """The definition: one after the other, in float32."""
-    h = modulate_ref(x.float(), scale, shift, weight, bias, eps)
+    h = modulate_ref(x.float(), *others)
     codes, row_scale = quantise_rows_ref(h.flatten(0, 1), False)
     return codes.view(h.shape), row_scale.view(h.shape[:2])
 
 
 @jit
-def normalised(a, b, body, tail, eps, D: tl.constexpr):
-    """The layer norm of one token without weights; zeros from D on."""
-    mean = total(a, b) / D
-    a, b = tl.where(body < D, a - mean, 0.0), tl.where(tail < D, b - mean, 0.0)
+def normalised(a, b, body, tail, eps, D: tl.constexpr, RMS: tl.constexpr):
+    """The norm of one token without weights; zeros from D on."""
+    if not RMS:
+        mean = total(a, b) / D
+        a, b = tl.where(body < D, a - mean, 0.0), tl.where(tail < D, b - mean, 0.0)
     factor = tl.rsqrt(total(a * a, b * b) / D + eps)
     return a * factor, b * factor
 
@@ -86,7 +94,7 @@ def adapted(h, lanes, vector, scale, shift, weight, bias, D: tl.constexpr):
 def modulate_kernel(
     x, scale, shift, weight, bias, out, row_scale,
     x_row, x_token, vector_row, length, group, eps,
-    D: tl.constexpr, BODY: tl.constexpr, TAIL: tl.constexpr,
+    D: tl.constexpr, BODY: tl.constexpr, TAIL: tl.constexpr, RMS: tl.constexpr,
 ):  # fmt: skip
     """One program per token, in two tiles: read it once, write it once; in 8 bits where `row_scale` is given."""
     token = tl.program_id(0)
@@ -95,7 +103,7 @@ def modulate_kernel(
     body, tail = tl.arange(0, BODY), BODY + tl.arange(0, TAIL)
     a, b = load_token(x + row * x_row + place.to(tl.int64) * x_token, body, tail, D)
     vector = row * vector_row + (place // group).to(tl.int64) * D
-    a, b = normalised(a, b, body, tail, eps, D)
+    a, b = normalised(a, b, body, tail, eps, D, RMS)
     a = adapted(a, body, vector, scale, shift, weight, bias, D)
     b = adapted(b, tail, vector, scale, shift, weight, bias, D)
     target = out + token.to(tl.int64) * D
@@ -128,7 +136,7 @@ def _launch(
     shift: torch.Tensor | None,
     *norm: Any,
 ) -> None:
-    """Launch either form; `norm` is weight, bias and eps."""
+    """Launch either form; `norm` is weight, bias, eps and its name."""
     rows, length, width = x.shape
     x = x if x.stride(2) == 1 else x.contiguous()
     scale, shift, weight, bias = (
@@ -144,7 +152,7 @@ def _launch(
             "vector_row": 0 if scale is None or scale.shape[0] == 1 else scale.stride(0),
             "length": length, "group": 1 if scale is None else length // scale.shape[1], "eps": norm[2],
         },
-        {"D": width, "BODY": body, "TAIL": tail},
+        {"D": width, "BODY": body, "TAIL": tail, "RMS": norm[3] == "rms"},
         num_warps=tuned(operation, str(width), x.device).get("num_warps", warps),
     )  # fmt: skip
 
@@ -160,7 +168,7 @@ def modulate_fp8_picked(x: torch.Tensor, *others: Any) -> InFp8:
     return pick(x, ref=modulate_fp8_ref, triton=modulate_fp8_triton if has_fp8(x.device) else None)(x, *others)
 
 
-ARGUMENTS = "(Tensor x, Tensor? scale, Tensor? shift, Tensor? weight, Tensor? bias, float eps)"
+ARGUMENTS = "(Tensor x, Tensor? scale, Tensor? shift, Tensor? weight, Tensor? bias, float eps, str norm)"
 register(f"modulate{ARGUMENTS} -> Tensor", modulate_picked, lambda x, *_: x.new_empty(x.shape))
 register(f"modulate_fp8{ARGUMENTS} -> (Tensor, Tensor)", modulate_fp8_picked, lambda x, *_: empty_in_fp8(x))
 
@@ -173,12 +181,15 @@ def modulate(
     weight: torch.Tensor | None = None,
     bias: torch.Tensor | None = None,
     eps: float = 1e-6,
+    norm: str = "layer",
 ) -> torch.Tensor:
-    """Return LayerNorm(x) * (1 + scale) + shift, [B, L, D]; ValueError for shapes that do not fit together."""
+    """Return norm(x) * (1 + scale) + shift, [B, L, D]; ValueError for arguments that do not fit together."""
     expect_modulation(x, scale, shift, weight, bias)
+    if norm not in NORMS:
+        raise ValueError(f"norm is {norm!r}; legal: {', '.join(NORMS)}")
     if is_opaque():
-        return torch.ops.runtime.modulate(x, scale, shift, weight, bias, eps)
-    return modulate_picked(x, scale, shift, weight, bias, eps)
+        return torch.ops.runtime.modulate(x, scale, shift, weight, bias, eps, norm)
+    return modulate_picked(x, scale, shift, weight, bias, eps, norm)
 
 
 def modulate_fp8(
@@ -189,12 +200,15 @@ def modulate_fp8(
     weight: torch.Tensor | None = None,
     bias: torch.Tensor | None = None,
     eps: float = 1e-6,
+    norm: str = "layer",
 ) -> InFp8:
     """Return `modulate` of the same arguments per token in 8 bits: codes [B, L, D] e4m3, scale [B, L] float32."""
     expect_modulation(x, scale, shift, weight, bias)
+    if norm not in NORMS:
+        raise ValueError(f"norm is {norm!r}; legal: {', '.join(NORMS)}")
     if is_opaque():
-        return torch.ops.runtime.modulate_fp8(x, scale, shift, weight, bias, eps)
-    return modulate_fp8_picked(x, scale, shift, weight, bias, eps)
+        return torch.ops.runtime.modulate_fp8(x, scale, shift, weight, bias, eps, norm)
+    return modulate_fp8_picked(x, scale, shift, weight, bias, eps, norm)
 
 
 def expect_modulation(
@@ -215,3 +229,4 @@ def expect_modulation(
     for name, vector in (("weight", weight), ("bias", bias)):
         if vector is not None:
             expect_shape(name, vector, (x.shape[2],))
+    expect_device(x, scale=scale, shift=shift, weight=weight, bias=bias)

@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 
 from .backend import is_forced, is_opaque, jit, launch, next_power_of_2, pick, register, tl
-from .checks import expect_floating
+from .checks import expect_device, expect_floating
 from .cuda import norm_silu_cuda
 from .tuning import tuned
 
@@ -153,6 +153,7 @@ def norm_silu(
         raise ValueError(f"x has shape {list(x.shape)}; expected [B, C, ...]")
     if gamma.numel() != x.shape[1]:
         raise ValueError(f"gamma has shape {list(gamma.shape)}; expected {x.shape[1]} numbers, one per channel of x")
+    expect_device(x, gamma=gamma)
     if upsample and inplace:
         raise ValueError("upsample and inplace are both set; the enlarged result does not fit into x's memory")
     if upsample and x.dim() not in (4, 5):

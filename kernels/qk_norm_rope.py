@@ -24,7 +24,7 @@ import torch
 import torch.nn.functional as F
 
 from .backend import is_opaque, jit, launch, next_power_of_2, pick, register, tl
-from .checks import expect_floating, expect_shape
+from .checks import expect_device, expect_floating, expect_shape
 from .cuda import qk_norm_rope_cuda
 from .tuning import tuned
 
@@ -385,10 +385,11 @@ def qk_norm_rope(
     if min(skip) < 0 or sum(skip) > qkv.shape[1]:
         raise ValueError(f"skip is {tuple(skip)}; expected two counts that sum to at most {qkv.shape[1]} tokens")
     _expect_rope(rope, qkv.shape[1] - sum(skip), width // heads // 2)
+    tables = rope if isinstance(rope, AxisTables) else (rope, None, None)
+    expect_device(qkv, **vectors, **dict(zip(("rope", "rope.h", "rope.w"), tables, strict=True)))
     others = (heads, eps, norm, q_bias, k_bias, pairing, skip)
     if is_opaque():
         qkv = qkv.contiguous()
-        tables = rope if isinstance(rope, AxisTables) else (rope, None, None)
         torch.ops.runtime.qk_norm_rope_(qkv, q_weight, k_weight, *tables, *others)
         q, k, v = qkv.unflatten(2, (3, heads, -1)).unbind(2)
         return q, k, v

@@ -45,9 +45,9 @@ def test_a_request_of_true_size(name: str, tmp_path: Path) -> None:
         latents = denoise(model, torch.zeros(1, *shape), context, sigmas, request)
         assert latents.device == GPU and latents.dtype == torch.float32 and latents.shape == (1, *shape)
         assert copies == ["blocks"] + ["goes on"] * FORWARDS  # the noise once, sigma for each forward
-        layers = len(model.transformers[0].blocks)
+        layers, experts = len(model.transformers[0].blocks), len(model.transformers)
         assert counted(launches) == {
-            "modulate_kernel": FORWARDS * (layers + 1), "qk_norm_rope_kernel": FORWARDS * layers,
+            "modulate_kernel": FORWARDS * (2 * layers + 1) + experts * layers, "qk_norm_rope_kernel": FORWARDS * layers,
             "gate_residual_kernel": FORWARDS * 3 * layers,
         }  # fmt: skip
         launches.clear()
@@ -72,7 +72,7 @@ def test_linear_layers_in_8_bits(tmp_path: Path) -> None:
         assert out.shape == (1, 16, 3, 60, 104)
         layers = len(network.blocks)
         assert counted(launches) == {  # rows are quantised where they are made, but for attention's and the inner ones
-            "modulate_kernel": layers + 1, "gate_residual_kernel": 3 * layers, "qk_norm_rope_kernel": layers,
+            "modulate_kernel": 2 * layers + 1, "gate_residual_kernel": 3 * layers, "qk_norm_rope_kernel": layers,
             "quantise_rows_kernel": 3 * layers,
         }  # fmt: skip
         assert sum("row_scale" in launch.arguments for launch in launches) == 3 * layers

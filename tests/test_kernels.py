@@ -119,6 +119,19 @@ def emptied(arguments: dict[str, Any]) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("operation", CASES)
+def test_a_tensor_on_another_device_is_named(operation: str) -> None:
+    moved: set[str] = set()
+    for case in cases(operation, real=False):
+        arguments = made(case, torch.float32)
+        for name in [name for name in arguments if tensors(arguments[name])][1:]:
+            away = pytree.tree_map_only(torch.Tensor, lambda tensor: tensor.to("meta"), arguments[name])
+            with pytest.raises(ValueError, match=rf"{name} is on meta; expected cpu"):
+                run(operation, None, arguments | {name: away})
+            moved.add(name)
+    assert moved or operation == "quantise_rows"
+
+
+@pytest.mark.parametrize("operation", CASES)
 def test_cases_cover(operation: str) -> None:
     """Each operation is asked for a non-contiguous input and for a published model at a published resolution."""
     small = tensors([made(case, torch.float32) for case in cases(operation, real=False)])
@@ -375,7 +388,7 @@ def test_transformer_is_exported_whole() -> None:
             torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
     nodes = [str(node.target).split(".")[1] for node in exported.graph.nodes if str(node.target).startswith("runtime.")]
     counted = {name: nodes.count(name) for name in nodes}
-    assert counted == {  # per block, and the head's modulate
-        "modulate": 2 + 1, "gate_residual_modulate": 2 * 2, "qk_norm_rope_": 2,
+    assert counted == {  # per block, the text's query among them, and the head's modulate
+        "modulate": 2 * 2 + 1, "gate_residual_modulate": 2 * 2, "qk_norm_rope_": 2,
         "attention": 2 * 2, "mlp": 2,
     }  # fmt: skip

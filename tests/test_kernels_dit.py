@@ -19,19 +19,24 @@ small = st.integers(1, 5)
 
 
 @settings(deadline=None, max_examples=60)
-@given(rows=small, groups=small, per_group=small, width=st.integers(2, 9), shared=st.booleans(), affine=st.booleans())
-def test_modulate(rows: int, groups: int, per_group: int, width: int, shared: bool, affine: bool) -> None:
+@given(
+    rows=small, groups=small, per_group=small, width=st.integers(2, 9), shared=st.booleans(), affine=st.booleans(),
+    norm=st.sampled_from(["layer", "rms"]),
+)  # fmt: skip
+def test_modulate(rows: int, groups: int, per_group: int, width: int, shared: bool, affine: bool, norm: str) -> None:
     x = numbers(rows, groups * per_group, width)
     scale, shift = (numbers(1 if shared else rows, groups, width, seed=s) for s in (1, 2))
     weight, bias = (numbers(width, seed=3), numbers(width, seed=4)) if affine else (None, None)
-    ours = kernels.modulate(x, scale, shift, weight=weight, bias=bias)
+    ours = kernels.modulate(x, scale, shift, weight=weight, bias=bias, norm=norm)
     wide = x.double()
-    normal = (wide - wide.mean(2, keepdim=True)) / (wide.var(2, unbiased=False, keepdim=True) + 1e-6).sqrt()
+    if norm == "layer":
+        wide = wide - wide.mean(2, keepdim=True)
+    normal = wide / (wide.square().mean(2, keepdim=True) + 1e-6).sqrt()
     if affine:
         normal = normal * weight + bias
     each = [vector.repeat_interleave(per_group, dim=1) for vector in (scale, shift)]
     assert relative(ours, normal * (1 + each[0]) + each[1]) < 1e-5
-    plain = kernels.modulate(x, weight=weight, bias=bias)
+    plain = kernels.modulate(x, weight=weight, bias=bias, norm=norm)
     assert relative(plain, normal) < 1e-5
 
 
@@ -105,6 +110,8 @@ X, W = numbers(2, 6, 4), numbers(4)
     [
         (lambda: kernels.modulate(X[0]), r"x has shape \[6, 4\]"),
         (lambda: kernels.modulate(X.int()), "x has dtype torch.int32"),
+        (lambda: kernels.modulate(X, norm="batch"), "norm is 'batch'; legal: layer, rms"),
+        (lambda: kernels.modulate(X, *[numbers(1, 0, 4)] * 2), r"scale has shape \[1, 0, 4\]"),
         (lambda: kernels.modulate(X, numbers(1, 1, 4)), "together or not at all"),
         (
             lambda: kernels.modulate(X, numbers(3, 1, 4), numbers(3, 1, 4)),

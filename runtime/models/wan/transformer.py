@@ -329,8 +329,8 @@ class CrossAttention(nn.Module):
         return self.out(y)
 
     def normed(self, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-        """RMS norm over the whole width, float32 inside."""
-        return F.rms_norm(x.float(), (x.shape[-1],), weight, self.eps).to(x.dtype)
+        """RMS norm of [R, S, D] over the whole width."""
+        return kernels.modulate(x, weight=weight, eps=self.eps, norm="rms")
 
     def split_heads(self, x: torch.Tensor) -> torch.Tensor:
         """[R, S, D] -> [R, S, N, K]."""
