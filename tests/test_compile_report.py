@@ -36,7 +36,7 @@ def report(file: Path, *options: str) -> list[dict]:
 
 
 def test_one_case(tmp_path: Path) -> None:
-    rows = report(tmp_path / "r.json", "--arch", "sm_90", "sm_120", "--only", "modulate", "--case", "wan-14b 480p")
+    rows = report(tmp_path / "r.json", "--arch", "sm_90", "sm_120", "--only", "modulate", "--case", "wan-14b 480p rms")
     ours = [row for row in rows if row["case"] != "csrc"]
     assert [row["arch"] for row in ours] == ["sm_90", "sm_120"]
     for row in ours:
