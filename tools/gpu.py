@@ -192,6 +192,7 @@ def pack(folder: Path | None = None) -> None:
     folder = folder or KEPT
     if "OUT" not in os.environ or not folder.exists():
         return
+    OUT.mkdir(parents=True, exist_ok=True)
     packed = OUT / f"{folder.name}.tar.gz"
     with tarfile.open(packed.with_suffix(".partial"), "w:gz") as archive:
         archive.add(folder, folder.name)
