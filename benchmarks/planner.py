@@ -76,7 +76,7 @@ def run(args: argparse.Namespace) -> int:
         random_model.write(folders["tiny"], "tiny")
         for dtype in (torch.float32, torch.bfloat16):
             print(f"calibrating {dtype}", file=sys.stderr, flush=True)
-            calibration(torch.device("cpu"), dtype, True)
+            calibration(torch.device("cpu"), dtype)
         found = []
         for case in CASES:
             print(case, file=sys.stderr, flush=True)

@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from runtime import weights
-from runtime.model import DEMO, Model, choose_dtype
+from runtime.model import DEMO, Model, choose_dtype, vae_dtype
 from runtime.models import open_checkpoint
 from runtime.models.spec import Autoencoder, Transformer
 from runtime.models.wan.published import ALIASES, BOUNDARIES, NETWORKS, UMT5_XXL, published, vae_config
@@ -58,7 +58,7 @@ def load(folder: Path, device: torch.device, dtype: str, engine: str) -> Model:
     """Return the model of a folder of configs, its weights random."""
     checkpoint, kind = open_checkpoint(folder), choose_dtype(dtype, device)
     transformers = tuple(cast(Transformer, prepared(part, device, kind)) for part in checkpoint.transformers)
-    vae = cast(Autoencoder, prepared(checkpoint.vae, device, torch.float32))
+    vae = cast(Autoencoder, prepared(checkpoint.vae, device, vae_dtype(device, kind)))
     model = Model(checkpoint, transformers, vae, device, kind, engine)
     model.text_encoder = prepared(checkpoint.text_encoder, device, kind)
     model.fingerprint = model.text_fingerprint = f"random {checkpoint.spec.name}"

@@ -73,6 +73,7 @@ def parser() -> argparse.ArgumentParser:
     ahead.add_argument("--tile", type=parse_size, metavar="WIDTHxHEIGHT", help="pixels decoded at once, halo included")
     ahead.add_argument("--dtype", default="auto", help="auto, float32, bfloat16, float16 (default: auto)")
     ahead.add_argument("--precision", choices=("full", "fp8"), default="full", help="of the transformer's weights")
+    ahead.add_argument("--anew", action="store_true", help="measure this machine again, for all plans from now on")
     ahead.add_argument("--json", action="store_true", help="print a JSON object")
 
     make = commands.add_parser("build", parents=[shared], help="make engines ahead of time; look after their store")
@@ -164,6 +165,7 @@ def plan(options: argparse.Namespace) -> None:
         options.model, width=width, height=height, num_frames=options.frames, steps=options.steps,
         guidance=options.guidance, gpu=options.gpu, memory=options.memory, dtype=options.dtype,
         tile=options.tile and (options.tile[1], options.tile[0]), precision=options.precision,
+        anew=options.anew,
     )  # fmt: skip
     print(json.dumps(found.to_dict(), indent=2) if options.json else table(found))
 

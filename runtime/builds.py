@@ -64,7 +64,8 @@ def write_packages(model: Model, sizes: Sequence[tuple[int, int]], frames: int |
     request = Request(prompt="any", width=width, height=height, num_frames=frames).resolved(model.spec)
     assert request.num_frames
     shape = model.spec.latent_shape(request.num_frames, height, width)
-    files = packages.write_packages(model.transformers, model.vae, model.spec, shape, folder)
+    vae = model.autoencoder(model.device, torch.float32)
+    files = packages.write_packages(model.transformers, vae, model.spec, shape, folder)
     return [f"{file}: {file.stat().st_size / 2**20:.1f} MiB" for file in files]
 
 

@@ -52,7 +52,7 @@ def decode(
     spec = model.spec
     latents = check_latents(latents, (spec.latent_channels, None, None, None), "latents")
     _, _, time, height, width = latents.shape
-    kind = decoder_dtype(model) if dtype is None else choose_dtype(dtype, model.device)
+    kind = model.vae_dtype if dtype is None else choose_dtype(dtype, model.device)
     if receipt is not None and kind != torch.float32 and ROUNDED not in receipt.approximations:
         receipt.approximations.append(ROUNDED)
     model.vae.decode_stream(latents, tile)  # refuses a bad tile now, not at the first frame
@@ -77,12 +77,6 @@ def decode(
         latents=latents[0],
         receipt=receipt,
     )
-
-
-def decoder_dtype(model: Model) -> torch.dtype:
-    """Return the decoder's dtype where none is asked for: 16 bits on a GPU, whose kernels are made for them."""
-    rounded = model.device.type == "cuda" and model.dtype != torch.float32
-    return torch.bfloat16 if rounded else torch.float32
 
 
 def timed(chunks: Iterator[np.ndarray], stages: Stages) -> Iterator[np.ndarray]:
@@ -241,7 +235,7 @@ def encode(
     else:
         raise ValueError(f"frames are {type(frames).__name__}; legal: a Video, or a numpy array of uint8")
     _check_clip(model, count, height, width)
-    kind = torch.float32 if dtype is None else choose_dtype(dtype, model.device)
+    kind = model.vae_dtype if dtype is None else choose_dtype(dtype, model.device)
     with torch.inference_mode():
         chunks = _pixel_chunks(iter(frames), model.spec.stride[0], model.device)
         latents = list(model.autoencoder(model.device, kind).encode_stream(chunks, tile))

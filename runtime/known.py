@@ -98,7 +98,7 @@ def encode_channels(
     height, width = canvas_of(model, window)
 
     def encode_chunks(chunks: Iterable[torch.Tensor]) -> torch.Tensor:
-        return torch.cat(list(model.autoencoder(model.device, torch.float32).encode_stream(chunks)), dim=2)
+        return torch.cat(list(model.vae.encode_stream(chunks)), dim=2)
 
     def chunks() -> Iterator[Shown]:
         for t in range(time):

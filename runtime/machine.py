@@ -12,6 +12,7 @@ from typing import Protocol
 
 from runtime.models.costs import Operation, Work
 
+VAE_STAGES = ("decode", "encode")
 RESERVED = 2**30  # bytes of a GPU that its driver, libraries and fragmentation take
 
 
@@ -148,10 +149,12 @@ class Measured:
     name: str
     memory: int
     rates: Mapping[str, Rate]
+    vae_rates: Mapping[str, Rate]  # in the dtype of the autoencoder
     residents: Mapping[str, int] = field(default_factory=dict)  # stage -> bytes of the process itself
     glue: Mapping[str, float] = field(default_factory=dict)  # stage -> seconds around each operation
     read: float = 1e9  # bytes/s of weights from where they wait
     capability: tuple[int, int] = (0, 0)
+    brief: bool = False  # to be measured whole by whoever has the time
     basis: str = "measured"
 
     def seconds(self, work: Work, stage: str) -> float:
@@ -165,9 +168,10 @@ class Measured:
 
     def _parts(self, work: Work, stage: str) -> tuple[float, float, float]:
         glue = self.glue.get(stage, 0.0)
+        rates = self.vae_rates if stage in VAE_STAGES else self.rates
         calls = compute = moved = 0.0
         for each in work.operations:
-            parts = self.rates[each.kind].parts(each)
+            parts = rates[each.kind].parts(each)
             calls += (parts[0] + glue) * each.count
             compute += parts[1] * each.count
             moved += parts[2] * each.count

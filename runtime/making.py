@@ -101,11 +101,11 @@ def signer_of(options: Options) -> Signer | None:
 
 
 def foretell(model: Model, request: Request, *, quiet: bool) -> None:
-    """Print what the planner foresees; a machine that it does not know is measured first, for the receipt too."""
+    """Print what the planner foresees; a machine that it does not know is measured in short, for the receipt too."""
     from runtime.planner import foresee
     from runtime.prediction import GIB
 
-    found = foresee(model, request, measure=True)
+    found = foresee(model, request, "brief")
     assert found is not None  # it is measured where it was not
     if quiet:
         return

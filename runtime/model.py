@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -52,6 +51,11 @@ class Model:
         """The model's facts and defaults."""
         return self.checkpoint.spec
 
+    @property
+    def vae_dtype(self) -> torch.dtype:
+        """What the autoencoder computes in, both ways, where nothing else is asked for."""
+        return vae_dtype(self.device, self.dtype)
+
     @cached_property
     def costs(self) -> Costs:
         """The formulas of what its networks compute and hold."""
@@ -84,14 +88,11 @@ class Model:
 
     def autoencoder(self, device: torch.device, dtype: torch.dtype) -> Autoencoder:
         """Return the autoencoder on a device in a dtype; beside the loaded one, the last other copy is kept."""
-        if device.type == self.device.type and dtype == torch.float32:
+        if device.type == self.device.type and dtype == self.vae_dtype:
             return self.vae
         if self._other_vae is None or self._other_vae[:2] != (device, dtype):
-            assert isinstance(self.vae, torch.nn.Module)
-            moved = {id(p): torch.nn.Parameter(p.to(device, dtype), False) for p in self.vae.parameters()}
-            other = cast(Autoencoder, copy.deepcopy(self.vae, moved))  # never both in float32
-            self.checkpoint.vae.prepare(cast(torch.nn.Module, other))
-            self._other_vae = device, dtype, other
+            self._other_vae = None  # its memory goes first
+            self._other_vae = device, dtype, load_autoencoder(self.checkpoint, device, dtype)
         return self._other_vae[2]
 
     @cached_property
@@ -214,6 +215,12 @@ class Loading(TypedDict, total=False):
     precision: str
 
 
+def vae_dtype(device: torch.device, dtype: torch.dtype) -> torch.dtype:
+    """Return the autoencoder's dtype beside transformers of a dtype: 16 bits on a GPU, whose kernels are made for them,
+    if those are; else float32, as published."""
+    return torch.bfloat16 if device.type == "cuda" and dtype != torch.float32 else torch.float32
+
+
 def load(
     name_or_path: str | Path,
     *,
@@ -226,10 +233,10 @@ def load(
 ) -> Model:
     """Load a model: "demo", a folder in a published layout, or a repository id in the local Hugging Face cache.
 
-    `dtype` is the transformer's and the text encoder's; the VAE computes in float32, as published. `offload` says which
-    weights stay on the device (None: all). `loras` are merged into the transformers, in turn. `precision` "fp8" keeps
-    the large layers of the blocks in 8 bits alone: half the memory, and no exact videos. Raises ValueError or
-    FileNotFoundError with what is wrong and what to do.
+    `dtype` is the transformer's and the text encoder's; the VAE computes in float32, as published, but beside 16 bits
+    on a GPU in bfloat16. `offload` says which weights stay on the device (None: all). `loras` are merged into the
+    transformers, in turn. `precision` "fp8" keeps the large layers of the blocks in 8 bits alone: half the memory, and
+    no exact videos. Raises ValueError or FileNotFoundError with what is wrong and what to do.
     """
     place = choose_device(device)
     kind = choose_dtype(dtype, place)
@@ -251,7 +258,7 @@ def load(
         # In 8 bits a GPU need not have room for the full weights: they wait in the host's memory.
         first = place if precision == "full" else torch.device("cpu")
         transformers = tuple(load_transformers(checkpoint, first, kind, offload or Offload()))
-        vae = cast(Autoencoder, weights.load(checkpoint.vae, place, torch.float32))
+        vae = load_autoencoder(checkpoint, place, vae_dtype(place, kind))
         model = Model(checkpoint, transformers, vae, place, kind, engine, stages, offload or Offload())
         change_loras(model, loras)
         if precision == "fp8":
@@ -317,6 +324,17 @@ def change_loras(model: Model, loras: Sequence[Lora]) -> None:
     model.loras, model.merged = tuple(loras), tuple(merged)
     model.__dict__.pop("fingerprint", None)
     model.forget_fp8()
+
+
+def load_autoencoder(checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype) -> Autoencoder:
+    """Load the autoencoder; in 16 bits its kernels are laid out in float32, on the host, before they are rounded."""
+    whole = dtype == torch.float32
+    network = weights.load(checkpoint.vae, device if whole else torch.device("cpu"), torch.float32)
+    if not whole:
+        for parameter in network.parameters():
+            parameter.data = parameter.data.to(device, dtype)
+        checkpoint.vae.prepare(network)
+    return cast(Autoencoder, network)
 
 
 def load_transformers(

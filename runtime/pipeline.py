@@ -24,7 +24,7 @@ from runtime.known import encode_channels, encode_known, firmness, given_frames,
 from runtime.latents import check_latents, draw_noise
 from runtime.model import Model
 from runtime.pictures import encode_pictures
-from runtime.planner import foresee
+from runtime.planner import foresee, learn
 from runtime.receipt import Receipt
 from runtime.request import Request
 from runtime.samplers import SamplerState
@@ -35,6 +35,7 @@ from runtime.text import encode_prompt
 from runtime.trace import mark, recording, span
 from runtime.video import Video
 
+ROUNDED = "known frames encoded in 16 bits; the dtype float32 encodes in float32"
 FINISH = 0.35  # sigma from which a draft is made into the final video: at 0.45 the built-in model strays below 24 dB
 LEAD = 8  # latent frames decoded before the first of a loop, so that the decoder has forgotten where it began
 
@@ -66,6 +67,8 @@ def generate(
     given = given_frames(plan.windows[0], footage, before_first(job))
     with mark("request"):
         latents = sample(job, 0, given, noise)
+    if plan.plain:
+        learn(model, receipt)
     video = decode_window(job, 0, latents)
     if plan.plain:
         return video
@@ -165,6 +168,8 @@ def sample(job: Job, index: int, given: Mapping[int, np.ndarray], noise: torch.T
         if given or model.checkpoint.channels is not None:
             with span("encode", memory=True):
                 told = tell(job, window, given)
+            if model.vae_dtype != torch.float32 and ROUNDED not in job.receipt.approximations:
+                job.receipt.approximations.append(ROUNDED)
         with span("denoise", memory=True):
             context = prepare_context(model, texts, shape, told.pictures, told.channels, request.positions)
             kept = None if job.checkpoints is None else job.checkpoints.find(index)

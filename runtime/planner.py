@@ -14,7 +14,7 @@ from typing import Any, Unpack
 import torch
 
 from runtime.budget import computed_steps
-from runtime.calibration import local
+from runtime.calibration import Effort, compare, local
 from runtime.kernels.attention import Call, choose
 from runtime.kernels.tuning import slug
 from runtime.machine import GPUS, Machine
@@ -24,11 +24,13 @@ from runtime.models.costs import Costs
 from runtime.models.spec import ModelSpec
 from runtime.offload import Offload
 from runtime.prediction import GIB, Prediction
+from runtime.receipt import Receipt
 from runtime.request import Request
 from runtime.tasks import Plan
 from runtime.text import embeddings_known
 from runtime.weighing import Setting, Tile, predict
 
+LONG = 0.5  # seconds of steps from which what only a process's first request pays is no large part of them
 WORD_TOKENS = 1.4  # text tokens per word, where a prompt has not been cut into tokens yet
 UNLIMITED = 2**62  # bytes
 
@@ -41,20 +43,24 @@ def plan_request(
     dtype: str = "auto",
     tile: Tile = None,
     precision: str = "full",
+    anew: bool = False,
     **asked: Any,
 ) -> Prediction:
     """Predict a request, `asked` as in Request, for a model by name or folder, on a GPU by name or on this machine.
 
-    A published name in lower case needs nothing on disk. Raises ValueError for unknown names and what cannot fit.
+    A published name in lower case needs nothing on disk. This machine is calibrated where it was not, or `anew`. Raises
+    ValueError for unknown names and what cannot fit.
     """
     spec, costs = find_model(name)
     request = Request(prompt="as long as may be", seed=0, **asked).resolved(spec)
     device = choose_device("auto" if gpu is None else "cpu") if gpu in (None, "cpu") else None
     if device is not None:
         kind = choose_dtype(dtype, device)
-        here = local(device, kind)
+        here = local(device, kind, "anew" if anew else "whole")
         assert here is not None  # it is measured where it was not
         machine: Machine = here
+    elif anew:
+        raise ValueError(f"this machine is to be measured anew, and gpu is {gpu!r}; legal: no gpu, or cpu")
     elif gpu in GPUS:
         kind, machine = choose_dtype("bfloat16" if dtype == "auto" else dtype, torch.device("cpu")), GPUS[gpu]
     else:
@@ -70,12 +76,13 @@ def plan_request(
     return predict(spec, costs, request, machine, setting)
 
 
-def foresee(model: Model, request: Request, *, measure: bool = False) -> Prediction | None:
+def foresee(model: Model, request: Request, effort: Effort = "none") -> Prediction | None:
     """Predict a resolved request on a loaded model; None where its device has not been calibrated.
 
-    `measure` calibrates it then. Raises ValueError where the request does not fit into the model's memory budget.
+    `effort` says how it is calibrated then. Raises ValueError where the request does not fit into the model's memory
+    budget.
     """
-    machine = local(model.device, model.dtype, measure=measure)
+    machine = local(model.device, model.dtype, effort)
     if machine is None:
         return None
     setting = setting_of(model.spec, model.costs, request, machine, model.dtype, model.engine)
@@ -118,6 +125,20 @@ def foresee_plan(model: Model, request: Request, plan: Plan) -> Prediction | Non
         found.append(replace(once, seconds=seconds | {"total": sum(seconds.values())}))
     largest = max(found, key=lambda each: each.most)
     return replace(largest, seconds={name: sum(each.seconds[name] for each in found) for name in found[0].seconds})
+
+
+def learn(model: Model, receipt: Receipt) -> None:
+    """Hold what the steps of a plain request took against what was foreseen of them, where both count the same.
+
+    A note in the receipt says so where that drops the machine's calibration.
+    """
+    steps, foreseen = receipt.stages.get("denoise/step"), receipt.predicted
+    if foreseen is None or steps is None or receipt.approximations or model.engine != "eager":
+        return
+    seconds = foreseen["seconds"]["denoise"]
+    whole = steps.calls == receipt.request["steps"]  # not resumed
+    if whole and seconds >= LONG and compare(model.device, model.dtype, receipt.stages["denoise"].seconds / seconds):
+        receipt.notes.append("the last requests all took otherwise than foreseen; this machine will be measured anew")
 
 
 def load_within(name: str, request: Request, *, memory: str, **how: Unpack[Loading]) -> Model:

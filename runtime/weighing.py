@@ -7,8 +7,11 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
+import torch
+
 from runtime.denoising import BATCHED_TOKENS
 from runtime.machine import Machine
+from runtime.model import DTYPES, vae_dtype
 from runtime.models.costs import Costs, Shape, Work
 from runtime.models.spec import ModelSpec
 from runtime.models.tiles import finer
@@ -17,7 +20,6 @@ from runtime.prediction import GIB, STAGES, Prediction
 from runtime.request import Request
 
 SLACK = 0.08  # of a measured machine's memory that is left free for what is not foreseen
-VAE_ITEMSIZE = 4  # the autoencoder computes in float32, as published
 Tile = tuple[int, int] | None  # (height, width) in pixels; None: the whole frame
 
 
@@ -101,8 +103,9 @@ class Job:
 
     @property
     def vae_itemsize(self) -> int:
-        """Bytes per number in the autoencoder; ideal times and bytes are those of 16 bits."""
-        return self.setting.itemsize if self.published else VAE_ITEMSIZE
+        """Bytes per number in the autoencoder."""
+        device = torch.device("cpu" if self.machine.capability == (0, 0) else "cuda")
+        return vae_dtype(device, DTYPES[self.setting.dtype]).itemsize
 
     def seconds(self, offload: Offload, tile: Tile) -> dict[str, float]:
         """Seconds of each stage and of the request; weights come while others compute, and cost what is not hidden."""
@@ -131,7 +134,7 @@ class Job:
         """Peak memory of each stage in bytes."""
         size = self.setting.itemsize
         transformer = offload.transformer_bytes(self.weights, self.experts, size)
-        always = transformer + self.costs.vae.bytes(VAE_ITEMSIZE)
+        always = transformer + self.costs.vae.bytes(self.vae_itemsize)
         text = 0 if self.setting.text_known else offload.text_bytes(self.costs.text_encoder, size)
         known = "known " if self.setting.text_known else ""
         after = always + (text if offload.text == "resident" else 0)
@@ -149,7 +152,7 @@ class Job:
     def live(self, tile: Tile) -> dict[str, int]:
         """Bytes that each stage holds at once beside weights."""
         if tile not in self._live:
-            clip, parked = (self.latents, tile, VAE_ITEMSIZE), self.machine.capability != (0, 0)
+            clip, parked = (self.latents, tile, self.vae_itemsize), self.machine.capability != (0, 0)
             denoise = self.costs.forward(self.shape(self.batched)).live
             denoise += self.experts * self.costs.project(self.shape(self.rows)).live
             self._live[tile] = {
@@ -198,7 +201,7 @@ def predict(spec: ModelSpec, costs: Costs, request: Request, machine: Machine, s
         weights_bytes={
             "text_encoder": costs.text_encoder.bytes(setting.itemsize),
             "transformer": job.experts * job.weights.bytes(setting.itemsize),
-            "vae": costs.vae.bytes(VAE_ITEMSIZE),
+            "vae": costs.vae.bytes(job.vae_itemsize),
         },
         memory=setting.memory,
         choices=describe(job, offload, tile),

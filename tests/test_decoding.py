@@ -184,6 +184,31 @@ def test_another_dtype() -> None:
     assert 0 < np.mean((rounded - video.frames) ** 2) < 255**2 / 10**5.0  # 50 dB, bytes' own rounding included
     with pytest.raises(ValueError, match="legal: auto, float32"):
         runtime.decode(model, video.latents, dtype="int8")
+    exact, near = (
+        runtime.decode(model, runtime.encode(model, video.frames[:5], dtype=dtype)).frames.astype(float)
+        for dtype in ("float32", "bfloat16")
+    )
+    assert 0 < np.mean((near - exact) ** 2) < 255**2 / 10**5.0
+
+
+def test_where_16_bits_are_the_default(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a GPU: both ways, said in the receipt, and the kernels laid out before they are rounded."""
+    whole = runtime.load("demo")
+    monkeypatch.setattr("runtime.model.vae_dtype", lambda device, dtype: torch.bfloat16)
+    model = runtime.load("demo")
+    for exact, rounded in zip(whole.vae.parameters(), model.vae.parameters(), strict=True):
+        assert torch.equal(exact.to(torch.bfloat16), rounded)
+    assert model.autoencoder(model.device, torch.bfloat16) is model.vae
+    clip = runtime.Clip(np.full((5, 64, 64, 3), 90, np.uint8))
+    request = runtime.Request(prompt="a", width=64, height=64, num_frames=9, steps=1, seed=0, clips=(clip,))
+    video = runtime.generate(model, request)
+    assert len(list(video)) > 0
+    assert [text.split(";")[0] for text in video.receipt.approximations] == [
+        "known frames encoded in 16 bits", "decoded in 16 bits",
+    ]  # fmt: skip
+    wide = model.autoencoder(model.device, torch.float32)
+    for exact, again in zip(whole.vae.parameters(), wide.parameters(), strict=True):
+        assert torch.equal(exact, again)
 
 
 MEMORY = """

@@ -53,6 +53,7 @@ def test_a_request_of_true_size(name: str, tmp_path: Path) -> None:
         launches.clear()
         copies.clear()
         decoder = model.autoencoder(GPU, torch.bfloat16)
+        assert decoder is model.vae
         chunks = list(decoder.decode_stream(latents[:, :, :2]))
         assert [chunk.shape for chunk in chunks] == [(1, 3, count, height, width) for count in (1, 4)]
         assert all(chunk.device == GPU and chunk.dtype == torch.float32 for chunk in chunks)

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 import runtime
-from runtime.calibration import local, measure_briefly
+from runtime.calibration import local
 from runtime.lora import Lora
 from runtime.machine import host_memory
 from runtime.model import change_loras, choose_device, fit_loras
@@ -56,9 +56,8 @@ class Loaded(dict[str, runtime.Model]):
         measurement, and loading the libraries that the first prompt needs."""
         left: list[Callable[[], object]] = [partial(load_libraries, model) for model in self.values()]
         for device, dtype in {(model.device, model.dtype) for model in self.values()}:
-            if device.type != "cpu":
-                local(device, dtype)
-            elif measure_briefly(device, dtype):
+            machine = local(device, dtype, "brief" if device.type == "cpu" else "whole")
+            if machine is not None and machine.brief:
                 left.append(partial(local, device, dtype))
         return left
 
