@@ -48,9 +48,14 @@ def read_video(path: str | os.PathLike[str], *, fps: float = 24.0, max_pixels: i
     with _open_for_reading(path) as container:
         width, height = _frame_size(path, container, max_pixels)
         stream = container.streams.video[0]
-        durations = [
-            packet.duration or 0 for packet in container.demux(stream) if packet.size and not packet.is_discard
+        packets = [
+            (packet.duration or 0, packet.pts)
+            for packet in container.demux(stream)
+            if packet.size and not packet.is_discard
         ]
+        durations = [duration for duration, _ in packets]
+        stamps = sorted(stamp for _, stamp in packets if stamp is not None)
+        times = [float((stamp - stamps[0]) * (stream.time_base or 0)) for stamp in stamps]
         if container.format.name == "gif" and stream.time_base and sum(durations):
             fps = float(len(durations) / (sum(durations) * stream.time_base))  # average_rate is a rough guess there
         elif not container.format.name.endswith("_pipe") and stream.average_rate:
@@ -59,7 +64,7 @@ def read_video(path: str | os.PathLike[str], *, fps: float = 24.0, max_pixels: i
     num_frames = len(durations)
     if num_frames == 0:
         raise ValueError(f"{path} holds no frame")
-    times, way = _look(path)
+    way = _look(path)
     frames: Callable[[], Iterable[np.ndarray]] = partial(_decode_file, path, width, height, num_frames, way)
     if lies(way):
         width, height = height, width
@@ -72,8 +77,8 @@ def read_video(path: str | os.PathLike[str], *, fps: float = 24.0, max_pixels: i
     return video
 
 
-def _look(path: Path) -> tuple[list[float], int]:
-    """Return when each frame is shown, in seconds, and in which way, of EXIF's, frames are stored."""
+def _look(path: Path) -> int:
+    """Return in which way, of EXIF's, frames are stored, as the first one says."""
     with _open_for_reading(path) as container:
         stream, picture = container.streams.video[0], container.format.name.endswith("_pipe")
         first = None
@@ -81,11 +86,7 @@ def _look(path: Path) -> tuple[list[float], int]:
             first = next(container.decode(stream), None)
     if first is not None and first.color_trc in (PQ, HLG):
         warnings.warn(f"{path} is HDR and is read without tone mapping; convert it for right colours", stacklevel=3)
-    way = picture_way(path) if picture else 1 if first is None else frame_way(first)
-    with _open_for_reading(path) as container:
-        stream = container.streams.video[0]
-        stamps = sorted(p.pts for p in container.demux(stream) if p.size and not p.is_discard and p.pts is not None)
-        return [float((stamp - stamps[0]) * (stream.time_base or 0)) for stamp in stamps], way
+    return picture_way(path) if picture else 1 if first is None else frame_way(first)
 
 
 def _steady(times: list[float], fps: float) -> list[int] | None:
@@ -111,6 +112,8 @@ def read_pictures(files: list[Path], *, fps: float = 24.0, max_pixels: int = MAX
     """Open PNG files as the frames of a video, in their order; raises what `read_video` raises."""
     with _open_for_reading(files[0]) as container:
         width, height = _frame_size(files[0], container, max_pixels)
+    if lies(picture_way(files[0])):
+        width, height = height, width
     frames = partial(_decode_files, files, width, height)
     return Video(frames, fps=fps, num_frames=len(files), height=height, width=width)
 
@@ -167,7 +170,9 @@ def _decode_file(path: Path, width: int, height: int, num_frames: int = 1, way: 
 
 def _decode_files(files: list[Path], width: int, height: int) -> Frames:
     for file in files:
-        yield from _decode_file(file, width, height)
+        way = picture_way(file)
+        stored = (height, width) if lies(way) else (width, height)
+        yield from _decode_file(file, *stored, way=way)
 
 
 def _to_rgb(reformatter: VideoReformatter, frame: av.VideoFrame, width: int, height: int) -> np.ndarray:

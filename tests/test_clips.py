@@ -96,6 +96,20 @@ MATRICES = {
 }  # fmt: skip
 
 
+def test_numbered_pictures_stand_up_each_in_its_own_way(tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    for number, orientation in enumerate((6, 8, 1, 4)):
+        shape = (12, 8, 3) if orientation in (6, 8) else (8, 12, 3)
+        exif = Image.Exif()
+        exif[0x0112] = orientation
+        Image.fromarray(rng.integers(0, 256, shape, np.uint8)).save(tmp_path / f"{number:05}.png", exif=exif)
+    files = sorted(tmp_path.glob("*.png"))
+    meant = [np.asarray(ImageOps.exif_transpose(Image.open(file))) for file in files]
+    video = read_video(tmp_path)
+    assert (video.height, video.width) == (8, 12)
+    assert np.array_equal(video.frames, np.stack(meant))
+
+
 @pytest.mark.parametrize("way", MATRICES)
 def test_clips_stand_up(tmp_path: Path, way: int) -> None:
     """The display matrix of an mp4 (ISO 14496-12, tkhd), which says by numbers what EXIF has a number for."""
