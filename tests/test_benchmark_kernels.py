@@ -135,8 +135,9 @@ def test_gpu_tool_without_a_gpu(gpu_tool: ModuleType, capsys: pytest.CaptureFixt
 
 def test_gpu_tool_keeps_its_budget(gpu_tool: ModuleType, tmp_path: Path) -> None:
     began = time.time()
-    note = gpu_tool.failed("a", [sys.executable, "-c", "import time; time.sleep(60)"], dict(os.environ), began)
+    note = gpu_tool.failed("a", [sys.executable, "-c", "import time; time.sleep(60)"], dict(os.environ), began + 2)
     assert note == "a: out of time" and time.time() - began < 20
+    assert gpu_tool.failed("a", ["no such program"], {}, began) == "a: no time was left"
     log = tmp_path / "log"
     note = gpu_tool.failed("b", [sys.executable, "-c", "print(1); raise SystemExit(3)"], {}, began + 60, log)
     assert note == "b: exit status 3" and log.read_text() == "1\n"

@@ -259,10 +259,12 @@ def against(environment: dict[str, str], rivals: str = "diffusers") -> list[str]
 
 def failed(what: str, command: list[str], environment: dict[str, str], end: float, log: Path | None = None) -> str:
     """Run a command until `end` and return what went wrong, "" for nothing; its children end with it."""
+    if end - time.time() < 1:
+        return f"{what}: no time was left"
     with log.open("w") if log else nullcontext() as file:
         process = subprocess.Popen(command, cwd=ROOT, env=environment, start_new_session=True, stdout=file, stderr=file)
     try:
-        status = process.wait(max(end - time.time(), 1))
+        status = process.wait(end - time.time())
     except subprocess.TimeoutExpired:
         os.killpg(process.pid, signal.SIGKILL)
         process.wait()
