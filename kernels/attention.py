@@ -24,7 +24,7 @@ import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from .backend import capability_of, is_forced, is_opaque, jit, launch, next_power_of_2, pick, register, tl, triton
-from .checks import expect_device, expect_floating, expect_shape
+from .checks import expect_device, expect_floating, expect_shape, expect_some
 from .tuning import gpu_of, table, tuned
 
 HALVES = (torch.float16, torch.bfloat16)
@@ -312,6 +312,7 @@ def attention(
     """
     expect_floating("q", q)
     expect_shape("q", q, (None, None, None, None))
+    expect_some("q", q, 2, 3)
     rows, _, heads, size = q.shape
     expect_shape("k", k, (rows, None, heads, size))
     expect_shape("v", v, tuple(k.shape))

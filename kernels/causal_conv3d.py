@@ -29,7 +29,7 @@ import torch
 import torch.nn.functional as F
 
 from .backend import is_forced, is_opaque, jit, launch, next_power_of_2, pick, register, tl, triton
-from .checks import expect_device, expect_floating, expect_shape
+from .checks import expect_device, expect_floating, expect_shape, expect_some
 from .tuning import tuned
 
 
@@ -366,6 +366,8 @@ def causal_conv3d(
     expect_floating("x", x)
     expect_shape("x", x, (None, None, None, None, None))
     expect_shape("weight", weight, (None, x.shape[1], None, None, None))
+    expect_some("weight", weight)
+    expect_some("x", x, 3, 4)
     out_channels, _, taps, rows, columns = weight.shape
     if not 1 <= stride <= taps:
         raise ValueError(f"stride is {stride}; expected 1 to {taps}, the weight's taps in time")

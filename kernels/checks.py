@@ -13,6 +13,13 @@ def expect_shape(name: str, tensor: torch.Tensor, expected: tuple[int | None, ..
         raise ValueError(f"{name} has shape {list(given)}; expected {wanted}")
 
 
+def expect_some(name: str, tensor: torch.Tensor, *dims: int) -> None:
+    """Raise ValueError where one of these dimensions is empty (none named: any), as only batch and tokens may be."""
+    for dim in dims or range(tensor.dim()):
+        if tensor.shape[dim] == 0:
+            raise ValueError(f"{name} has shape {list(tensor.shape)}; expected at least 1 in dimension {dim}")
+
+
 def expect_floating(name: str, tensor: torch.Tensor) -> None:
     """Raise ValueError unless `tensor` holds floating-point numbers."""
     if not tensor.is_floating_point():

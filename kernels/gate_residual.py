@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from .backend import has_fp8, is_opaque, jit, launch, pick, register, tl
-from .checks import expect_device, expect_floating, expect_groups, expect_shape
+from .checks import expect_device, expect_floating, expect_groups, expect_shape, expect_some
 from .cuda import gate_residual_cuda, gate_residual_modulate_cuda
 from .modulate import adapted, expect_modulation, modulate_fp8_ref, modulate_ref, normalised
 from .quantise_rows import empty_in_fp8
@@ -251,6 +251,7 @@ def _expect_sum(x: torch.Tensor, y: torch.Tensor, gate: torch.Tensor | None) -> 
     """Raise ValueError unless the three fit together."""
     expect_floating("x", x)
     expect_shape("x", x, (None, None, None))
+    expect_some("x", x, 2)
     expect_floating("y", y)
     expect_shape("y", y, tuple(x.shape))
     if gate is not None:

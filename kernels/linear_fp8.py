@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 
 from .backend import capability_of, has_fp8, is_forced, is_opaque, pick, register
-from .checks import expect_device, expect_floating, expect_shape
+from .checks import expect_device, expect_floating, expect_shape, expect_some
 from .mlp import linear_triton, rows_of
 from .quantise_rows import InFp8, quantise_rows_picked, quantise_rows_ref, quantise_rows_triton
 from .tuning import tuned
@@ -149,6 +149,7 @@ def linear_fp8(
     _expect_rows(x, x_scale, gelu, dtype)
     kind = x.dtype if dtype is None else dtype
     expect_shape("weight_fp8", weight_fp8, (None, x.shape[-1]))
+    expect_some("weight_fp8", weight_fp8)
     expect_shape("weight_scale", weight_scale, (weight_fp8.shape[0],))
     for name, tensor, expected in (
         ("weight_fp8", weight_fp8, E4M3), ("weight_scale", weight_scale, torch.float32), ("bias", bias, kind),

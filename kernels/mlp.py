@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 
 from .backend import is_forced, is_opaque, jit, launch, pick, register, tl, triton
-from .checks import expect_device, expect_floating, expect_groups, expect_shape
+from .checks import expect_device, expect_floating, expect_groups, expect_shape, expect_some
 from .gate_residual import gate_residual
 from .tuning import tuned
 
@@ -246,6 +246,8 @@ def mlp(
     expect_shape("b_in", b_in, (w_in.shape[0],))
     expect_shape("w_out", w_out, (None, w_in.shape[0]))
     expect_shape("b_out", b_out, (w_out.shape[0],))
+    expect_some("w_in", w_in)
+    expect_some("w_out", w_out)
     if residual is not None:
         expect_shape("residual", residual, (*x.shape[:2], w_out.shape[0]))
     if gate is not None:

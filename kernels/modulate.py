@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 
 from .backend import has_fp8, is_opaque, jit, launch, pick, register, tl
-from .checks import expect_device, expect_floating, expect_groups, expect_shape
+from .checks import expect_device, expect_floating, expect_groups, expect_shape, expect_some
 from .cuda import modulate_cuda
 from .quantise_rows import InFp8, empty_in_fp8, quantise_rows_ref
 from .rows import load_token, store_in_8_bits, store_token, tiles_of, total
@@ -221,6 +221,7 @@ def expect_modulation(
     """Raise ValueError unless these are arguments of `modulate` that fit together."""
     expect_floating("x", x)
     expect_shape("x", x, (None, None, None))
+    expect_some("x", x, 2)
     if (scale is None) != (shift is None):
         raise ValueError("scale and shift are given together or not at all; only one of them was given")
     for name, vector in (("scale", scale), ("shift", shift)):

@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 
 from .backend import is_forced, is_opaque, jit, launch, next_power_of_2, pick, register, tl
-from .checks import expect_device, expect_floating
+from .checks import expect_device, expect_floating, expect_some
 from .cuda import norm_silu_cuda
 from .tuning import tuned
 
@@ -151,6 +151,7 @@ def norm_silu(
     expect_floating("x", x)
     if x.dim() < 2:
         raise ValueError(f"x has shape {list(x.shape)}; expected [B, C, ...]")
+    expect_some("x", x, 1)
     if gamma.numel() != x.shape[1]:
         raise ValueError(f"gamma has shape {list(gamma.shape)}; expected {x.shape[1]} numbers, one per channel of x")
     expect_device(x, gamma=gamma)

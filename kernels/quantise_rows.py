@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 
 from .backend import has_fp8, is_opaque, jit, launch, pick, register, tl
-from .checks import expect_floating, expect_shape
+from .checks import expect_floating, expect_shape, expect_some
 from .rows import load_token, store_in_8_bits, tiles_of
 from .tuning import tuned
 
@@ -87,6 +87,7 @@ def quantise_rows(x: torch.Tensor, *, gelu: bool = False) -> InFp8:
     """Quantise x, or GELU_tanh(x), [T, D] per row: e4m3 [T, D] and scale [T] float32; ValueError for other shapes."""
     expect_floating("x", x)
     expect_shape("x", x, (None, None))
+    expect_some("x", x, 1)
     if is_opaque():
         return torch.ops.runtime.quantise_rows(x, gelu)
     return quantise_rows_picked(x, gelu)

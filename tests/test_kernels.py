@@ -131,6 +131,28 @@ def test_a_tensor_on_another_device_is_named(operation: str) -> None:
     assert moved or operation == "quantise_rows"
 
 
+ROW, CODES = torch.zeros(1, 3, 8), torch.zeros(6, 8).to(torch.float8_e4m3fn)
+
+
+@pytest.mark.parametrize(
+    ("call", "sentence"),
+    [
+        (lambda: kernels.modulate(ROW[..., :0]), r"x has shape \[1, 3, 0\]; expected at least 1 in dimension 2"),
+        (lambda: kernels.gate_residual(ROW[..., :0], ROW[..., :0]), "x has shape"),
+        (lambda: kernels.quantise_rows(ROW[0, :, :0]), "x has shape"),
+        (lambda: kernels.linear_fp8(ROW[..., :0], CODES[:, :0], torch.ones(6)), "weight_fp8 has shape"),
+        (lambda: kernels.mlp(ROW, *(torch.zeros(shape) for shape in ((0, 8), 0, (8, 0), 8))), "w_in has shape"),
+        (lambda: kernels.attention(*[ROW.view(1, 3, 8, 1)[..., :0]] * 3), "q has shape"),
+        (lambda: kernels.norm_silu(ROW[:, :0], torch.zeros(0)), "x has shape"),
+        (lambda: kernels.causal_conv3d(ROW.view(1, 1, 1, 3, 8)[..., :0], torch.zeros(2, 1, 3, 3, 3)), "x has shape"),
+        (lambda: kernels.causal_conv3d(ROW.view(1, 1, 1, 3, 8), torch.zeros(0, 1, 3, 3, 3)), "weight has shape"),
+    ],
+)
+def test_no_channels_is_refused(call: Callable[[], object], sentence: str) -> None:
+    with pytest.raises(ValueError, match=sentence):
+        call()
+
+
 @pytest.mark.parametrize("operation", CASES)
 def test_cases_cover(operation: str) -> None:
     """Each operation is asked for a non-contiguous input and for a published model at a published resolution."""
