@@ -5,6 +5,7 @@ What can be refused is refused before a model is loaded.
 
 from __future__ import annotations
 
+import json
 import os
 import warnings
 from argparse import Namespace as Options
@@ -53,6 +54,7 @@ def finish(options: Options) -> None:
         check_file(options.receipt, "receipt")
 
     model = open_model(options, draft)
+    check_maker(options.draft, model)
     width, height = options.size or (model.spec.defaults.width, model.spec.defaults.height)
     request = final_request(model, draft, width, height, strength=options.strength, steps=options.steps)
     write(options, model, request)
@@ -168,6 +170,16 @@ def report(video: Video, path: Path) -> None:
     print("seconds: " + ", ".join(f"{name} {value:.2f}" for name, value in seconds.items()))
     if (said := video.receipt.quality) is not None:
         print(f"quality: {budget.told(said)}")
+
+
+def check_maker(receipt: str, model: Model) -> None:
+    """ValueError where a receipt names other weights than a model has: what it is of cannot be made again by them."""
+    said = json.loads(Path(receipt).read_text(encoding="utf-8"))
+    if said.get("model_hash") != model.fingerprint:
+        raise ValueError(
+            f"{receipt} is of the model {said.get('model')}, and {model.spec.name} as it was loaded has other weights; "
+            "name its --model, and the --lora that it was made with"
+        )
 
 
 def check_file(path: str, what: str) -> None:

@@ -25,6 +25,7 @@ SMALL_AREA = 416 * 240  # pixels of a draft that shows something, where a quarte
 POSITIONS = ("ntk", "riflex")
 QUALITIES = {"exact": math.inf, "high": 32.0, "fast": 26.0}  # least PSNR in dB against the exact video of the seed
 MOST = 1000.0  # of guidance and shift: beyond that no number is left of a video
+MOST_FRAMES = 1_000_000
 WHOLE = 3  # up to so many times the model's own length a video is made at once, beyond that window by window
 
 
@@ -105,7 +106,7 @@ class Request:
             if given is not None and (isinstance(given, bool) or not isinstance(given, int) or given < 1):
                 raise ValueError(f"{name} is {given!r}; legal: a whole number of at least 1")
         for name, floor, most in (
-            ("fps", 0.0, math.inf), ("seconds", 0.0, math.inf), ("guidance", -math.inf, MOST),
+            ("fps", 0.0, math.inf), ("seconds", 0.0, 1e6), ("guidance", -math.inf, MOST),
             ("guidance_2", -math.inf, MOST), ("shift", 0.0, MOST), ("strength", 0.0, math.inf), ("boundary", 0.0, 1.0),
         ):  # fmt: skip
             given = getattr(self, name)
@@ -116,7 +117,7 @@ class Request:
             if given <= floor:
                 raise ValueError(f"{name} is {given!r}; legal: more than {floor:g}")
             if abs(given) > most:
-                raise ValueError(f"{name} is {given!r}; legal: up to {most:g}")
+                raise ValueError(f"{name} is {given!r}; legal: up to {most:.0f}")
         if self.seed is not None and (
             isinstance(self.seed, bool) or not isinstance(self.seed, int) or not 0 <= self.seed < 2**64
         ):
@@ -318,6 +319,8 @@ class Request:
                 "edit": counts[0] if counts else 0,
                 "place": max([own, *(n + c.at for c, n in zip(self.clips, counts, strict=True) if c.at != "end")]),
             }.get(self.task, own)
+        if frames > MOST_FRAMES:
+            raise ValueError(f"num_frames is {frames}; legal: up to {MOST_FRAMES}, and no more in seconds either")
         room = spec.sampled_frames(frames + 2 * overlap)
         window = self.window or (max(own, room) if frames <= WHOLE * own else max(own, overlap + time))
         return {"num_frames": frames, "window": window, "overlap": overlap}

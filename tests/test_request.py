@@ -65,6 +65,7 @@ def test_frozen_and_keyword_only() -> None:
         ({"shift": 0}, "more than 0"),
         ({"boundary": 1.5}, "up to 1"),
         ({"guidance": 1e308}, "up to 1000"),
+        ({"seconds": 1e300}, "up to 1000000"),
         ({"guidance_2": -1e6}, "up to 1000"),
         ({"fps": -1.0}, "more than 0"),
         ({"fps": math.nan}, "finite"),
@@ -96,6 +97,7 @@ def test_refused_for_any_model(values: dict, sentence: str) -> None:
         ({"seconds": 2.0, "num_frames": 17}, "are 16; give one of them"),
         ({"width": 16400}, "16384 at most"),
         ({"width": 99999}, "16384 at most"),
+        ({"seconds": 1e6}, "up to 1000000"),
     ],
 )
 def test_refused_by_the_model(values: dict, sentence: str) -> None:

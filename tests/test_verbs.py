@@ -142,6 +142,13 @@ def test_draft_and_finish(tmp_path: Path) -> None:
     assert read_video(final).frames.shape == (5, 64, 96, 3)
 
 
+def test_finish_refuses_a_draft_of_other_weights(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    draft = {"request": {"prompt": "a"}, "model": "wan2.1-t2v-1.3b", "model_hash": "sha256:0"}
+    (tmp_path / "draft.json").write_text(json.dumps(draft))
+    assert main(["finish", str(tmp_path / "draft.json"), "-o", str(tmp_path / "a.mp4")]) == 2
+    assert "is of the model wan2.1-t2v-1.3b, and demo as it was loaded has other" in capsys.readouterr().err
+
+
 def test_finish_refuses_what_is_no_receipt(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for number, text in enumerate(("", "[]", "{}", '{"request": {"prompt": "a", "colour": 1}}')):
         file = tmp_path / f"{number}.json"
