@@ -13,10 +13,11 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 from torch.nn.functional import avg_pool2d
+from transformers import AutoTokenizer
 
 from runtime.expansion import by_rules
 from tools.demo_model import autoencoder, captions, denoiser, evaluate, pool, score, shapes, text
-from tools.demo_model.diffusion import draw_known
+from tools.demo_model.diffusion import draw_known, word_truth
 from tools.demo_model.evaluate import to_bytes
 from tools.demo_model.recipe import RECIPES, make
 from tools.demo_model.training import Run
@@ -139,6 +140,30 @@ def test_captions_hold_only_known_words_and_every_style_names_the_thing() -> Non
     assert captions.caption(BALL, "terse") == "a red ball rolls left over green grass"
 
 
+def test_every_word_of_a_thing_is_told_from_the_others(tmp_path: Path) -> None:
+    pair = replace(BALL, things=(BALL.things[0], Thing("cube", "blue", "small", "shiny", (0.2, 0.0))))
+    told = captions.owners("a red ball and a shiny blue cube roll left over green grass", pair)
+    assert [t[0].shape if t else "" for t in told] == ["ball"] * 3 + [""] + ["cube"] * 4 + [""] * 5
+    two = replace(BALL, things=BALL.things * 2)
+    assert [len(t) for t in captions.owners("two red balls roll left", two)] == [2, 2, 2, 0, 0]
+    text.write_tokenizer(tmp_path)
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path)
+    colours = {word: colour for colour, words in captions.COLOUR_WORDS.items() for word in words}
+    rng = np.random.default_rng(4)
+    for _ in range(100):
+        scene = draw_scene(rng, hard=True)
+        found = captions.training_caption(scene, rng)
+        told = captions.owners(found, scene)
+        assert len(told) + 1 == len(tokenizer(found)["input_ids"]), "a token each, and the end"
+        seen = [t for t in told if t]
+        assert {thing for things in seen for thing in things} == set(scene.things)
+        for word, things in zip(found.replace(",", " ,").split(), told, strict=True):
+            assert not things or word not in colours or things[0].colour == colours[word], found
+        truth, tells = word_truth(["", found], [scene, scene], len(told) + 1)
+        assert tells.sum(1).tolist() == [0, len(seen)]
+        assert (truth[..., :-2].sum(2) == 2 * tells).all()
+
+
 def test_rules_expand_terse_captions_into_descriptive_ones() -> None:
     rules = captions.expansion_rules()
     rng = np.random.default_rng(2)
@@ -152,8 +177,6 @@ def test_rules_expand_terse_captions_into_descriptive_ones() -> None:
 
 
 def test_the_tokenizer_reads_words_whole_and_spells_what_it_does_not_know(tmp_path: Path) -> None:
-    from transformers import AutoTokenizer
-
     text.write_tokenizer(tmp_path)
     tokenizer = AutoTokenizer.from_pretrained(tmp_path)
     assert tokenizer.tokenize("A Red ball, please") == ["▁A", "▁Red", "▁ball", ",", "▁", "p", "l", "e", "a", "s", "e"]

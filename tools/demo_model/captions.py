@@ -95,6 +95,9 @@ def _plural(word: str) -> str:
     return PLURALS.get(word, word + "s")
 
 
+NOUNS = {form for words in SHAPE_WORDS.values() for word in words for form in (word, _plural(word))}
+
+
 def _pick(words: tuple[str, ...], rng: np.random.Generator | None) -> str:
     if not words:
         return ""
@@ -146,6 +149,18 @@ def caption(scene: Scene, style: str, rng: np.random.Generator | None = None) ->
     if style == "descriptive" or (full and scene.camera != "still"):
         text += f", {CAMERA_WORDS[scene.camera]}"
     return text
+
+
+def owners(text: str, scene: Scene) -> list[tuple[Thing, ...]]:
+    """Return for each word and comma of a scene's caption the things that it tells of, none after the last noun."""
+    several = len({(t.shape, t.colour) for t in scene.things}) > 1
+    left = [(t,) for t in scene.things] if several else [scene.things]
+    out: list[tuple[Thing, ...]] = []
+    for word in text.replace(",", " ,").split():
+        out.append(left[0] if left and word not in ("and", ",") else ())
+        if left and word in NOUNS:
+            left.pop(0)
+    return out
 
 
 def training_caption(scene: Scene, rng: np.random.Generator) -> str:

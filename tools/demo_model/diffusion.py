@@ -1,9 +1,10 @@
 """Trains text encoder and DiT together by flow matching on a pool of latents, with some latent frames known.
 
-Three losses stand beside the flow's and go with their heads at the end: hidden states must tell where their token
+Four losses stand beside the flow's and go with their heads at the end. Hidden states must tell where their token
 stands (the architecture knows distances only, and "starts at the right" needs a place), which shapes and colours it
 shows, and which cells of it a thing covers (what a caption says about motion, shape and colour is a small part of the
-flow's loss and all of these).
+flow's loss and all of these). The text encoder's must tell at each word of a thing which shape, colour and place that
+thing has: from the flow's loss alone they stay a bag of words, and no state says whose colour a colour is.
 """
 
 from __future__ import annotations
@@ -19,15 +20,16 @@ import torch.nn.functional as F
 from torch import nn
 
 from tools.demo_model import denoiser, text
-from tools.demo_model.captions import training_caption
+from tools.demo_model.captions import owners, training_caption
 from tools.demo_model.pool import CELLS, KINDS, Shelf
 from tools.demo_model.training import Run
+from tools.demo_model.world import Scene
 
 PLACE_TAPS, KIND_TAPS, COVER_TAPS = (1, 3), (2, 3), (3, 4)
 
 
 class Student(nn.Module):
-    """What is trained: text encoder, DiT, and the heads of the two auxiliary losses."""
+    """What is trained: text encoder, DiT, and the heads of the auxiliary losses."""
 
     def __init__(self, *, width: int, layers: int, ffn: int, text_width: int, channels: int) -> None:
         super().__init__()
@@ -37,6 +39,7 @@ class Student(nn.Module):
         self.place = nn.ModuleList([nn.Linear(width, 3) for _ in PLACE_TAPS])
         self.cover = nn.ModuleList([nn.Linear(width, CELLS * CELLS) for _ in COVER_TAPS])
         self.kind = nn.ModuleList([nn.Linear(width, len(KINDS)) for _ in KIND_TAPS])
+        self.word = nn.Linear(text_width, len(KINDS) + 2)
 
     def optimizers(self, rate: float) -> list[torch.optim.Optimizer]:
         """Return Muon for the matrices of the blocks, AdamW for all else."""
@@ -115,13 +118,14 @@ class Stage:
 
 @dataclass
 class Batch:
-    """Latents x0 [B, C, T, H, W] float32, cover [B, T, h, w, 16] and kinds [B, T, h, w, 13] as a Shelf's, captions,
-    known [B, T], padded texts' lengths."""
+    """Latents x0 [B, C, T, H, W] float32, cover [B, T, h, w, 16] and kinds [B, T, h, w, 13] as a Shelf's, captions and
+    the scenes that they tell of, known [B, T], padded texts' lengths."""
 
     latents: torch.Tensor
     cover: torch.Tensor
     kinds: torch.Tensor
     captions: list[str]
+    scenes: list[Scene]
     known: torch.Tensor
     lengths: list[int]
 
@@ -135,20 +139,38 @@ def draw_batch(shelves: Sequence[Shelf], rng: np.random.Generator, tokens: int) 
     latents, cover, kinds = (part[rows].float() for part in (shelf.latents, shelf.cover, shelf.kinds))
     if latents.shape[2] > 2 and rng.random() < 0.06:  # loops have no first frame
         latents, cover, kinds = latents[:, :, 1:], cover[:, 1:], kinds[:, 1:]
-    captions = ["" if rng.random() < 0.1 else training_caption(shelf.scenes[i], rng) for i in rows]
+    scenes = [shelf.scenes[i] for i in rows]
+    captions = ["" if rng.random() < 0.1 else training_caption(scene, rng) for scene in scenes]
     lengths = [int(n) for n in rng.choice((512, 226, 128, 64), size=size, p=(0.7, 0.1, 0.1, 0.1))]
-    return Batch(latents, cover, kinds, captions, draw_known(size, latents.shape[2], rng), lengths)
+    return Batch(latents, cover, kinds, captions, scenes, draw_known(size, latents.shape[2], rng), lengths)
 
 
 @dataclass
 class Losses:
-    """Losses per sample [B]: the flow's error as it is, and with things counted more; of places, kinds and covers."""
+    """Losses per sample [B]: the flow's error as it is, and with things counted more; of places, kinds, covers and
+    words."""
 
     flow: torch.Tensor
     weighted: torch.Tensor
     places: torch.Tensor
     kinds: torch.Tensor
     covers: torch.Tensor
+    words: torch.Tensor
+
+
+def word_truth(captions: Sequence[str], scenes: Sequence[Scene], length: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return what the words of captions should tell [B, length, kinds + 2], and which of them tell it [B, length].
+
+    That is the shape and the colour of the thing that a word tells of, and four times its offset in the scene.
+    """
+    truth, tells = torch.zeros(len(captions), length, len(KINDS) + 2), torch.zeros(len(captions), length)
+    for row, (caption, scene) in enumerate(zip(captions, scenes, strict=True)):
+        for at, things in enumerate(owners(caption, scene)):  # known words: a token each
+            if things:
+                tells[row, at] = 1
+                truth[row, at, [KINDS.index(things[0].shape), KINDS.index(things[0].colour)]] = 1
+                truth[row, at, -2:] = 4 * torch.tensor([t.offset for t in things]).mean(0)
+    return truth, tells
 
 
 def _near_things(cover: torch.Tensor) -> torch.Tensor:
@@ -156,6 +178,15 @@ def _near_things(cover: torch.Tensor) -> torch.Tensor:
     cells = cover.unflatten(-1, (2, CELLS // 2, 2, CELLS // 2)).amax((5, 7))  # [B, T, h, w, 2, 2]
     cells = cells.transpose(3, 4).flatten(2, 3).flatten(3, 4)
     return F.max_pool2d(cells, 3, stride=1, padding=1)
+
+
+def _of_words(student: Student, hidden: torch.Tensor, batch: Batch) -> torch.Tensor:
+    """Return the loss [B] of what the text encoder's states [B, S, D] tell of the things that their words tell of."""
+    said = student.word(F.layer_norm(hidden.float(), hidden.shape[-1:]))
+    truth, tells = (part.to(said.device) for part in word_truth(batch.captions, batch.scenes, said.shape[1]))
+    wrong = F.binary_cross_entropy_with_logits(said[..., :-2], truth[..., :-2], reduction="none").sum(2)
+    wrong = wrong + (said[..., -2:] - truth[..., -2:]).square().sum(2)
+    return (wrong * tells).sum(1) / tells.sum(1).clamp_min(1)
 
 
 def losses_of(
@@ -199,7 +230,7 @@ def losses_of(
     ]
     kinds = told(student.kind, KIND_TAPS, batch.kinds).sum(1)
     covers = told(student.cover, COVER_TAPS, batch.cover).mean(1)
-    return Losses(flow, weighted, torch.stack(places).mean(0), kinds, covers)
+    return Losses(flow, weighted, torch.stack(places).mean(0), kinds, covers, _of_words(student, hidden, batch))
 
 
 def train(
@@ -223,7 +254,7 @@ def train(
         noise = torch.randn(batch.latents.shape, generator=generator)
         found = losses_of(student, tokenizer, rotary, batch, sigma, noise, stage.things)
         done = min(1.0, 1.5 * run.step / steps)  # what stands beside the flow is learned first
-        loss = found.weighted + (0.3 - 0.27 * done) * found.places
+        loss = found.weighted + (0.3 - 0.27 * done) * found.places + 0.3 * found.words
         loss = loss + (1 - 0.75 * done) * (stage.kinds * found.kinds + stage.covers * found.covers)
         run.update(loss.mean())
         seen.append([getattr(found, f.name).detach().mean().item() for f in fields(found)])

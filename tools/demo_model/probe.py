@@ -14,11 +14,15 @@ from tools.demo_model.diffusion import Batch, Student, losses_of
 from tools.demo_model.pool import Shelf
 from tools.demo_model.world import COLOURS, GROUNDS, MOTIONS, SHAPES, Scene
 
+WRONG = ("motion", "shape", "colour", "ground", "order")
 OPPOSITE = {"left": "right", "right": "left", "rise": "fall", "fall": "rise"}
 
 
 def wrong(scene: Scene, what: str, rng: np.random.Generator) -> Scene:
-    """Return the scene with one attribute of another value: "motion", "shape", "colour" or "ground"."""
+    """Return the scene with one attribute of another value: "motion", "shape", "colour" or "ground"; or with "order",
+    where several things have changed places."""
+    if what == "order":
+        return replace(scene, things=scene.things[1:] + scene.things[:1])
     if what == "motion":
         other = OPPOSITE.get(scene.motion) or str(rng.choice([m for m in MOTIONS if m != scene.motion]))
         return replace(scene, motion=other)
@@ -39,7 +43,10 @@ def probe(
     sigmas: Sequence[float] = (0.97, 0.9, 0.8),
     seed: int = 0,
 ) -> dict[str, list[float]]:
-    """Return per sigma the loss with the right caption, and how much each wrong word adds to it; training clips."""
+    """Return per sigma the loss with the right caption, and how much each wrong word adds to it; training clips.
+
+    The mean is over the clips whose caption a wrong word changes: for the order those of things that differ, if any.
+    """
     rng = np.random.default_rng(seed)
     rows = [i for i, s in enumerate(shelf.scenes) if s.start == 0.0][:clips]
     rotary = denoiser.Rotary(student.dit.config.attention_head_dim, student.dit.device)
@@ -48,25 +55,24 @@ def probe(
     noise = torch.randn(latents.shape, generator=generator)
     out: dict[str, list[float]] = {"right": []}
     for sigma in sigmas:
-        losses = {}
-        for what in ("right", "motion", "shape", "colour", "ground"):
+        losses, said = {}, {}
+        for what in ("right", *WRONG):
             scenes = [shelf.scenes[i] if what == "right" else wrong(shelf.scenes[i], what, rng) for i in rows]
-            captions = [caption(s, "descriptive") for s in scenes]
+            captions = said[what] = [caption(s, "descriptive") for s in scenes]
             batch = Batch(
                 latents,
                 shelf.cover[rows].float(),
                 shelf.kinds[rows].float(),
                 captions,
+                scenes,
                 torch.zeros(len(rows), latents.shape[2], dtype=torch.bool),
                 [512] * len(rows),
             )
             with torch.no_grad():
-                losses[what] = (
-                    losses_of(student, tokenizer, rotary, batch, torch.full((len(rows),), sigma), noise)
-                    .flow.mean()
-                    .item()
-                )
-        out["right"].append(losses["right"])
-        for what in ("motion", "shape", "colour", "ground"):
-            out.setdefault(what, []).append(losses[what] - losses["right"])
+                losses[what] = losses_of(student, tokenizer, rotary, batch, torch.full((len(rows),), sigma), noise).flow
+        out["right"].append(losses["right"].mean().item())
+        for what in WRONG:
+            changed = torch.tensor([a != b for a, b in zip(said[what], said["right"], strict=True)])
+            gap = (losses[what] - losses["right"])[changed]
+            out.setdefault(what, []).append(gap.mean().item() if len(gap) else 0.0)
     return out
