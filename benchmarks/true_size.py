@@ -18,7 +18,7 @@ from torch import nn
 from runtime import weights
 from runtime.model import DEMO, Model, choose_dtype, vae_dtype
 from runtime.models import open_checkpoint
-from runtime.models.spec import Autoencoder, Transformer
+from runtime.models.spec import Autoencoder, Checkpoint, Transformer
 from runtime.models.wan.published import ALIASES, BOUNDARIES, NETWORKS, UMT5_XXL, published, vae_config
 from runtime.weights import Component
 
@@ -58,11 +58,30 @@ def load(folder: Path, device: torch.device, dtype: str, engine: str) -> Model:
     """Return the model of a folder of configs, its weights random."""
     checkpoint, kind = open_checkpoint(folder), choose_dtype(dtype, device)
     transformers = tuple(cast(Transformer, prepared(part, device, kind)) for part in checkpoint.transformers)
-    vae = cast(Autoencoder, prepared(checkpoint.vae, device, vae_dtype(device, kind)))
-    model = Model(checkpoint, transformers, vae, device, kind, engine)
+    vae = autoencoder(checkpoint, device, vae_dtype(device, kind))
+    model = RandomModel(checkpoint, transformers, vae, device, kind, engine)
     model.text_encoder = prepared(checkpoint.text_encoder, device, kind)
     model.fingerprint = model.text_fingerprint = f"random {checkpoint.spec.name}"
     return model
+
+
+class RandomModel(Model):
+    """A model without files: its autoencoder in another dtype has the same numbers, rounded."""
+
+    def autoencoder(self, device: torch.device, dtype: torch.dtype) -> Autoencoder:
+        if device.type == self.device.type and dtype == self.vae_dtype:
+            return self.vae
+        if self._other_vae is None or self._other_vae[:2] != (device, dtype):
+            self._other_vae = None  # its memory goes first
+            self._other_vae = device, dtype, autoencoder(self.checkpoint, device, dtype)
+        return self._other_vae[2]
+
+
+def autoencoder(checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype) -> Autoencoder:
+    """Return the autoencoder; its numbers are drawn in float32, so that they are the same in every dtype."""
+    module = made(checkpoint.vae, device, torch.float32).to(dtype)
+    checkpoint.vae.prepare(module)
+    return cast(Autoencoder, module)
 
 
 def prepared(component: Component, device: torch.device, dtype: torch.dtype) -> nn.Module:
