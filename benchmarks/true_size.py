@@ -79,7 +79,10 @@ class RandomModel(Model):
 
 def autoencoder(checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype) -> Autoencoder:
     """Return the autoencoder; its numbers are drawn in float32, so that they are the same in every dtype."""
-    module = made(checkpoint.vae, device, torch.float32).to(dtype)
+    module = made(checkpoint.vae, device, torch.float32)
+    for owner in module.modules():
+        for name, parameter in list(owner.named_parameters(recurse=False)):
+            setattr(owner, name, nn.Parameter(parameter.to(dtype), requires_grad=False))
     checkpoint.vae.prepare(module)
     return cast(Autoencoder, module)
 
