@@ -21,6 +21,7 @@ import numpy as np
 import torch
 
 from runtime.latents import check_latents
+from runtime.machine import SLACK, free_memory
 from runtime.model import Model, choose_dtype
 from runtime.models.spec import nearest_counts, nearest_multiples
 from runtime.models.tiles import finer
@@ -44,7 +45,7 @@ def decode(
 ) -> Video:
     """Return the video of latents [C, T, H, W] or [1, C, T, H, W], decoded frame by frame as it is iterated.
 
-    `tile` bounds what is decoded at once, halo included (None: the whole frame); the numbers are the same. `dtype` is
+    `tile` bounds what is decoded at once, halo included (None: as much as fits); the numbers are the same. `dtype` is
     the decoder's (None: bfloat16 where a GPU runs the model in 16 bits, else float32, as published). `fps` is frames
     per second (the model's own where None). Raises ValueError for latents of another shape or type, or with NaN or
     infinity, and for a tile that holds nothing but halo.
@@ -62,7 +63,8 @@ def decode(
 
     def frames() -> Iterator[np.ndarray]:
         def chunks() -> Iterator[np.ndarray]:
-            return timed(decode_chunks(model, latents, tile, kind, notes, tried), stages)
+            first = fitting(model, (time, height, width), kind) if tile is None else tile
+            return timed(decode_chunks(model, latents, first, kind, notes, tried), stages)
 
         # On a CPU decoder and encoder share the cores, and a second thread's OpenMP workers only get in the way.
         for chunk in chunks() if model.device.type == "cpu" else ahead(chunks):
@@ -87,6 +89,22 @@ def timed(chunks: Iterator[np.ndarray], stages: Stages) -> Iterator[np.ndarray]:
         if chunk is None:
             return
         yield chunk
+
+
+def fitting(model: Model, latents: tuple[int, int, int], dtype: torch.dtype) -> Tile | None:
+    """Return the tile to begin with for latents of [T, H, W]: what the model was loaded for, where it has a budget.
+
+    Else whole frames (None) where the memory that they are predicted to take is free now, or the largest tile whose is.
+    """
+    if model.memory is not None:
+        return model.tile
+    _, down, across = model.spec.stride
+    free, parked = free_memory(model.device), model.device.type != "cpu"
+    tiles = [None, *finer(latents[1] * down, latents[2] * across, model.vae.tile_of)]
+    for tile in tiles:
+        if model.costs.decode(latents, tile, dtype.itemsize, parked=parked).live * (1 + SLACK) <= free:
+            return tile
+    return tiles[-1]
 
 
 @dataclass(frozen=True)

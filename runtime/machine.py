@@ -10,9 +10,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
 
+import torch
+
 from runtime.models.costs import Operation, Work
 
 VAE_STAGES = ("decode", "encode")
+SLACK = 0.08  # of a measured machine's memory that is left free for what is not foreseen
 RESERVED = 2**30  # bytes of a GPU that its driver, libraries and fragmentation take
 
 
@@ -199,3 +202,11 @@ def resident_now() -> int:
     """Bytes that this process has in memory."""
     pages = int(Path("/proc/self/statm").read_text().split()[1])
     return pages * os.sysconf("SC_PAGE_SIZE")
+
+
+def free_memory(device: torch.device) -> int:
+    """Bytes that may still be taken on a device: of a GPU, also what PyTorch's allocator holds and does not use."""
+    if device.type != "cuda":
+        return max(host_memory() - resident_now(), 0)
+    held = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return int(torch.cuda.mem_get_info(device)[0]) + held

@@ -277,7 +277,7 @@ def decode_window(job: Job, index: int, latents: torch.Tensor) -> Video:
     periodic = job.plan.windows[index].periodic
     assert job.request.height and job.request.width
     shown = latents[:, :, [place % length for place in range(-LEAD, length + 1)]] if periodic else latents
-    canvas = decode(job.model, shown, tile=job.model.tile, fps=job.request.fps, receipt=job.receipt)
+    canvas = decode(job.model, shown, fps=job.request.fps, receipt=job.receipt)
     video = framed(canvas, job.request.height, job.request.width)
     if not periodic:
         return video

@@ -215,7 +215,7 @@ def make(model: Model, request: Request, savings: Savings = EXACT) -> Made:
     began = time.perf_counter()
     noise = draw_noise(shape_of(model, request), request.seed or 0)
     latents = sample(model, request, noise, savings, lambda state, _: last.append(state))
-    frames = decode(model, latents.clone().cpu(), tile=model.tile).frames
+    frames = decode(model, latents.clone().cpu()).frames
     return Made(frames, time.perf_counter() - began, last[0].past)
 
 

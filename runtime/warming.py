@@ -44,7 +44,7 @@ def warm(model: Model, request: Request) -> None:
         model.release_text_encoder()
         context = prepare_context(model, texts, shape)
         latents = denoise(model, draw_noise(shape, seed=0), context, sigmas, request)
-    for _ in decode(model, latents[:, :, :CHUNKS].clone().cpu(), tile=model.tile):
+    for _ in decode(model, latents[:, :, :CHUNKS].clone().cpu()):
         pass
 
 

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from runtime.denoising import BATCHED_TOKENS
-from runtime.machine import Machine
+from runtime.machine import SLACK, Machine
 from runtime.model import DTYPES, vae_dtype
 from runtime.models.costs import Costs, Shape, Work
 from runtime.models.spec import ModelSpec
@@ -19,7 +19,6 @@ from runtime.offload import Offload, choices
 from runtime.prediction import GIB, STAGES, Prediction
 from runtime.request import Request
 
-SLACK = 0.08  # of a measured machine's memory that is left free for what is not foreseen
 Tile = tuple[int, int] | None  # (height, width) in pixels; None: the whole frame
 
 

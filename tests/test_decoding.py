@@ -7,7 +7,10 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
+from typing import cast
 
 import numpy as np
 import pytest
@@ -16,7 +19,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import runtime
-from runtime.decoding import Rung, ahead, decode_chunks, ladder
+from runtime.decoding import Rung, ahead, decode_chunks, fitting, ladder
+from runtime.receipt import Receipt
 from tests.published import Tiny, write
 
 LATENTS = torch.randn(4, 3, 30, 48, generator=torch.Generator().manual_seed(0))
@@ -265,3 +269,24 @@ def test_encoding_a_video_takes_frames_as_they_come(model: runtime.Model) -> Non
     video = runtime.Video(source, fps=8, num_frames=9, height=32, width=48)
     assert torch.equal(runtime.encode(model, video), runtime.encode(model, frames))
     assert taken == list(range(9))
+
+
+def test_a_decode_begins_with_what_fits(
+    model: runtime.Model, whole: np.ndarray, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whole frames, tiles where memory is short, the smallest where nothing fits; a budget's own tile goes before."""
+    shape = (3, 30, 48)
+    needed = model.costs.decode(shape, None, 4, parked=False).live
+    begun = {}
+    for free in (2 * needed, needed, 0):
+        monkeypatch.setattr("runtime.decoding.free_memory", lambda _, free=free: free)
+        receipt = cast(Receipt, SimpleNamespace(approximations=[], stages={}, notes=[], decoding=[]))
+        frames = np.stack(list(runtime.decode(model, LATENTS, receipt=receipt)))
+        assert np.abs(frames.astype(int) - whole.astype(int)).max() <= 1
+        assert not receipt.notes
+        (begun[free],) = receipt.decoding
+    assert begun[2 * needed] == "whole frames"
+    tiles = [rung.name for rung in ladder(model, *whole.shape[1:3], None)]
+    assert tiles.index(begun[needed]) >= 1
+    assert begun[0] == tiles[-1] != begun[2 * needed]
+    assert fitting(replace(model, memory=1, tile=(96, 112)), shape, torch.float32) == (96, 112)
