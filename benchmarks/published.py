@@ -24,9 +24,10 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import nn
 
+import runtime
 from benchmarks import sides, true_size
+from benchmarks.compiled import Compiled, compiled_parts, laid_out
 from benchmarks.machine import describe, keep, results_file, told
 from benchmarks.measure import PSNR_LIMIT, alternate
 from benchmarks.profiled import Profile, floors, profiled
@@ -35,6 +36,7 @@ from runtime.machine import Gpu, peaks_of
 from runtime.model import choose_device
 from runtime.models import open_checkpoint
 from runtime.models.costs import Shape
+from runtime.models.tiles import finer
 from runtime.planner import plan_request
 from runtime.precision import candidates, to_fp8
 from runtime.request import Request
@@ -48,7 +50,8 @@ METHOD = (
     "Random weights of the published sizes, bfloat16, versions in turns. A step asks both prompts; a decode ends with "
     "bytes in the host's memory. Apart: steps relative, frames in dB."
 )
-FP8, COMPILED = "ours, fp8", "diffusers, compiled"
+FP8, TILED, COMPILED = "ours, fp8", "ours, in tiles", "diffusers, compiled"
+LENGTHS = (17, 81, 321)  # frames of the clips whose decodes' memory is compared
 STEPS = 50  # of the schedule that the step is taken from
 
 
@@ -129,7 +132,7 @@ def measured(
         say(f"{part.name}: loading")
         case = case_of(part, folder)
         found: dict[str, Any] = {"name": part.name, "floor": floor_of(part, device), "skipped": {}}
-        found["bars"] = {"16 bits": part.bar, FP8: part.fp8_bar}
+        found["bars"] = {"16 bits": part.bar, FP8: part.fp8_bar, TILED: None}
         if ours is None:
             ours = Ours(case, device)
             rivals = sides.rival(args.against)
@@ -137,7 +140,7 @@ def measured(
         at_case(ours, case)
         if theirs is not None:
             at_case(theirs, case)
-        compiled = None if theirs is None else Compiled(compiled_parts(part, theirs)[1])
+        compiled = None if theirs is None else Compiled(compiled_parts(part.stage, theirs)[1])
         calls: dict[str, Version] = {}
         with tried(found, "all"):
             calls = ready(versions(part, ours, theirs, compiled, found), part, found)
@@ -164,6 +167,11 @@ def measured(
                 say(f"{part.name}: beside float32")
                 with torch.inference_mode():
                     found["psnr"] = ours.bfloat16_psnr()
+            yield found
+            if device.type == "cuda" and time.monotonic() < end:
+                with tried(found, "memory"):
+                    say(f"{part.name}: memory of {LENGTHS} frames")
+                    found["peaks"] = {count: decode_peak(ours, count) for count in LENGTHS}
             yield found
         gc.collect()
         torch.cuda.empty_cache()
@@ -221,9 +229,12 @@ def versions(
             calls[FP8] = (in_fp8(ours).step, nothing)
     else:
         calls["ours"] = (decode_rounded(ours), nothing)
+        tile = next(finer(*canvas_of(ours), ours.model.vae.tile_of), None)
+        if tile is not None:
+            calls[TILED] = (decode_rounded(ours, tile), nothing)
     if theirs is not None and compiled is not None:
         with torch.no_grad():
-            laid_out(compiled_parts(part, theirs)[0], part.stage)
+            laid_out(compiled_parts(part.stage, theirs)[0], part.stage)
         calls["diffusers"] = (theirs.step if part.stage == "step" else theirs.decode, compiled.off)
     return calls
 
@@ -284,53 +295,27 @@ def in_fp8(side: Ours) -> Ours:
     return other
 
 
-def decode_rounded(side: Ours) -> Call:
-    """Return the decode in bfloat16."""
-    return lambda take: side.decode_bfloat16(take)
+def decode_rounded(side: Ours, tile: tuple[int, int] | None = None) -> Call:
+    """Return the decode in bfloat16, in tiles where a tile is given."""
+    return lambda take: runtime.decode(side.model, side.latents, dtype="bfloat16", tile=tile).frames
 
 
-def compiled_parts(part: Part, side: Diffusers) -> tuple[nn.Module, list[nn.Module]]:
-    """Return the network of a stage and what of it is compiled: each block, as diffusers advises, or the decoder."""
-    if part.stage == "decode":
-        return side.pipe.vae, [side.pipe.vae.decoder]
-    return side.pipe.transformer, list(side.pipe.transformer.blocks)
+def canvas_of(side: Ours) -> tuple[int, int]:
+    """Return the height and width in pixels that the latents stand for."""
+    _, down, across = side.case.spec.stride
+    return side.latents.shape[3] * down, side.latents.shape[4] * across
 
 
-def laid_out(network: nn.Module, stage: str) -> None:
-    """Give diffusers' decoder what is fastest for it: 16 bits and channels last."""
-    if stage != "decode":
-        return
-    network.to(torch.bfloat16)
-    for parameter in network.parameters():
-        layouts = {5: torch.channels_last_3d, 4: torch.channels_last}
-        if parameter.dim() in layouts:
-            parameter.data = parameter.data.contiguous(memory_format=layouts[parameter.dim()])
-
-
-class Compiled:
-    """Modules that run by torch.compile, or as they are written."""
-
-    def __init__(self, modules: Sequence[nn.Module]) -> None:
-        self.written = [(module, module._compiled_call_impl) for module in modules]
-        self.compiled: list[tuple[nn.Module, Any]] = []
-
-    def on(self) -> None:
-        """Run compiled."""
-        if not self.compiled:
-            torch._dynamo.reset()
-            for module, _ in self.written:
-                module.compile(dynamic=False)
-            self.compiled = [(module, module._compiled_call_impl) for module, _ in self.written]
-        self._take(self.compiled)
-
-    def off(self) -> None:
-        """Run as written."""
-        self._take(self.written)
-
-    @staticmethod
-    def _take(ways: Sequence[tuple[nn.Module, Any]]) -> None:
-        for module, way in ways:
-            module._compiled_call_impl = way
+def decode_peak(side: Ours, frames: int) -> int:
+    """Return the bytes that a decode of so many frames takes of the GPU beside what was there."""
+    count = 1 + (frames - 1) // side.case.spec.stride[0]
+    latents = torch.randn(1, side.latents.shape[1], count, *side.latents.shape[3:])
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats(side.device)
+    before = torch.cuda.memory_allocated(side.device)
+    for _ in runtime.decode(side.model, latents, dtype="bfloat16"):
+        pass
+    return torch.cuda.max_memory_allocated(side.device) - before
 
 
 @contextmanager
@@ -367,7 +352,7 @@ def rows(found: dict[str, Any]) -> list[str]:
     """Return the lines of one part."""
     lines = []
     medians = {name: statistics.median(samples) for name, samples in found.get("seconds", {}).items()}
-    sixteen = [name for name in medians if name.startswith("ours") and name != FP8]
+    sixteen = [name for name in medians if name.startswith("ours") and name not in found["bars"]]
     best = min(sixteen, key=medians.__getitem__, default=None)
     for name, seconds in medians.items():
         share = f"{found['floor'] / seconds:.0%}" if found["floor"] else "-"
@@ -381,6 +366,12 @@ def rows(found: dict[str, Any]) -> list[str]:
         lines.append(
             f"| {found['name']} | ours beside float32 | {found['psnr']:.1f} dB | 1 | | {PSNR_LIMIT:g} dB: {met} | |"
         )
+    if "peaks" in found:
+        peaks = list(found["peaks"].values())
+        met = "met" if max(peaks) <= 1.05 * min(peaks) else "missed"
+        lengths, sizes = ", ".join(map(str, found["peaks"])), ", ".join(f"{peak / 2**30:.2f}" for peak in peaks)
+        what = f"ours, memory of {lengths} frames"
+        lines.append(f"| {found['name']} | {what} | {sizes} GiB | 1 | | within 5 %: {met} | |")
     return lines + [f"| {found['name']} | {name} | left out: {why} | | | | |" for name, why in found["skipped"].items()]
 
 

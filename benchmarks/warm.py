@@ -24,7 +24,7 @@ def add_command(commands: Any) -> None:
     parser.set_defaults(run=run)
     parser.add_argument("--model", default="demo", help="demo (default), a folder or a published name")
     parser.add_argument("--device", default="cpu", help="cpu (default), cuda, cuda:N")
-    parser.add_argument("--engine", default="eager", help="eager (default), inductor")
+    parser.add_argument("--engine", default="eager", help="eager (default), cuda_graph, inductor")
     parser.add_argument("--repeats", type=int, default=5, help="processes of each kind (default 5)")
     parser.add_argument("--json", type=Path, help="file of results (default: benchmarks/results/<device>/"
                         "<date>-<commit>.json)")  # fmt: skip

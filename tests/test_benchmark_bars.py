@@ -9,7 +9,7 @@ import pytest
 
 from benchmarks.__main__ import main
 from benchmarks.bars import BARS, Bar, kernel_times
-from benchmarks.published import FP8, PARTS
+from benchmarks.published import FP8, PARTS, TILED
 from runtime.kernels.cases import cases
 
 MACHINE = {"name": "a GPU", "versions": {"torch": "2"}, "commit": "abc", "date": "2026"}
@@ -19,7 +19,7 @@ def test_places_exist() -> None:
     real = {(case.operation, case.name) for case in cases(real=True)}
     for bar in BARS:
         benchmark, name, which = bar.place
-        assert (name, which) in real if benchmark == "kernels" else name in PARTS and which in ("16 bits", FP8)
+        assert (name, which) in real if benchmark == "kernels" else name in PARTS and which in ("16 bits", FP8, TILED)
     steps = {bar.place: bar.seconds for bar in BARS if bar.seconds is not None and bar.place[0] == "published"}
     for (_, name, which), seconds in steps.items():
         assert seconds == (PARTS[name].fp8_bar if which == FP8 else PARTS[name].bar)
@@ -31,9 +31,11 @@ def test_table(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
             "bound": "memory", "bytes": 1342e6, "flops": 0}  # fmt: skip
     part = {"name": "step-14b-480p", "floor": 4.25, "bars": {"16 bits": 5.0, FP8: 3.9}, "seconds": {
         "ours, eager": [5.2], "ours, cuda_graph": [5.1], FP8: [3.7], "diffusers": [9.0]}}  # fmt: skip
+    decode = {"name": "decode-720p", "floor": 0.8, "bars": {"16 bits": 2.0, TILED: None},
+              "seconds": {"ours": [1.0], TILED: [1.3]}}  # fmt: skip
     files = [tmp_path / "a.json", tmp_path / "b.json"]
     files[0].write_text(json.dumps({"benchmark": "kernels", "machine": MACHINE, "kernels": [case]}))
-    files[1].write_text(json.dumps({"benchmark": "published", "machine": MACHINE, "parts": [part]}))
+    files[1].write_text(json.dumps({"benchmark": "published", "machine": MACHINE, "parts": [part, decode]}))
     assert main(["bars", *map(str, files)]) == 0
     lines = capsys.readouterr().out.splitlines()
     first = next(line for line in lines if "qk_norm_rope" in line)
@@ -41,17 +43,21 @@ def test_table(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     steps = [line for line in lines if "step-14b" in line]
     assert [line.split("|")[-2].strip() for line in steps] == ["missed", "met", "not measured", "met"]
     assert "| 5.1 s | 83% | diffusers 9 s | missed |" in steps[0] and "| 3.7 s |" in steps[3]
-    assert sum("not measured | | | |" in line for line in lines) == len(BARS) - 6
+    whole, _, tiled = (line for line in lines if "decode-720p" in line)
+    assert "| <= 2 s | 1 s | 80% |  | met |" in whole
+    assert "ours, in tiles |" in tiled and "| <= 1.25 x ours | 1.3 s | 62% | ours 1 s | missed |" in tiled
+    assert sum("not measured | | | |" in line for line in lines) == len(BARS) - 9
 
 
 def test_tables_come_first(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     file = tmp_path / "a.json"
     part = {"name": "decode-480p", "floor": 0.4, "bars": {"16 bits": 0.9, FP8: None}, "seconds": {"ours": [0.8]},
-            "difference": {"ours": 0.0}, "skipped": {}}  # fmt: skip
+            "difference": {"ours": 0.0}, "skipped": {}, "peaks": {"17": 2**30, "81": 2**30, "321": 2**31}}  # fmt: skip
     file.write_text(json.dumps({"benchmark": "published", "machine": MACHINE, "parts": [part], "left_out": []}))
     assert main(["bars", "--tables", str(file)]) == 0
     shown = capsys.readouterr().out
     assert shown.index("| decode-480p | ours | 0.800 s | 1 | 50% | 0.9 s: met |") < shown.index("best published")
+    assert "| ours, memory of 17, 81, 321 frames | 1.00, 1.00, 2.00 GiB | 1 | | within 5 %: missed | |" in shown
 
 
 def test_which_version_is_judged() -> None:

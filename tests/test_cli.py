@@ -129,7 +129,7 @@ def test_info_names_what_is_missing(tmp_path: Path, capsys: pytest.CaptureFixtur
         (["a", "-o", "missing/folder/x.mp4"], "missing/folder"),
         (["a", "-o", "x.avi"], ".avi"),
         (["a", "-o", "x.png"], "folder"),
-        (["a", "--frames", "5000", "--window", "5001"], "take 4997 or 5001"),
+        (["a", "--frames", "4000", "--window", "4001"], "take 3997 or 4001"),
         (["a", "--frames", "5001", "--window", "5001"], "4093 at most"),
         (["a", "--receipt", "missing/r.json"], "receipt"),
         (["a", "--guidance-2", "3"], "one expert"),
