@@ -182,7 +182,7 @@ def test_gpu_tool_runs_every_part(gpu_tool: ModuleType, tmp_path: Path, monkeypa
     with tarfile.open(tmp_path / "results.tar.gz") as archive:
         assert "results/tests.log" in archive.getnames()
     asked = [command[3:] for command in commands if command[1:3] == ["-m", "benchmarks"]]
-    assert [each[0] for each in asked] == ["kernels", *["published"] * 3, *["latency"] * 6]
+    assert [each[0] for each in asked] == ["kernels", *["published"] * 3, *["latency"] * 8, "warm"]
     for name, *options in asked:
         parser = argparse.ArgumentParser()
         importlib.import_module(f"benchmarks.{name}").add_command(parser.add_subparsers())

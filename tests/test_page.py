@@ -285,6 +285,7 @@ def test_a_clip_its_receipt_and_its_copies(
     visit.context.grant_permissions(["clipboard-read", "clipboard-write"])
     visit.go(f"clip/{video['id']}")
     visit.until(lambda: plays(page.locator("video")))
+    page.locator("aside").get_by_text("redentials").first.wait_for()  # asked for when all else is shown
     facts = page.locator("aside").inner_text()
     for text in ("64 × 64", "Seed", "Nothing was approximated", "Time taken", "Time predicted", "redentials"):
         assert text in facts, text
