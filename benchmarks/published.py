@@ -229,7 +229,7 @@ def versions(
             calls[FP8] = (in_fp8(ours).step, nothing)
     else:
         calls["ours"] = (decode_rounded(ours), nothing)
-        tile = next(finer(*canvas_of(ours), ours.model.vae.tile_of), None)
+        tile = next(finer(*ours.case.spec.canvas(part.height, part.width), ours.model.vae.tile_of), None)
         if tile is not None:
             calls[TILED] = (decode_rounded(ours, tile), nothing)
     if theirs is not None and compiled is not None:
@@ -297,19 +297,14 @@ def in_fp8(side: Ours) -> Ours:
 
 def decode_rounded(side: Ours, tile: tuple[int, int] | None = None) -> Call:
     """Return the decode in bfloat16, in tiles where a tile is given."""
-    return lambda take: runtime.decode(side.model, side.latents, dtype="bfloat16", tile=tile).frames
-
-
-def canvas_of(side: Ours) -> tuple[int, int]:
-    """Return the height and width in pixels that the latents stand for."""
-    _, down, across = side.case.spec.stride
-    return side.latents.shape[3] * down, side.latents.shape[4] * across
+    return lambda take: side.decode_bfloat16(take, tile)
 
 
 def decode_peak(side: Ours, frames: int) -> int:
     """Return the bytes that a decode of so many frames takes of the GPU beside what was there."""
-    count = 1 + (frames - 1) // side.case.spec.stride[0]
-    latents = torch.randn(1, side.latents.shape[1], count, *side.latents.shape[3:])
+    asked = side.case.request
+    assert asked.height and asked.width
+    latents = torch.randn(1, *side.case.spec.latent_shape(frames, asked.height, asked.width))
     torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats(side.device)
     before = torch.cuda.memory_allocated(side.device)

@@ -147,8 +147,8 @@ class Ours:
     def decode(self, take: int) -> np.ndarray:
         return runtime.decode(self.model, self.latents, dtype="float32").frames
 
-    def decode_bfloat16(self, take: int) -> np.ndarray:
-        return runtime.decode(self.model, self.latents, dtype="bfloat16").frames
+    def decode_bfloat16(self, take: int, tile: tuple[int, int] | None = None) -> np.ndarray:
+        return runtime.decode(self.model, self.latents, dtype="bfloat16", tile=tile).frames
 
     def bfloat16_psnr(self) -> float:
         """Return how near, in dB, pixels decoded in bfloat16 are to those in float32, before they become bytes."""

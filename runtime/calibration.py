@@ -23,7 +23,7 @@ from typing import Any, Literal
 import torch
 
 from runtime.engines.store import cache_root
-from runtime.machine import Measured, Rate, host_memory
+from runtime.machine import Measured, Rate, usable_memory
 from runtime.measuring import measure_rates, read_rate
 from runtime.model import DEMO, vae_dtype
 from runtime.models import open_checkpoint
@@ -81,18 +81,15 @@ def local(device: torch.device, dtype: torch.dtype, effort: Effort = "whole") ->
     own, vae = found[dtype], found[wide]
     if own is None or vae is None:
         return None
-    memory, capability = host_memory(), (0, 0)
-    if device.type == "cuda":
-        memory, capability = torch.cuda.mem_get_info(device)[0], torch.cuda.get_device_capability(device)
     return Measured(
         name=machine_name(device) + ", measured briefly" * own.brief,
-        memory=memory,
+        memory=usable_memory(device),
         rates=own.rates,
         vae_rates=vae.rates,
         residents=own.resident,
         glue=own.glue,
         read=own.read,
-        capability=capability,
+        capability=torch.cuda.get_device_capability(device) if device.type == "cuda" else (0, 0),
         brief=own.brief or vae.brief,
     )
 

@@ -204,9 +204,13 @@ def resident_now() -> int:
     return pages * os.sysconf("SC_PAGE_SIZE")
 
 
+def usable_memory(device: torch.device) -> int:
+    """Bytes of a device that this process may use: of a GPU what is free, else what is available and what it has."""
+    return int(torch.cuda.mem_get_info(device)[0]) if device.type == "cuda" else host_memory()
+
+
 def free_memory(device: torch.device) -> int:
     """Bytes that may still be taken on a device: of a GPU, also what PyTorch's allocator holds and does not use."""
     if device.type != "cuda":
-        return max(host_memory() - resident_now(), 0)
-    held = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-    return int(torch.cuda.mem_get_info(device)[0]) + held
+        return max(usable_memory(device) - resident_now(), 0)
+    return usable_memory(device) + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)

@@ -12,7 +12,7 @@ import torch
 import runtime
 from runtime.calibration import local
 from runtime.lora import Lora
-from runtime.machine import host_memory
+from runtime.machine import usable_memory
 from runtime.model import change_loras, choose_device, fit_loras
 from runtime.offload import give_back_memory
 from runtime.planner import load_within
@@ -42,7 +42,7 @@ class Loaded(dict[str, runtime.Model]):
         """Load a model anew so that a request takes less than the memory that is free; ValueError where it cannot."""
         self.pop(name, None)
         give_back_memory()
-        memory = f"{SQUEEZE * free_memory(self.how['device']) / 2**20:.0f}MiB"
+        memory = f"{SQUEEZE * usable_memory(choose_device(self.how['device'])) / 2**20:.0f}MiB"
         self[name] = load_within(self.places[name], request, memory=memory, loras=self.meant(asked), **self.how)
         return self[name]
 
@@ -101,10 +101,3 @@ def load_libraries(model: runtime.Model) -> None:
     with torch.device("meta"):
         model.checkpoint.text_encoder.build()
     assert model.tokenizer is not None
-
-
-def free_memory(device: str) -> int:
-    """Return the bytes that are free on the device that a model is loaded to."""
-    if choose_device(device).type == "cuda":
-        return int(torch.cuda.mem_get_info(choose_device(device))[0])
-    return host_memory()
