@@ -14,7 +14,7 @@ from runtime.machine import Machine
 from runtime.models.costs import Operation, Work
 from tools.profile.capture import torch_profiler
 from tools.profile.readers import Timeline, read_chrome
-from tools.profile.report import GAP, TOP, by_name, gaps, launched_within
+from tools.profile.report import GAP, NOWHERE, TOP, by_name, gaps, innermost, launched_within
 
 # Kinds of work by the names of kernels, ours and the libraries': the first that matches.
 KINDS = {
@@ -36,7 +36,10 @@ FARTHEST = 3
 
 @dataclass(frozen=True)
 class Profile:
-    """Seconds of the GPU from its first work to its last; the lists hold (name, calls, seconds)."""
+    """Seconds of the GPU from its first work to its last; the lists hold (name, calls, seconds).
+
+    `within` holds the kinds of work in the innermost range that launched them, and how long the GPU waited for each.
+    """
 
     whole: float
     idle: float
@@ -44,6 +47,7 @@ class Profile:
     ranges: list[tuple[str, int, float]]
     kinds: list[tuple[str, int, float]]
     kernels: list[tuple[str, int, float]]
+    within: list[tuple[str, int, float, float]]
 
     def table(self, floor: float | None, floors: Mapping[str, float]) -> str:
         """Return it as Markdown; `floors` are the least seconds of ranges and kinds."""
@@ -52,11 +56,13 @@ class Profile:
         lines = [head, "", "| range, kind or kernel | calls | ms | share | floor, ms | of the floor |"]
         lines.append("| --- | ---: | ---: | ---: | ---: | ---: |")
         for name, calls, seconds in [*self.ranges, *self.kinds, *self.kernels]:
-            least = floors.get(name)
-            cells = ["", ""] if least is None else [f"{least * 1e3:.2f}", f"{least / seconds:.0%}" if seconds else "-"]
-            lines.append(
-                f"| {name[:90]} | {calls} | {seconds * 1e3:.2f} | {seconds / self.whole:.1%} | {' | '.join(cells)} |"
-            )
+            cells = " | ".join(against(floors.get(name), seconds))
+            lines.append(f"| {name[:90]} | {calls} | {seconds * 1e3:.2f} | {seconds / self.whole:.1%} | {cells} |")
+        lines += ["", "| kind of work in a range | calls | ms | share | floor, ms | of the floor | waited for, ms |"]
+        lines.append("| --- | ---: | ---: | ---: | ---: | ---: | ---: |")
+        for name, calls, seconds, waited in self.within:
+            cells = " | ".join([*against(floors.get(name), seconds), f"{waited * 1e3:.2f}"])
+            lines.append(f"| {name} | {calls} | {seconds * 1e3:.2f} | {seconds / self.whole:.1%} | {cells} |")
         return "\n".join([*lines, "", *self.reading(floors)])
 
     def reading(self, floors: Mapping[str, float]) -> list[str]:
@@ -71,6 +77,13 @@ class Profile:
             text += f", most of it in {mine[0][0][:90]} ({mine[0][2] * 1e3:.1f} ms)" if mine else ""
             lines.append(text)
         return ["Largest distances from the limit:", "", *lines]
+
+
+def against(least: float | None, seconds: float) -> list[str]:
+    """Return the cells of a floor in ms and the part of it that is reached; empty ones where none is known."""
+    if least is None:
+        return ["", ""]
+    return [f"{least * 1e3:.2f}", f"{least / seconds:.0%}" if seconds else "-"]
 
 
 def profiled(call: Callable[[], Any]) -> Profile:
@@ -98,6 +111,13 @@ def summary(timeline: Timeline) -> Profile:
     for name, calls, seconds in kernels:
         before = kinds.get(kind_of(name), (0, 0.0))
         kinds[kind_of(name)] = before[0] + calls, before[1] + seconds
+    waited = {end: end - start for start, end in gaps(work)}  # by the moment at which work goes on
+    within: dict[str, tuple[int, float, float]] = {}
+    for one in work:
+        place = NOWHERE if one.launched is None else innermost(timeline.ranges, one.launched)
+        name = f"{place}: {kind_of(one.name)}"
+        count, seconds, idle = within.get(name, (0, 0.0, 0.0))
+        within[name] = count + 1, seconds + one.end - one.start, idle + waited.pop(one.start, 0.0)
     return Profile(
         whole=max(each.end for each in work) - work[0].start,
         idle=sum(waits),
@@ -105,6 +125,7 @@ def summary(timeline: Timeline) -> Profile:
         ranges=sorted(ranges, key=lambda row: -row[2]),
         kinds=sorted(((name, *each) for name, each in kinds.items()), key=lambda row: -row[2]),
         kernels=sorted(kernels, key=lambda row: -row[2])[:TOP],
+        within=sorted(((name, *each) for name, each in within.items()), key=lambda row: -row[2]),
     )
 
 
@@ -114,11 +135,13 @@ def kind_of(kernel: str) -> str:
 
 
 def floors(machine: Machine, ranges: Mapping[str, Iterable[Operation]]) -> dict[str, float]:
-    """Return the least seconds of each range and of each kind of operation, every call at its own limit."""
+    """Return the least seconds of each range, of each kind of operation and of each kind in its range, every call at
+    its own limit; a range NAME/PART counts for NAME too."""
     found: dict[str, float] = {}
     for name, operations in ranges.items():
+        outer = [each for each in ranges if each and name.startswith(f"{each}/")]
         for each in operations:
-            least = machine.seconds(Work((each,), 0), "")
-            for place in filter(None, (name, SAME.get(each.kind, each.kind))):
+            least, kind = machine.seconds(Work((each,), 0), ""), SAME.get(each.kind, each.kind)
+            for place in filter(None, (name, *outer, kind, f"{name or NOWHERE}: {kind}")):
                 found[place] = found.get(place, 0.0) + least
     return found

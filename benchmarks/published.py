@@ -212,7 +212,7 @@ def floors_of(part: Part, ours: Ours, device: torch.device) -> dict[str, float]:
         return {}
     latents = ours.case.shape[1:]
     if part.stage == "decode":
-        return floors(gpu, {"": ours.model.costs.decode(latents, None, torch.bfloat16.itemsize).operations})
+        return floors(gpu, ours.model.costs.decode_ranges(latents, torch.bfloat16.itemsize))
     rows, keys = ours.step_inputs[2].experts[0].keys[0].shape[:2]
     return floors(gpu, ours.model.costs.ranges(Shape(latents=latents, text=keys, rows=rows)))
 

@@ -26,7 +26,7 @@ from runtime.model import Model, choose_dtype
 from runtime.models.spec import nearest_counts, nearest_multiples
 from runtime.models.tiles import finer
 from runtime.receipt import Receipt
-from runtime.trace import Stages, recording, span
+from runtime.trace import Stages, mark, recording, span
 from runtime.video import Video
 
 Tile = tuple[int, int]  # (height, width) in pixels
@@ -220,13 +220,14 @@ def to_bytes(pixels: torch.Tensor) -> np.ndarray:
 
 def bytes_of(pixels: torch.Tensor) -> Callable[[], np.ndarray]:
     """Begin `to_bytes` and return what waits for it; from a GPU to page-locked memory, so that the host goes on."""
-    levels = pixels.float().add(1.0).mul_(127.5).clamp_(0, 255).round_().to(torch.uint8)
-    levels = levels.permute(1, 2, 3, 0).contiguous()
-    if levels.device.type != "cuda":
-        return levels.cpu().numpy
-    there = torch.empty(levels.shape, dtype=torch.uint8, pin_memory=True)
-    there.copy_(levels, non_blocking=True)
-    copied = torch.cuda.current_stream(levels.device).record_event()
+    with mark("decode/bytes"):
+        levels = pixels.float().add(1.0).mul_(127.5).clamp_(0, 255).round_().to(torch.uint8)
+        levels = levels.permute(1, 2, 3, 0).contiguous()
+        if levels.device.type != "cuda":
+            return levels.cpu().numpy
+        there = torch.empty(levels.shape, dtype=torch.uint8, pin_memory=True)
+        there.copy_(levels, non_blocking=True)
+        copied = torch.cuda.current_stream(levels.device).record_event()
 
     def wait() -> np.ndarray:
         copied.synchronize()

@@ -84,7 +84,12 @@ def test_profile_summary() -> None:
     assert found.ranges == [("denoise/mlp", 1, 2.0), ("denoise/attention", 1, 1.5)]
     assert found.kernels == [("nvjet_gemm", 2, 3.0), ("modulate_kernel", 1, 0.5)]
     assert found.kinds == [("linear", 2, 3.0), ("modulate", 1, 0.5)]
+    assert found.within == [
+        ("denoise/mlp: linear", 1, 2.0, 0.0), ("denoise/attention: linear", 1, 1.0, 0.0),
+        ("denoise/attention: modulate", 1, 0.5, 0.5),
+    ]  # fmt: skip
     shown = found.table(2.0, {"denoise/mlp": 1.0, "linear": 2.5, "modulate": 0.4})
+    assert "| denoise/attention: modulate | 1 | 500.00 | 12.5% |  |  | 500.00 |" in shown
     assert "| nvjet_gemm | 2 | 3000.00 | 75.0% |  |  |" in shown and "floor 2000.0 ms" in shown
     assert "| denoise/mlp | 1 | 2000.00 | 50.0% | 1000.00 | 50% |" in shown and "| linear | 2 | 3000.00 |" in shown
     assert shown.splitlines()[-3:] == [
@@ -115,10 +120,20 @@ def test_floors() -> None:
     spec, costs = find_model("wan2.1-t2v-14b")
     shape = Shape(latents=spec.latent_shape(81, 480, 832)[1:], text=512, rows=2)
     found = floors(GPUS["h200"], costs.ranges(shape))
-    ranges = sum(seconds for name, seconds in found.items() if name.startswith("denoise/"))
-    kinds = sum(seconds for name, seconds in found.items() if not name.startswith("denoise/"))
+    ranges = sum(seconds for name, seconds in found.items() if name.startswith("denoise/") and ":" not in name)
+    kinds = sum(seconds for name, seconds in found.items() if "/" not in name and ":" not in name)
+    assert kinds == pytest.approx(sum(seconds for name, seconds in found.items() if ":" in name))
     whole = GPUS["h200"].seconds(costs.forward(shape), "step")
     assert 0.95 * whole < ranges < kinds < 1.1 * whole
     assert {"attention", "linear", "modulate", "gate_residual", "qk_norm_rope"} <= set(found)
-    decode = floors(GPUS["h200"], {"": costs.decode((21, 60, 104), None, 2).operations})
-    assert {"convolution", "norm_silu", "attention", "linear"} == set(decode)
+    work = costs.decode((21, 60, 104), None, 2)
+    decode = floors(GPUS["h200"], costs.decode_ranges((21, 60, 104), 2))
+    assert {name for name in decode if not name.startswith(("decode/", "no range"))} == {
+        "convolution", "norm_silu", "attention", "linear",
+    }  # fmt: skip
+    levels = [decode[f"decode/{name}"] for name in ("middle", "up_0", "up_1", "up_2", "up_3", "head")]
+    assert sum(levels) + decode["no range: linear"] == pytest.approx(
+        floors(GPUS["h200"], {"all": work.operations})["all"]
+    )
+    assert decode["decode/up_0"] > decode["decode/up_0/upsample"] > 0
+    assert decode["decode/middle: attention"] == decode["attention"]

@@ -18,6 +18,8 @@ from pathlib import Path
 import pytest
 import torch
 
+import runtime
+from runtime.decoding import ahead, decode_chunks
 from tools.profile import capture, readers
 from tools.profile.__main__ import main
 from tools.profile.capture import steps_of
@@ -230,3 +232,17 @@ def test_profilers_that_are_missing(programs: Path, tmp_path: Path, capsys: pyte
 def test_a_pytorch_that_sees_no_gpu(capsys: pytest.CaptureFixture[str]) -> None:
     assert capture.main(["nsys", "2-3", "generate", "a"]) == 2
     assert "sees no GPU" in capsys.readouterr().err
+
+
+def test_ranges_of_a_decode_in_its_thread(tmp_path: Path) -> None:
+    """As on a GPU, where a thread decodes ahead; the ranges are those that the floors are counted for."""
+    model = runtime.load("demo", device="cpu")
+    shape = (2, 6, 8)
+    latents = torch.randn(1, model.spec.latent_channels, *shape)
+    begin, end = capture.torch_profiler(tmp_path / "trace.json")
+    begin()
+    for _ in ahead(lambda: decode_chunks(model, latents, None, torch.float32, [], [])):
+        pass
+    end()
+    found = {each.name for each in readers.read_chrome(tmp_path / "trace.json").ranges}
+    assert found == {*filter(None, model.costs.decode_ranges(shape, 4)), "decode/bytes"}

@@ -6,7 +6,7 @@ torch's FlopCounterMode does: two per multiplication of a matrix product, attent
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Protocol
 
@@ -143,6 +143,10 @@ class Costs(Protocol):
 
         With `parked`, the histories of all tiles but one are in the host's memory.
         """
+        ...
+
+    def decode_ranges(self, latents: tuple[int, int, int], itemsize: int) -> Mapping[str, Sequence[Operation]]:
+        """The operations of `decode` over whole frames, as `ranges` are; NAME/PART lies within NAME."""
         ...
 
     def encode(

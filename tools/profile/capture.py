@@ -77,10 +77,12 @@ def cuda_profiler() -> tuple[Callable[[], Any], Callable[[], Any]]:
 def torch_profiler(trace: Path) -> tuple[Callable[[], Any], Callable[[], Any]]:
     """Return what begins PyTorch's profiler, and what ends it and writes a Chrome trace."""
     import torch
+    from torch._C._profiler import _ExperimentalConfig
     from torch.profiler import ProfilerActivity, profile
 
     activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if torch.cuda.is_available() else [])]
-    profiler = profile(activities=activities)
+    # A decode on a GPU runs in a thread of its own, whose ranges are else not recorded.
+    profiler = profile(activities=activities, experimental_config=_ExperimentalConfig(profile_all_threads=True))
 
     def end() -> None:
         profiler.stop()

@@ -11,6 +11,7 @@ from tools.profile.readers import Counted, Range, Timeline, Work
 TOP = 12
 GAP = 20e-6  # seconds; shorter ones lie between any two kernels
 Named = TypeVar("Named", Range, Work, Counted)
+NOWHERE = "no range"
 HOST_BOUND = 0.5  # of a range's time, below which the GPU does not keep up with its host
 
 
@@ -130,7 +131,7 @@ def gaps(work: Sequence[Work]) -> list[tuple[float, float]]:
 def innermost(ranges: Sequence[Range], moment: float) -> str:
     """Return the name of the shortest range around a moment."""
     around = [each for each in ranges if each.start <= moment <= each.end]
-    return min(around, key=lambda each: each.end - each.start).name if around else "no range"
+    return min(around, key=lambda each: each.end - each.start).name if around else NOWHERE
 
 
 def ms(seconds: float) -> str:

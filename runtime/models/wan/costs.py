@@ -242,7 +242,11 @@ class WanCosts:
         parked: bool = False,
     ) -> Work:  # fmt: skip
         """The decoder over all chunks and tiles."""
-        return decoder(self.vae_config, latents, self._cuts(latents, tile, True), itemsize, published, parked)
+        return decoder(self.vae_config, latents, self._cuts(latents, tile, True), itemsize, published, parked)[0]
+
+    def decode_ranges(self, latents: tuple[int, int, int], itemsize: int) -> dict[str, list[Operation]]:
+        """The operations of `decode` over whole frames."""
+        return decoder(self.vae_config, latents, self._cuts(latents, None, True), itemsize, False, False)[1]
 
     def encode(
         self, latents: tuple[int, int, int], tile: tuple[int, int] | None, itemsize: int, *, published: bool = False,

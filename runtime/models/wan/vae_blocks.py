@@ -15,6 +15,7 @@ from torch import nn
 
 from runtime.kernels.causal_conv3d import causal_conv3d
 from runtime.kernels.norm_silu import norm_silu
+from runtime.trace import mark
 
 if TYPE_CHECKING:
     from runtime.models.wan.vae_config import VAEConfig
@@ -86,10 +87,14 @@ def fetch(history: History, device: torch.device) -> None:
 
 
 class UpBlock(nn.Module):
-    """Residual blocks, then twice the size, and twice the frames where `time`; 2.2 repeats the input beside them."""
+    """Residual blocks, then twice the size, and twice the frames where `time`; 2.2 repeats the input beside them.
 
-    def __init__(self, width: int, out: int, config: VAEConfig, *, upsample: bool, time: bool) -> None:
+    `level` from 0 is its place in the decoder, which profilers are told.
+    """
+
+    def __init__(self, width: int, out: int, config: VAEConfig, *, level: int, upsample: bool, time: bool) -> None:
         super().__init__()
+        self.range = f"decode/up_{level}"
         inputs = [width, *[out] * config.num_res_blocks]
         self.resnets = nn.ModuleList(ResidualBlock(each, out) for each in inputs)
         self.upsampler = Upsampler(out, out if config.is_residual else out // 2, time) if upsample else None
@@ -99,12 +104,14 @@ class UpBlock(nn.Module):
             raise ValueError(f"vae config leads from width {width} to {out}; supported: equal, or 2, 4 or 8 times less")
 
     def forward(self, x: torch.Tensor, history: History, first: bool) -> torch.Tensor:
-        y = x
-        for resnet in self.resnets:
-            y = resnet(y, history, keep=self.shortcut and y is x)
-        if self.upsampler is not None:
-            y = self.upsampler(y, history, first)
-        return add_repeated(y, x, self.time, first) if self.shortcut else y
+        with mark(self.range):
+            y = x
+            for resnet in self.resnets:
+                y = resnet(y, history, keep=self.shortcut and y is x)
+            if self.upsampler is not None:
+                with mark(f"{self.range}/upsample"):
+                    y = self.upsampler(y, history, first)
+            return add_repeated(y, x, self.time, first) if self.shortcut else y
 
     def reach(self, after: int) -> int:
         """Return how many cells to each side the block sees at its input, if `after` are seen at its output."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from itertools import chain
 
 from runtime.models.costs import Operation, Work, attention, convolution, linear, sweep
 from runtime.models.wan.vae import FRAMES_PER_TILE
@@ -23,7 +24,8 @@ class Walk:
         known = range(min(chunks, DISTINCT))
         self.chunks = [(i, 1 if i < known[-1] else chunks - known[-1]) for i in known]
         self.itemsize, self.published = itemsize, published
-        self.operations: list[Operation] = []
+        self.ranges: dict[str, list[Operation]] = {}
+        self.range = ""  # that operations are counted in
         self.copies = 1  # of the part that is walked: tiles of one size
         self.several = chunks > 1
         self.single = 1  # frames that are remembered of a clip's only chunk
@@ -38,6 +40,10 @@ class Walk:
             elif index:
                 yield count, frames, (index - 1) * frames + (not skip_first)
 
+    def add(self, operation: Operation) -> None:
+        """Count an operation."""
+        self.ranges.setdefault(self.range, []).append(operation)
+
     def causal(
         self, cells: Cells, frames: int, widths: tuple[int, int], taps: tuple[int, int], skip_first: bool = False
     ) -> None:
@@ -48,7 +54,7 @@ class Walk:
             if not self.published:  # frames before the clip are zero, and skipped
                 seen = sum(min(taps[0], before + j + 1) for j in range(many))
             made = convolution("convolution", many * pixels, taps[1] * seen / many, *widths, self.itemsize)
-            self.operations.append(made.times(count * self.copies))
+            self.add(made.times(count * self.copies))
         if taps[0] > 1:
             self.kept += (
                 (KEPT_FRAMES if self.several else self.single) * pixels * widths[0] * self.itemsize * self.copies
@@ -59,7 +65,7 @@ class Walk:
         for count, many, _ in self.sizes(frames, skip_first):
             share = many / frames
             part = Operation(operation.kind, operation.flops * share, operation.bytes * share, operation.scores * share)
-            self.operations.append(part.times(operation.count * count * self.copies))
+            self.add(part.times(operation.count * count * self.copies))
 
     def norm(self, cells: Cells, frames: int, width: int) -> None:
         """A norm with SiLU over `frames` frames."""
@@ -107,14 +113,14 @@ class Walk:
 
     def work(self, *lasting: int) -> Work:
         """Return what was collected; `lasting` bytes are live throughout."""
-        return Work(tuple(self.operations), self.kept + self.most + sum(lasting))
+        return Work(tuple(chain.from_iterable(self.ranges.values())), self.kept + self.most + sum(lasting))
 
 
 def decoder(
     config: VAEConfig, latents: tuple[int, int, int], cuts: Sequence[Cells], itemsize: int, published: bool,
     parked: bool,
-) -> Work:  # fmt: skip
-    """Decoding latents [T, H, W], the part behind the trunk in tiles of so many cells (height, width)."""
+) -> tuple[Work, dict[str, list[Operation]]]:  # fmt: skip
+    """Decoding latents [T, H, W], the part behind the trunk in tiles of so many cells (height, width); by range too."""
     walk = Walk(latents[0], itemsize, published)
     walk.single = 0  # the last chunk leaves nothing to be remembered
     cells = (latents[1], latents[2])
@@ -122,6 +128,7 @@ def decoder(
     widths = [base * multiple for multiple in config.dim_mult[::-1]]
     levels = range(len(widths))
     walk.each(1, linear(cells[0] * cells[1], config.z_dim, config.z_dim, itemsize))
+    walk.range = "decode/middle"
     walk.causal(cells, 1, (config.z_dim, widths[0]), (3, 9))
     walk.middle(cells, widths[0])
     grown, frames, width = _up(walk, config, levels[:WHOLE_LEVELS], (cells, 1, widths[0]))
@@ -132,7 +139,7 @@ def decoder(
     pixels = time * cells[0] * down * cells[1] * across * 3
     waiting = FRAMES_PER_TILE if parked and len(cuts) > 1 else 1
     trunk = waiting * frames * grown[0] * grown[1] * width * itemsize
-    return walk.work(pixels * (8 if len(cuts) > 1 and not parked else 4), trunk)
+    return walk.work(pixels * (8 if len(cuts) > 1 and not parked else 4), trunk), walk.ranges
 
 
 def _up(walk: Walk, config: VAEConfig, levels: Sequence[int], given: tuple[Cells, int, int]) -> tuple[Cells, int, int]:
@@ -145,6 +152,7 @@ def _up(walk: Walk, config: VAEConfig, levels: Sequence[int], given: tuple[Cells
         pixels = cells[0] * cells[1]
         inputs = [width, *[out] * config.num_res_blocks]
         taken = frames * pixels * width
+        walk.range = f"decode/up_{i}"
         apart = width != out or (config.is_residual and i < last)  # else results take the input's memory
         for number, each in enumerate(inputs):
             walk.residual(cells, frames, (each, out), taken if number and apart else 0)
@@ -152,6 +160,7 @@ def _up(walk: Walk, config: VAEConfig, levels: Sequence[int], given: tuple[Cells
         if i < last:
             doubled = config.temperal_downsample[last - 1 - i]
             width = out if config.is_residual else out // 2
+            walk.range = f"decode/up_{i}/upsample"
             before = taken * apart + frames * pixels * out
             if doubled and walk.several:
                 walk.causal(cells, frames, (out, 2 * out), (3, 1), skip_first=True)
@@ -162,6 +171,7 @@ def _up(walk: Walk, config: VAEConfig, levels: Sequence[int], given: tuple[Cells
             cells = (2 * cells[0], 2 * cells[1])
             walk.hold(before, 4 * frames * pixels * width)
         else:
+            walk.range = "decode/head"
             walk.norm(cells, frames, width)
             walk.causal(cells, frames, (width, config.out_channels), (3, 9))
     return cells, frames, width

@@ -14,6 +14,7 @@ from torch import nn
 
 from runtime.kernels.norm_silu import norm_silu
 from runtime.models.wan.vae_blocks import CausalConv3d, DownBlock, History, MidBlock, Norm, Ring, UpBlock
+from runtime.trace import mark
 
 if TYPE_CHECKING:
     from runtime.models.wan.vae_config import VAEConfig
@@ -51,7 +52,7 @@ class Decoder(Streaming):
         blocks, width = [], widths[0]
         for i, out in enumerate(widths):
             time = config.temperal_downsample[levels - 1 - i] if i < levels else False
-            blocks.append(UpBlock(width, out, config, upsample=i < levels, time=time))
+            blocks.append(UpBlock(width, out, config, level=i, upsample=i < levels, time=time))
             width = out if config.is_residual else out // 2
         self.up_blocks = nn.ModuleList(blocks)
         self.norm_out = Norm(widths[-1])
@@ -65,7 +66,8 @@ class Decoder(Streaming):
 
     def trunk(self, z: torch.Tensor, history: History, first: bool) -> torch.Tensor:
         """The part that sees the whole frame: attention is there."""
-        x = self.mid_block(self.conv_in(z, history), history)
+        with mark("decode/middle"):
+            x = self.mid_block(self.conv_in(z, history), history)
         for block in self.up_blocks[:WHOLE_LEVELS]:
             x = block(x, history, first)
         return x
@@ -88,7 +90,8 @@ class Decoder(Streaming):
         """The part that sees a neighbourhood only, so that it may run on tiles."""
         for block in self.up_blocks[WHOLE_LEVELS:]:
             x = block(x, history, first)
-        return self.conv_out(norm_silu(x, self.norm_out.gamma, inplace=True), history)
+        with mark("decode/head"):
+            return self.conv_out(norm_silu(x, self.norm_out.gamma, inplace=True), history)
 
 
 class Encoder(Streaming):
