@@ -39,6 +39,30 @@ def attention_ref(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, bias: torch
 
 
 @jit
+def absorb(queries, keys, values, bias, inside, scale, acc, total, top):
+    """Take one tile of keys and values into acc [BLOCK_L, K], its weights' total and the top score so far.
+
+    `scale` carries log2(e) for exp2; bias points to the keys' own [BLOCK_S], `inside` tells which keys there are; each
+    may be None.
+    """
+    scores = tl.dot(queries, tl.trans(keys), input_precision="ieee")
+    unit = scale
+    if bias is not None:
+        scores = scores * scale + (tl.load(bias, mask=inside).to(tl.float32) * 1.4426950408889634)[None, :]
+        unit = 1.0
+    if inside is not None:
+        scores = tl.where(inside[None, :], scores, float("-inf"))
+    above = tl.maximum(top, tl.max(scores, axis=1) * unit)
+    level = above
+    if bias is not None:
+        level = tl.where(above == float("-inf"), 0.0, above)  # all masked so far: -inf - -inf would be NaN
+    weights = tl.exp2(scores * unit - level[:, None])  # the instruction that subtracts also scales
+    decay = tl.exp2(top - level)
+    acc = tl.dot(weights.to(values.dtype), values, acc * decay[:, None], input_precision="ieee")
+    return acc, total * decay + tl.sum(weights, axis=1), above
+
+
+@jit
 def attention_kernel(
     q, k, v, bias, out,
     q_row, q_token, q_head, k_row, k_token, k_head, v_row, v_token, v_head, bias_row,
@@ -61,31 +85,24 @@ def attention_kernel(
     out += ((row * length + start) * heads + head) * K
     queries = tl.load(q + tokens * q_token + sizes, mask=start + tokens < length, other=0.0)
     if bias is not None:
-        bias += row * bias_row
+        bias += row * bias_row + lanes
     acc = tl.zeros((BLOCK_L, K), tl.float32)
-    total = tl.zeros((BLOCK_L,), tl.float32)  # of the weights, relative to
-    top = tl.full((BLOCK_L,), float("-inf"), tl.float32)  # the largest score so far
-    for first in range(0, keys, BLOCK_S):
-        inside = first + lanes < keys
-        rows = tl.minimum(lanes, keys - 1 - first)[:, None]  # beyond the end: the last key again, masked below
-        keys_tile = tl.load(k + rows * k_token + sizes)
-        scores = tl.dot(queries, tl.trans(keys_tile), input_precision="ieee")
-        raised = tl.zeros((BLOCK_S,), tl.float32)
-        if bias is not None:
-            raised = tl.load(bias + first + lanes, mask=inside, other=0.0).to(tl.float32) * 1.4426950408889634
-        scores = scores * scale + tl.where(inside, raised, float("-inf"))[None, :]
-        above = tl.maximum(top, tl.max(scores, axis=1))
-        level = above
-        if bias is not None:
-            level = tl.where(above == float("-inf"), 0.0, above)  # all masked so far: -inf - -inf would be NaN
-        weights = tl.exp2(scores - level[:, None])
-        decay = tl.exp2(top - level)
-        total = total * decay + tl.sum(weights, axis=1)
-        top = above
-        values = tl.load(v + rows * v_token + sizes)
-        acc = tl.dot(weights.to(values.dtype), values, acc * decay[:, None], input_precision="ieee")
+    total = tl.zeros((BLOCK_L,), tl.float32)
+    top = tl.full((BLOCK_L,), float("-inf"), tl.float32)
+    whole = keys // BLOCK_S * BLOCK_S
+    for _ in range(0, whole, BLOCK_S):  # without masks, which every score would pay for
+        keys_tile = tl.load(k + lanes[:, None] * k_token + sizes)
+        values_tile = tl.load(v + lanes[:, None] * v_token + sizes)
+        acc, total, top = absorb(queries, keys_tile, values_tile, bias, None, scale, acc, total, top)
         k += BLOCK_S * k_token
         v += BLOCK_S * v_token
+        if bias is not None:
+            bias += BLOCK_S
+    if whole < keys:
+        inside = lanes < keys - whole
+        rows = tl.minimum(lanes, keys - whole - 1)[:, None]  # beyond the end: the last key again, masked
+        keys_tile, values_tile = tl.load(k + rows * k_token + sizes), tl.load(v + rows * v_token + sizes)
+        acc, total, top = absorb(queries, keys_tile, values_tile, bias, inside, scale, acc, total, top)
     acc = acc / tl.where(total == 0.0, 1.0, total)[:, None]
     tl.store(out + tokens * heads * K + sizes, acc.to(out.dtype.element_ty), mask=start + tokens < length)
 
@@ -93,7 +110,7 @@ def attention_kernel(
 def attention_triton(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, bias: torch.Tensor | None = None
 ) -> torch.Tensor:
-    """Each head's keys and values stay in the L2 cache while its queries pass; one tile fits every GPU from sm_80 on.
+    """Each head's keys and values stay in the L2 cache while its queries pass; its tiles fit every GPU from sm_80 on.
 
     Last dimensions are contiguous, or are made so. float32 is for the interpreter: no tensor core computes it exactly.
     """
@@ -103,7 +120,9 @@ def attention_triton(
     q, k, v = (x if x.stride(3) == 1 and x.stride(1) < 2**23 else x.contiguous() for x in (q, k, v))
     bias = None if bias is None else bias.contiguous()
     out = torch.empty(rows, length, heads, size, dtype=q.dtype, device=q.device)
-    block_l, block_s = (64, 32) if q.dtype == torch.float32 else (128, 64)
+    # Where products take their operands from registers, 64 keys would spill some.
+    shared = (capability_of(q.device) or (9, 0))[0] in (9, 10)
+    block_l, block_s = (64, 32) if q.dtype == torch.float32 else (128, 64 if shared else 32)
     found = tuned("attention_triton", f"{size} {q.element_size()}", q.device)
     block_l, block_s = found.get("block_l", block_l), found.get("block_s", block_s)
     launch(
