@@ -91,6 +91,7 @@ BARS = (
         for keys in ("itself", "text")
     ),
     kernel("attention", f"{SHAPE} over itself", "395 to 477 TFLOP/s (Triton, H100)", rate=480e12, which="triton"),
+    kernel("attention_fp8", SHAPE, "1062 TFLOP/s (cuDNN 9.19)", over="bf16 attention", ratio=1.0),
     kernel("mlp", SHAPE, "", over="bare GEMMs", ratio=1.02),
     kernel("linear_fp8", f"{SHAPE} 5120 to 13824", "1102 TFLOP/s (FBGEMM, H100)", over="bf16 linear", ratio=1 / 1.4),
     kernel("causal_conv3d", "wan-vae 480p 96 to 96 at 832x480x4", "374 TFLOP/s (sglang)", over="", ratio=1 / 1.5),

@@ -14,6 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from runtime import kernels
+from runtime.kernels.attention_fp8 import attention_fp8_fa3
 from runtime.kernels.gate_residual import gate_residual_ref
 
 Call = Callable[[], Any]
@@ -61,6 +63,7 @@ BARS = {
     "qk_norm_rope": MEMORY,
     "norm_silu": MEMORY,
     "attention": Bar(rate=480e12),  # what a portable fallback must keep; Triton's tutorial reaches 477 on H100
+    "attention_fp8": Bar(over="bf16 attention", ratio=1.0),  # or nobody takes it
     "mlp": Bar(over="bare GEMMs", ratio=1.02),
     "linear_fp8": Bar(over="bf16 linear", ratio=1 / 1.4),  # the published gain, quantisation included
     "causal_conv3d": Bar(rate=0.473 * 790e12),  # sglang's convolutions alone on H200
@@ -88,6 +91,15 @@ def attention(a: Arguments) -> list[Baseline]:
     kinds = {"cuDNN": SDPBackend.CUDNN_ATTENTION, "flash": SDPBackend.FLASH_ATTENTION,
              "efficient": SDPBackend.EFFICIENT_ATTENTION}  # fmt: skip
     return [Baseline(f"SDPA {name}", by(kernel)) for name, kernel in kinds.items()]
+
+
+def attention_fp8(a: Arguments) -> list[Baseline]:
+    """The attention that would be computed in 16 bits; FlashAttention-3 in 8, the quantiser included."""
+    q, k, v = (a[name] for name in ("q", "k", "v"))
+    return [
+        Baseline("bf16 attention", lambda: kernels.attention(q, k, v), whole=False),
+        Baseline("FA3 fp8", lambda: attention_fp8_fa3(q, k, v)),
+    ]
 
 
 def mlp(a: Arguments) -> list[Baseline]:
@@ -155,6 +167,7 @@ def modulate(a: Arguments) -> list[Baseline]:
 
 MAKERS: dict[str, Callable[[Arguments], list[Baseline]]] = {
     "attention": attention,
+    "attention_fp8": attention_fp8,
     "mlp": mlp,
     "linear_fp8": linear_fp8,
     "causal_conv3d": causal_conv3d,

@@ -57,7 +57,9 @@ CHIPS = {
     "sm_120": Chip(warps=48, blocks=24, shared=100 * KIB),  # RTX 50, RTX PRO 6000
 }
 # The oldest architecture that an operation's types exist on.
-LEAST = dict.fromkeys(("linear_fp8", "quantise_rows", "modulate_fp8", "gate_residual_modulate_fp8"), "sm_89")
+LEAST = dict.fromkeys(
+    ("linear_fp8", "quantise_rows", "modulate_fp8", "gate_residual_modulate_fp8", "attention_fp8"), "sm_89"
+)
 
 TYPES = {
     torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16", torch.float64: "fp64",

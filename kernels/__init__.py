@@ -8,6 +8,7 @@ Dimension key: B batch, L video tokens, S text tokens, D width, N heads, K head 
 # empty module, and nothing is registered twice.
 if __name__ != "kernels":
     from .attention import attention
+    from .attention_fp8 import attention_fp8
     from .causal_conv3d import causal_conv3d
     from .gate_residual import gate_residual, gate_residual_modulate, gate_residual_modulate_fp8
     from .linear_fp8 import linear_fp8
@@ -20,6 +21,7 @@ if __name__ != "kernels":
 __all__ = [
     "AxisTables",
     "attention",
+    "attention_fp8",
     "causal_conv3d",
     "gate_residual",
     "gate_residual_modulate",

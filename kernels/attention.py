@@ -208,8 +208,7 @@ def packaged(module: str, function: str, **options: Any) -> Callable[..., torch.
 
 # cuDNN takes a bias only per query and key, not broadcast over them; flash kernels take none. The FA3 and FA4 packages
 # are called themselves: torch.nn.attention.activate_flash_attention_impl would change "flash" for the whole process.
-# FA3's own 8 bits are left out: on Hopper its sums keep less than float32, worse with every key (flash-attention pull
-# request 2250), which no simulation on another machine shows; a calibration there would promise what it cannot keep.
+# FA3's own 8 bits are another operation, attention_fp8.
 CORES: dict[str, Core] = {
     "cudnn": Core(
         sdpa(SDPBackend.CUDNN_ATTENTION),

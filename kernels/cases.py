@@ -476,6 +476,39 @@ def attention_cases() -> Iterator[Case]:
             yield Case("attention", name, real, real=True, bytes=moved, flops=work)
 
 
+def attention_fp8_cases() -> Iterator[Case]:
+    """Tails of tiles on both sides, more keys than one tile; both head sizes; keys far from zero."""
+
+    def arguments(m: Maker, rows: int, length: int, keys: int, heads: int, head: int) -> Arguments:
+        k = m.tensor(rows, keys, heads, head) + 4 * m.tensor(1, 1, heads, head)
+        return {"q": m.tensor(rows, length, heads, head), "k": k, "v": m.tensor(rows, keys, heads, head)}
+
+    for rows, length, keys, heads, head in (
+        (1, 7, 5, 2, 64), (2, 130, 70, 1, 128), (1, 65, 129, 2, 128), (2, 64, 256, 1, 64), (0, 4, 4, 1, 64),
+        (1, 1, 1, 3, 128),
+    ):  # fmt: skip
+
+        def make(
+            m: Maker, rows: int = rows, length: int = length, keys: int = keys, heads: int = heads, head: int = head
+        ) -> Arguments:
+            return arguments(m, rows, length, keys, heads, head)
+
+        yield Case("attention_fp8", f"{rows}x{length}x{keys} heads {heads}x{head}", make)
+
+    def views(m: Maker) -> Arguments:
+        return dict(zip(("q", "k", "v"), m.tensor(2, 67, 3, 2, 64).unbind(2), strict=True))
+
+    yield Case("attention_fp8", "views of one qkv", views)
+    for model, size in REAL:
+
+        def real(m: Maker, model: Transformer = model, tokens: int = size.tokens) -> Arguments:
+            shape = (1, tokens, 3, model.heads, model.width // model.heads)
+            return dict(zip(("q", "k", "v"), m.tensor(*shape).unbind(2), strict=True))
+
+        moved, work = 4 * HALF * size.tokens * model.width, 4 * size.tokens**2 * model.width
+        yield Case("attention_fp8", f"{model.name} {size.name}", real, real=True, bytes=moved, flops=work)
+
+
 def mlp_cases() -> Iterator[Case]:
     """Widths that are no multiple of a tile; alone, with a plain residual, with gates per sample and per group."""
 
@@ -602,6 +635,7 @@ CASES: dict[str, Callable[[], Iterator[Case]]] = {
     "norm_silu": norm_silu_cases,
     "causal_conv3d": causal_conv3d_cases,
     "attention": attention_cases,
+    "attention_fp8": attention_fp8_cases,
     "mlp": mlp_cases,
     "quantise_rows": quantise_rows_cases,
     "linear_fp8": linear_fp8_cases,

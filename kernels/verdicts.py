@@ -17,7 +17,9 @@ from .backend import forced
 from .cases import Arguments, Case, Maker
 from .tolerance import Verdict, judge
 
-EIGHT_BITS = {"linear_fp8"}  # judged as float8, whatever the dtype of their outputs
+EIGHT_BITS = {"linear_fp8", "attention_fp8"}  # judged as float8, whatever the dtype of their outputs
+# The reference computes what 8-bit products would, some queries at a time: to judge by, not to time.
+SIMULATED = {"attention_fp8"}
 HALVES = (torch.float16, torch.bfloat16)
 
 

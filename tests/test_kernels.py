@@ -143,6 +143,7 @@ ROW, CODES = torch.zeros(1, 3, 8), torch.zeros(6, 8).to(torch.float8_e4m3fn)
         (lambda: kernels.linear_fp8(ROW[..., :0], CODES[:, :0], torch.ones(6)), "weight_fp8 has shape"),
         (lambda: kernels.mlp(ROW, *(torch.zeros(shape) for shape in ((0, 8), 0, (8, 0), 8))), "w_in has shape"),
         (lambda: kernels.attention(*[ROW.view(1, 3, 8, 1)[..., :0]] * 3), "q has shape"),
+        (lambda: kernels.attention_fp8(*[ROW.view(1, 3, 8, 1)[..., :0]] * 3), "q has shape"),
         (lambda: kernels.norm_silu(ROW[:, :0], torch.zeros(0)), "x has shape"),
         (lambda: kernels.causal_conv3d(ROW.view(1, 1, 1, 3, 8)[..., :0], torch.zeros(2, 1, 3, 3, 3)), "x has shape"),
         (lambda: kernels.causal_conv3d(ROW.view(1, 1, 1, 3, 8), torch.zeros(0, 1, 3, 3, 3)), "weight has shape"),
@@ -274,6 +275,13 @@ def huge_attention(m: Maker) -> tuple[dict[str, Any], Any, int]:
     return dict(zip("qkv", m.tensor(1, length, 3, 40, 128).unbind(2), strict=True)), cut("q"), 1
 
 
+def huge_attention_fp8(m: Maker) -> tuple[dict[str, Any], Any, int]:
+    """The largest number of a head's queries is in either part, as their scale is of all."""
+    arguments, cutter, dim = huge_attention(m)
+    arguments["q"][:, 0, :, 0] = arguments["q"][:, -1, :, 0] = 8.0
+    return arguments, cutter, dim
+
+
 def huge_mlp(m: Maker) -> tuple[dict[str, Any], Any, int]:
     """The inner numbers are as many as the outer ones."""
     arguments, cutter, dim = huge_tokens(m, "x", "residual")
@@ -306,6 +314,7 @@ BEYOND: dict[str, Huge] = {
     "norm_silu": huge_norm_silu,
     "causal_conv3d": huge_causal_conv3d,
     "attention": huge_attention,
+    "attention_fp8": huge_attention_fp8,
     "mlp": huge_mlp,
     "linear_fp8": huge_linear_fp8,
 }

@@ -94,7 +94,7 @@ def test_no_eight_bits_before_sm_89(monkeypatch: pytest.MonkeyPatch) -> None:
     given, x = linear_case(), numbers(1, 6, 24)
     for call in (
         lambda: linear_fp8(**given), lambda: quantise_rows(x[0]), lambda: kernels.modulate_fp8(x),
-        lambda: kernels.gate_residual_modulate_fp8(x, x),
+        lambda: kernels.gate_residual_modulate_fp8(x, x), lambda: kernels.attention_fp8(*[x[..., None]] * 3),
     ):  # fmt: skip
         with backend.forced("triton"), pytest.raises(ValueError, match="no implementation 'triton' here"):
             call()
