@@ -16,6 +16,10 @@ KINDS: dict[str, Callable[[bytes], bool]] = {
 }
 # What FFmpeg may open: a playlist could name other files and addresses, so only containers, only from disk.
 READING = {"format_whitelist": "mov,matroska,gif,png_pipe,jpeg_pipe,webp_pipe", "protocol_whitelist": "file"}
+# Its reader of each kind, named: left to guess, it takes photos of more than 2 kB for what their suffix says.
+READERS = {
+    "png": "png_pipe", "jpeg": "jpeg_pipe", "webp": "webp_pipe", "mp4": "mov", "webm": "matroska", "gif": "gif",
+}  # fmt: skip
 MEDIA_TYPES = {kind: f"{'video' if kind in ('mp4', 'webm') else 'image'}/{kind}" for kind in KINDS}
 
 

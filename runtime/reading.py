@@ -16,7 +16,7 @@ import numpy as np
 from av.container import InputContainer
 from av.video.reformatter import ColorRange, Colorspace, VideoReformatter
 
-from runtime.kinds import READING
+from runtime.kinds import READERS, READING, kind_of
 from runtime.sound import Sound
 from runtime.upright import frame_way, lies, picture_way, upright
 from runtime.video import Frames, Video
@@ -131,7 +131,7 @@ def _open_for_reading(path: Path) -> Iterator[InputContainer]:
     if not path.is_file():
         raise FileNotFoundError(errno.ENOENT, f"{path} does not exist or is no file")
     try:
-        container = av.open(str(path.absolute()), options=READING)
+        container = av.open(str(path.absolute()), format=READERS.get(kind_of(path) or ""), options=READING)
     except av.FFmpegError as error:
         if isinstance(error, OSError):
             raise
@@ -147,6 +147,8 @@ def _open_for_reading(path: Path) -> Iterator[InputContainer]:
 def _frame_size(path: Path, container: InputContainer, max_pixels: int) -> tuple[int, int]:
     context = container.streams.video[0].codec_context
     if not context.width * context.height:
+        if container.format.name == "webp_pipe":
+            raise ValueError(f"{path} is a webp that is animated or says no size; none can be read: take a still one, gif or mp4")
         raise ValueError(f"{path} says no size that can be read; at most {max_pixels} pixels of a frame are read")
     if context.width * context.height > max_pixels:
         raise ValueError(f"{path} has frames of {context.width}x{context.height}; at most {max_pixels} pixels are read")

@@ -90,6 +90,32 @@ def test_pictures_stand_up(tmp_path: Path, orientation: int, suffix: str) -> Non
     assert np.abs(read[0].astype(int) - upright).mean() < 6  # in YUV, colour has half the resolution
 
 
+@pytest.mark.parametrize("mode", ["RGB", "L", "CMYK", "P", "LA", "RGBA", "1", "I;16"])
+@pytest.mark.parametrize("suffix", ["jpg", "png", "webp"])
+def test_photos_are_read_as_pillow_reads_them(tmp_path: Path, suffix: str, mode: str) -> None:
+    """Of some kilobytes, as photos are, in every way to keep colours; what is transparent is shown."""
+    x, y = np.meshgrid(np.linspace(0, 255, 256), np.linspace(0, 255, 256))
+    grain = np.random.default_rng(0).normal(0, 6, x.shape)
+    colours = np.stack([x, y, np.clip(255 - x + grain, 0, 255)], -1).astype(np.uint8)
+    deep = Image.fromarray((x * 257).astype(np.uint16))
+    picture, file = deep if mode == "I;16" else Image.fromarray(colours).convert(mode), tmp_path / f"a.{suffix}"
+    try:
+        picture.save(file, quality=95)
+    except (OSError, ValueError):
+        pytest.skip(f"no {suffix} holds {mode}")
+    kept = Image.open(file)
+    meant = np.asarray(kept)[..., None] / 257 if kept.mode.startswith("I") else np.asarray(kept.convert("RGB"))
+    (read,) = read_video(file).frames
+    assert np.abs(read.astype(float) - meant).mean() < 6
+
+
+def test_an_animated_webp_is_named(tmp_path: Path) -> None:
+    first, second = (Image.new("RGB", (8, 8), colour) for colour in ("red", "blue"))
+    first.save(tmp_path / "a.webp", save_all=True, append_images=[second])
+    with pytest.raises(ValueError, match="animated"):
+        read_video(tmp_path / "a.webp")
+
+
 MATRICES = {
     1: (1, 0, 0, 1), 2: (-1, 0, 0, 1), 3: (-1, 0, 0, -1), 4: (1, 0, 0, -1),
     5: (0, 1, 1, 0), 6: (0, 1, -1, 0), 7: (0, -1, -1, 0), 8: (0, -1, 1, 0),
