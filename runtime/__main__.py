@@ -1,35 +1,67 @@
 """The command line: python -m runtime generate | ... | remote | verify | plan | build | info | embed; making: verbs.py.
 
 Exit codes: 0 done, 2 the request or its surroundings cannot work (one sentence says what to do), 1 a fault of ours,
-130 interrupted; of verify also 3 no credentials, 4 tampered with, 5 not signed by whom --trust names. No traceback
-without --debug, and no partial output file in any case.
+128 + N ended by the signal N (130: Ctrl-C); of verify also 3 no credentials, 4 tampered with, 5 not signed by whom
+--trust names. No traceback without --debug, and no partial output file in any case.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
+import signal
 import sys
+import threading
 import traceback
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
+from types import FrameType
 
+from runtime.arguments import Parser, parse_number, parse_size, parse_sizes, parse_whole
 from runtime.remote import add_remote
-from runtime.verbs import add_verbs, parse_size
+from runtime.verbs import add_verbs
 
 PACKAGE = Path(__file__).parent
+ENDING = (signal.SIGTERM, signal.SIGHUP)
+
+
+class Ended(BaseException):
+    """A signal that ends the process has come; what is under way is cleaned up first."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; return its exit code."""
-    options = parser().parse_args(arguments)
+    try:
+        try:
+            return run(parser().parse_args(arguments))
+        finally:
+            if sys.stdout is not None:
+                sys.stdout.flush()
+    except OSError as error:  # of standard output
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # what was not written is for nobody
+        if isinstance(error, BrokenPipeError):
+            return 128 + signal.SIGPIPE
+        print(f"error: standard output cannot be written ({error.strerror})", file=sys.stderr)
+        return 2
+
+
+def run(options: argparse.Namespace) -> int:
+    """Run what was asked for; return the exit code."""
     warnings.showwarning = show_warning
     try:
-        return options.run(options) or 0
+        with ending():
+            return options.run(options) or 0
     except KeyboardInterrupt:
         print("\ninterrupted; no partial file is left", file=sys.stderr)
-        return 130
+        return 128 + signal.SIGINT
+    except Ended as error:
+        print("\nended by a signal; no partial file is left", file=sys.stderr)
+        return 128 + int(error.args[0])
+    except BrokenPipeError:
+        raise
     except Exception as error:
         if options.debug:
             traceback.print_exc()
@@ -38,16 +70,37 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return code
 
 
-def parser() -> argparse.ArgumentParser:
+@contextmanager
+def ending() -> Iterator[None]:
+    """Let SIGTERM and SIGHUP end what is under way as Ctrl-C does, where nobody else has taken or ignores them."""
+
+    def end(number: int, _: FrameType | None) -> None:
+        raise Ended(number)
+
+    own = [number for number in ENDING if signal.getsignal(number) is signal.SIG_DFL]
+    if threading.current_thread() is not threading.main_thread():
+        own = []
+    for number in own:
+        signal.signal(number, end)
+    try:
+        yield
+    finally:
+        for number in own:
+            signal.signal(number, signal.SIG_DFL)
+
+
+def parser() -> Parser:
     """Return the parser of all commands."""
-    top = argparse.ArgumentParser(prog="python -m runtime", description="Video diffusion transformers, run truthfully.")
+    top = Parser(prog="python -m runtime", description="Video diffusion transformers, run truthfully.")
     commands = top.add_subparsers(required=True, metavar="COMMAND")
 
-    shared = argparse.ArgumentParser(add_help=False)
+    faults = Parser(add_help=False)
+    faults.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    shared = Parser(add_help=False, parents=[faults])
     shared.add_argument(
-        "--model", default="demo", metavar="NAME", help="demo, a folder, or a cached repository id (default: demo)"
-    )
-    shared.add_argument("--debug", action="store_true", help="show the traceback of an error")
+        "--model", default="demo", metavar="NAME",
+        help="demo (default), a folder, a cached repository id, or a short name such as wan2.1-t2v-1.3b",
+    )  # fmt: skip
 
     add_verbs(commands, shared)
     add_remote(commands)
@@ -56,7 +109,7 @@ def parser() -> argparse.ArgumentParser:
     view.set_defaults(run=decode)
     view.add_argument("latents", help="a file that generate --latents wrote")
     view.add_argument("-o", "--output", default="video.mp4", metavar="PATH", help=".mp4 .webm .gif .png or a folder")
-    view.add_argument("--fps", type=float, metavar="F", help="frames per second (default: as asked for then)")
+    view.add_argument("--fps", type=parse_number, metavar="F", help="frames per second (default: as asked for then)")
     view.add_argument("--tile", type=parse_size, metavar="WIDTHxHEIGHT", help="pixels decoded at once, halo included")
     view.add_argument("--dtype", default="float32", help="float32 (default, exact), bfloat16, float16")
     view.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:N (default: auto)")
@@ -65,9 +118,9 @@ def parser() -> argparse.ArgumentParser:
     ahead = commands.add_parser("plan", parents=[shared], help="say what a request will take, without weights")
     ahead.set_defaults(run=plan)
     ahead.add_argument("--size", type=parse_size, metavar="WIDTHxHEIGHT", help="pixels, such as 832x480")
-    ahead.add_argument("--frames", type=int, metavar="N", help="number of frames, such as 81")
-    ahead.add_argument("--steps", type=int, metavar="N", help="denoising steps")
-    ahead.add_argument("--guidance", type=float, metavar="G", help="guidance scale; 1 is none")
+    ahead.add_argument("--frames", type=parse_whole, metavar="N", help="number of frames, such as 81")
+    ahead.add_argument("--steps", type=parse_whole, metavar="N", help="denoising steps")
+    ahead.add_argument("--guidance", type=parse_number, metavar="G", help="guidance scale; 1 is none")
     ahead.add_argument("--gpu", metavar="NAME", help="h200 h100 a100 l40s 4090 5090, or cpu (default: this machine)")
     ahead.add_argument("--memory", metavar="SIZE", help="bytes that may be used, such as 24GiB")
     ahead.add_argument("--tile", type=parse_size, metavar="WIDTHxHEIGHT", help="pixels decoded at once, halo included")
@@ -79,7 +132,7 @@ def parser() -> argparse.ArgumentParser:
     make = commands.add_parser("build", parents=[shared], help="make engines ahead of time; look after their store")
     make.set_defaults(run=build)
     make.add_argument("--size", type=parse_sizes, default=[], metavar="SIZES", help="pixels, such as 832x480,1280x720")
-    make.add_argument("--frames", type=int, metavar="N", help="the most frames, such as 81")
+    make.add_argument("--frames", type=parse_whole, metavar="N", help="the most frames, such as 81")
     make.add_argument("--engine", default="tensorrt", help="tensorrt (default), inductor")
     make.add_argument("--gpu", metavar="ARCH", help="such as sm89 (default: the machine's GPU)")
     make.add_argument("--dtype", default="auto", help="auto, float32, bfloat16, float16 (default: auto)")
@@ -92,9 +145,11 @@ def parser() -> argparse.ArgumentParser:
     look.add_argument("--list", action="store_true", help="say what the store holds")
     look.add_argument("--check", action="store_true", help="read all of the store and say what is damaged")
     look.add_argument("--prune", action="store_true", help="remove what is damaged and what is over --keep")
-    make.add_argument("--keep", type=float, metavar="GIB", help="with --prune: GiB of the most recently used to keep")
+    make.add_argument(
+        "--keep", type=parse_number, metavar="GIB", help="with --prune: GiB of the most recently used to keep"
+    )
 
-    check = commands.add_parser("verify", parents=[shared], help="say where a file comes from, by its credentials")
+    check = commands.add_parser("verify", parents=[faults], help="say where a file comes from, by its credentials")
     check.set_defaults(run=verify)
     check.add_argument("file", type=Path, help="mp4, png, gif, jpeg or webp")
     check.add_argument("--trust", type=Path, metavar="FILE", help="certificates (PEM) of whom you trust")
@@ -104,9 +159,9 @@ def parser() -> argparse.ArgumentParser:
     learn.set_defaults(run=calibrate)
     learn.add_argument("--prompts", required=True, metavar="FILE", help="a prompt in each line; 20 to 30 are good")
     learn.add_argument("--size", type=parse_size, metavar="WIDTHxHEIGHT", help="pixels, such as 832x480")
-    learn.add_argument("--frames", type=int, metavar="N", help="number of frames, such as 81")
-    learn.add_argument("--steps", type=int, metavar="N", help="denoising steps")
-    learn.add_argument("--guidance", type=float, metavar="G", help="guidance scale; 1 is none")
+    learn.add_argument("--frames", type=parse_whole, metavar="N", help="number of frames, such as 81")
+    learn.add_argument("--steps", type=parse_whole, metavar="N", help="denoising steps")
+    learn.add_argument("--guidance", type=parse_number, metavar="G", help="guidance scale; 1 is none")
     learn.add_argument("--negative", default="", metavar="TEXT", help="what the videos must not show")
     learn.add_argument(
         "--precision", choices=("auto", "full", "fp8"), default="auto",
@@ -119,24 +174,21 @@ def parser() -> argparse.ArgumentParser:
     tell = commands.add_parser("info", parents=[shared], help="say what a model is and what of it is missing")
     tell.set_defaults(run=info)
 
-    host = commands.add_parser("embed", help="say where C++ programs find this runtime")
-    host.set_defaults(run=embed, debug=False)
+    host = commands.add_parser("embed", parents=[faults], help="say where C++ programs find this runtime")
+    host.set_defaults(run=embed)
     host.add_argument("--cmake-dir", action="store_true", help="print the folder for CMake's -Ddit_runtime_DIR")
     return top
-
-
-def parse_sizes(text: str) -> list[tuple[int, int]]:
-    """Return the sizes of a text such as 832x480,1280x720."""
-    return [parse_size(part) for part in text.split(",")]
 
 
 def decode(options: argparse.Namespace) -> None:
     """Make a video of latents that were kept."""
     from runtime.canvas import framed
     from runtime.latents import load_latents
+    from runtime.making import check_apart
     from runtime.progress import Progress
     from runtime.video import check_writable
 
+    check_apart([options.output], [options.latents])
     check_writable(options.output)
     latents, notes = load_latents(options.latents)
     if (kept := notes.get("model")) and kept != "demo" and options.model == "demo":
@@ -202,7 +254,10 @@ def verify(options: argparse.Namespace) -> int:
 
 def calibrate(options: argparse.Namespace) -> None:
     """Measure a model's ways to skip steps, and keep them where --quality finds them."""
-    lines = Path(options.prompts).read_text(encoding="utf-8").splitlines()
+    try:
+        lines = Path(options.prompts).read_text(encoding="utf-8").splitlines()
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{options.prompts} is no text ({error}); legal: a prompt in each line, UTF-8") from error
     prompts = [line.strip() for line in lines if line.strip()]
 
     import runtime

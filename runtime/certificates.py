@@ -60,6 +60,18 @@ def check_installed() -> None:
             raise ValueError(f"content credentials need {name}: pip install 'dit-runtime[provenance]'")
 
 
+def check_anchors(anchors: bytes) -> None:
+    """ValueError for what holds no certificate in PEM, which nobody can be trusted by."""
+    from cryptography import x509
+
+    try:
+        x509.load_pem_x509_certificates(anchors)
+    except ValueError as error:
+        raise ValueError(
+            "what is to be trusted holds no certificate in PEM; legal: such as an authority.pem"
+        ) from error
+
+
 def read_signer(certificate: Path, private_key: Path) -> Signer:
     """Return the signer of an operator's PEM files; ValueError where they do not fit, or cannot sign."""
     check_installed()

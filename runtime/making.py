@@ -9,6 +9,7 @@ import json
 import os
 import warnings
 from argparse import Namespace as Options
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -24,6 +25,7 @@ def make(options: Options) -> None:
     from runtime.video import check_writable
 
     request = options.verb.request(options)
+    check_apart(written(options), given(options, request))
     check_writable(options.output)
     signer_of(options)
     if options.preview:
@@ -48,6 +50,7 @@ def finish(options: Options) -> None:
     from runtime.video import check_writable
 
     draft = Request.from_receipt(options.draft)
+    check_apart(written(options), [options.draft, *given(options, draft)])
     check_writable(options.output)
     signer_of(options)
     if options.receipt:
@@ -128,7 +131,7 @@ def write(options: Options, model: Model, request: Request) -> None:
 
     signer = signer_of(options)
     frames = request.num_frames if request.task == "text" else None
-    check_writable(options.output, num_frames=frames, height=request.height, width=request.width)
+    check_writable(options.output, frames, request.height, request.width, request.fps)
     if options.preview:
         cells = None if frames is None else 1 + (frames - 1) // model.spec.stride[0]
         check_writable(options.preview, num_frames=cells)
@@ -160,11 +163,11 @@ def report(video: Video, path: Path) -> None:
     """Print where the video is and how long each stage took."""
     from runtime import budget
 
-    stages = video.receipt.stages
+    stages, count = video.receipt.stages, video.num_frames
     seconds = {name: stages[name].seconds for name in ("load", "text", "encode", "denoise", "decode") if name in stages}
     seconds["write"] = max(0.0, stages["save"].seconds - seconds["decode"])
     print(
-        f"{path}: {video.num_frames} frames, {video.width}x{video.height}, {video.fps:g} fps, "
+        f"{path}: {count} {'frame' if count == 1 else 'frames'}, {video.width}x{video.height}, {video.fps:g} fps, "
         f"seed {video.receipt.seed}, {video.receipt.model} on {video.receipt.device} in {video.receipt.dtype}"
     )
     print("seconds: " + ", ".join(f"{name} {value:.2f}" for name, value in seconds.items()))
@@ -182,7 +185,40 @@ def check_maker(receipt: str, model: Model) -> None:
         )
 
 
-def check_file(path: str, what: str) -> None:
+def written(options: Options) -> list[str]:
+    """Return the names of what a verb is to write."""
+    found = [getattr(options, name, None) for name in ("output", "receipt", "latents", "preview")]
+    return [os.fspath(path) for path in found if path]
+
+
+def given(options: Options, request: Request) -> list[str]:
+    """Return the names of the files that a verb reads."""
+    found = [getattr(options, name, None) for name in ("storyboard", "certificate", "private_key")]
+    for clip in (*request.clips, *request.references):
+        found += [clip.video.origin, clip.mask if isinstance(clip.mask, str | os.PathLike) else None]
+    if options.lora:
+        from runtime.lora import Lora
+
+        found += [Lora.parse(text).file for text in options.lora]
+    return [os.fspath(path) for path in found if path]
+
+
+def check_apart(written: Sequence[str], given: Sequence[str]) -> None:
+    """ValueError where a file is to be written that is also read, or written twice: the first would be lost."""
+    own = [Path(path).resolve() for path in written]
+    for path, file in zip(written, own, strict=True):
+        if own.count(file) > 1:
+            raise ValueError(f"{path} is to be written twice; give each result a name of its own")
+        if any(file == Path(each).resolve() or same_file(file, each) for each in given):
+            raise ValueError(f"{path} is read and would be replaced by the result; write to another name")
+
+
+def same_file(one: Path, other: str) -> bool:
+    """Tell whether two names are of one file: by a link."""
+    return one.exists() and Path(other).exists() and one.samefile(other)
+
+
+def check_file(path: str | os.PathLike[str], what: str) -> None:
     """Raise before any work where a file for `what` could not be written."""
     parent = Path(path).resolve().parent
     if Path(path).is_dir():

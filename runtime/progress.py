@@ -13,8 +13,9 @@ class Progress:
     """Counts the units of one stage: `with Progress("denoising", "step") as progress: ... progress(done, total)`."""
 
     def __init__(self, stage: str, unit: str, *, quiet: bool = False, stream: TextIO | None = None) -> None:
-        self.stage, self.unit, self.quiet = stage, unit, quiet
+        self.stage, self.unit = stage, unit
         self.stream = sys.stderr if stream is None else stream
+        self.quiet = quiet or self.stream is None  # standard error may be closed
         self.bar: Any = None
         self.first: float | None = None  # when the first unit was done: what came before it may be other work
         self.printed = time.monotonic()

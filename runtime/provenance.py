@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from runtime.certificates import Signer, check_installed
+from runtime.certificates import Signer, check_anchors, check_installed
 from runtime.kinds import MEDIA_TYPES, kind_of
 
 if TYPE_CHECKING:
@@ -152,8 +152,13 @@ def seal(path: Path, title: str, made: dict[str, Any], inputs: Sequence[Input], 
 
 
 def read(path: Path, anchors: bytes | None = None) -> Credentials:
-    """Return what a file says of its origin; `anchors` are the certificates, in PEM, that the reader trusts."""
+    """Return what a file says of its origin; `anchors` are the certificates, in PEM, that the reader trusts.
+
+    ValueError for anchors that are none.
+    """
     check_installed()
+    if anchors is not None:
+        check_anchors(anchors)
     from c2pa import C2paError, Reader
 
     kind = kind_of(path)

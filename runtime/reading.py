@@ -148,7 +148,9 @@ def _frame_size(path: Path, container: InputContainer, max_pixels: int) -> tuple
     context = container.streams.video[0].codec_context
     if not context.width * context.height:
         if container.format.name == "webp_pipe":
-            raise ValueError(f"{path} is a webp that is animated or says no size; none can be read: take a still one, gif or mp4")
+            raise ValueError(
+                f"{path} is a webp that is animated or says no size; none can be read: take a still one, gif or mp4"
+            )
         raise ValueError(f"{path} says no size that can be read; at most {max_pixels} pixels of a frame are read")
     if context.width * context.height > max_pixels:
         raise ValueError(f"{path} has frames of {context.width}x{context.height}; at most {max_pixels} pixels are read")

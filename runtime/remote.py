@@ -10,18 +10,20 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from runtime.arguments import parse_number, parse_whole
 from runtime.client import Client, ServerError
+from runtime.making import check_apart, check_file
 
 KEY = "DIT_RUNTIME_API_KEY"
 NUMBERS = {
-    "frames": ("num_frames", int, "number of (new) frames, such as 81"),
-    "seconds": ("seconds", float, "length, instead of --frames"),
-    "fps": ("fps", float, "frames per second"),
-    "steps": ("num_inference_steps", int, "denoising steps"),
-    "guidance": ("guidance_scale", float, "guidance scale; 1 is none"),
-    "seed": ("seed", int, "the same seed makes the same video"),
-    "strength": ("strength", float, "of edit and finish: more than 0 (as it was) to 1 (new)"),
-    "priority": ("priority", int, "-10 to 10; more goes first"),
+    "frames": ("num_frames", parse_whole, "number of (new) frames, such as 81"),
+    "seconds": ("seconds", parse_number, "length, instead of --frames"),
+    "fps": ("fps", parse_number, "frames per second"),
+    "steps": ("num_inference_steps", parse_whole, "denoising steps"),
+    "guidance": ("guidance_scale", parse_number, "guidance scale; 1 is none"),
+    "seed": ("seed", parse_whole, "the same seed makes the same video"),
+    "strength": ("strength", parse_number, "of edit and finish: more than 0 (as it was) to 1 (new)"),
+    "priority": ("priority", parse_whole, "-10 to 10; more goes first"),
 }
 TEXTS = {
     "size": ("size", "pixels, such as 832x480"),
@@ -155,6 +157,7 @@ def finish(client: Client, options: Options) -> dict[str, Any]:
 
 
 def image(client: Client, options: Options) -> None:
+    check_file(options.output, "picture")
     first, *more = client.image(options.prompt, **fields_of(options))
     names = [options.output.with_stem(f"{options.output.stem}-{index}") for index in range(2, len(more) + 2)]
     for path, content in zip([options.output, *names], [first, *more], strict=True):
@@ -165,6 +168,9 @@ def image(client: Client, options: Options) -> None:
 def finished(client: Client, options: Options, ask: Callable[[Client, Options], dict[str, Any]]) -> None:
     """Ask for a video, wait for it, and fetch it; who interrupts that is told how to come back."""
     wanted = format_of(options.output)
+    given = [getattr(options, name, None) for name in ("image", "clip", "first", "second")]
+    check_apart([str(options.output)], [str(path) for path in given if path])
+    check_file(options.output, "video")
     video = ask(client, options)
     if options.no_wait:
         print(video["id"])
@@ -195,6 +201,7 @@ def follow(client: Client, options: Options, video: str) -> None:
 
 def download(client: Client, options: Options) -> None:
     wanted = format_of(options.output) if options.variant == "video" else None
+    check_file(options.output, options.variant)
     say(options, str(client.save(options.id, options.output, variant=options.variant, format=wanted)))
 
 

@@ -24,7 +24,8 @@ DIRECTIONS = {"forward": "extend", "backward": "prepend", "between": "connect"}
 SMALL_AREA = 416 * 240  # pixels of a draft that shows something, where a quarter of the model's own size is more
 POSITIONS = ("ntk", "riflex")
 QUALITIES = {"exact": math.inf, "high": 32.0, "fast": 26.0}  # least PSNR in dB against the exact video of the seed
-MOST = 1000.0  # of guidance and shift: beyond that no number is left of a video
+MOST = 1000.0  # of guidance and shift: beyond that no number is left of a video; and of frames per second
+MOST_STEPS = 10_000  # ten for each noise level that models are trained on
 MOST_FRAMES = 1_000_000
 WHOLE = 3  # up to so many times the model's own length a video is made at once, beyond that window by window
 
@@ -105,8 +106,10 @@ class Request:
             given = getattr(self, name)
             if given is not None and (isinstance(given, bool) or not isinstance(given, int) or given < 1):
                 raise ValueError(f"{name} is {given!r}; legal: a whole number of at least 1")
+        if self.steps is not None and self.steps > MOST_STEPS:
+            raise ValueError(f"steps is {self.steps}; legal: up to {MOST_STEPS}")
         for name, floor, most in (
-            ("fps", 0.0, math.inf), ("seconds", 0.0, 1e6), ("guidance", -math.inf, MOST),
+            ("fps", 0.0, MOST), ("seconds", 0.0, 1e6), ("guidance", -math.inf, MOST),
             ("guidance_2", -math.inf, MOST), ("shift", 0.0, MOST), ("strength", 0.0, math.inf), ("boundary", 0.0, 1.0),
         ):  # fmt: skip
             given = getattr(self, name)

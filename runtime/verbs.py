@@ -6,12 +6,12 @@ Reading them in turn tells what the command line can ask; what happens then is t
 from __future__ import annotations
 
 import argparse
-import re
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from runtime.arguments import parse_levels, parse_number, parse_quality, parse_ranges, parse_size, parse_whole
 from runtime.making import finish, make
 
 if TYPE_CHECKING:
@@ -32,6 +32,7 @@ class Verb:
     arguments: Callable[[Parser], None]
     request: Callable[[Options], Request]
     output: str = "video.mp4"
+    still: bool = False  # one frame, which has no length and no rate
 
 
 def generate_arguments(parser: Parser) -> None:
@@ -95,7 +96,7 @@ def edit_arguments(parser: Parser) -> None:
     parser.add_argument("clip", help="the clip to make anew")
     parser.add_argument("prompt", help="what it shall show")
     parser.add_argument(
-        "--strength", type=float, metavar="S", help="more than 0 (as it was) to 1 (new); default 0.6"
+        "--strength", type=parse_number, metavar="S", help="more than 0 (as it was) to 1 (new); default 0.6"
     )  # fmt: skip
     parser.add_argument(
         "--mask", metavar="PATH", help="a picture or clip, white where the clip is made anew; for models that take one"
@@ -134,13 +135,13 @@ def image_arguments(parser: Parser) -> None:
 
 
 def image(options: Options) -> Request:
-    options.frames = 1
+    options.frames, options.seconds, options.fps, options.window, options.overlap = 1, None, None, None, None
     return request_of(options)
 
 
 VERBS = {
     "generate": Verb("make a video from a prompt", generate_arguments, generate),
-    "image": Verb("make a picture from a prompt", image_arguments, image, output="image.png"),
+    "image": Verb("make a picture from a prompt", image_arguments, image, output="image.png", still=True),
     "extend": Verb("go on after a clip, or lead up to it", extend_arguments, extend),
     "connect": Verb("lead from one clip to another", connect_arguments, connect),
     "loop": Verb("make a seamless loop of a prompt or a clip", loop_arguments, loop),
@@ -155,93 +156,104 @@ def add_verbs(commands: Any, shared: Parser) -> None:
         parser = commands.add_parser(name, parents=[shared], help=verb.help)
         parser.set_defaults(run=make, verb=verb)
         verb.arguments(parser)
-        add_sampling(parser)
-        add_output(parser, verb.output)
+        add_sampling(parser, still=verb.still)
+        add_output(parser, verb.output, latents=True)
     parser = commands.add_parser("finish", parents=[shared], help="make the final video of a draft")
     parser.set_defaults(run=finish)
     parser.add_argument("draft", metavar="RECEIPT", help="the receipt that generate --draft --receipt wrote")
     parser.add_argument("--size", type=parse_size, metavar="WIDTHxHEIGHT", help="pixels (default: the model's own)")
-    parser.add_argument("--strength", type=float, metavar="S", help="how much may change, more than 0, up to 1")
-    parser.add_argument("--steps", type=int, metavar="N", help="denoising steps")
-    add_output(parser, "video.mp4")
+    parser.add_argument("--strength", type=parse_number, metavar="S", help="how much may change, more than 0, up to 1")
+    parser.add_argument("--steps", type=parse_whole, metavar="N", help="denoising steps")
+    add_output(parser, "video.mp4", latents=False)
 
 
-def add_sampling(parser: Parser) -> None:
-    """Add what every request has."""
-    parser.add_argument("--negative", default="", metavar="TEXT", help="what it must not show")
-    parser.add_argument("--size", type=parse_size, metavar="WIDTHxHEIGHT", help="pixels, such as 832x480")
-    parser.add_argument("--frames", type=int, metavar="N", help="number of (new) frames, such as 81")
-    parser.add_argument("--seconds", type=float, metavar="S", help="length of what is made, instead of --frames")
-    parser.add_argument("--fps", type=float, metavar="F", help="frames per second")
-    parser.add_argument("--steps", type=int, metavar="N", help="denoising steps")
-    parser.add_argument("--guidance", type=float, metavar="G", help="guidance scale; 1 is none")
-    parser.add_argument("--guidance-2", type=float, metavar="G", help="guidance scale of the second expert")
-    parser.add_argument("--boundary", type=float, metavar="S", help="sigma below which the second expert works")
-    parser.add_argument("--shift", type=float, metavar="S", help="how far the schedule leans to noise")
-    parser.add_argument("--sampler", metavar="NAME", help="unipc, euler or lcm")
-    parser.add_argument(
-        "--recipe", metavar="NAME", help="how distilled weights are sampled: lightx2v-4, lightning-4, fastwan-3"
-    )
-    parser.add_argument(
-        "--sigmas", type=parse_levels, metavar="LEVELS", help="noise levels to visit, such as 1,0.94,0.83,0.63"
-    )
-    parser.add_argument("--seed", type=int, metavar="N", help="the same seed makes the same video")
-    parser.add_argument("--fit", default="crop", help="how clips get to the size: crop (default), pad, stretch")
-    parser.add_argument(
-        "--reference", action="append", default=[], metavar="PATH",
-        help="a picture of what shall look like it, for models that take them (VACE); may be given again",
-    )  # fmt: skip
-    parser.add_argument("--window", type=int, metavar="N", help="frames made at once in a long video")
-    parser.add_argument("--overlap", type=int, metavar="N", help="frames shown again to what is made next")
-    parser.add_argument("--positions", metavar="KIND", help="spread them beyond the model's own size: ntk, riflex")
-    parser.add_argument(
+def add_sampling(parser: Parser, *, still: bool) -> None:
+    """Add what every request has; a still picture has no length."""
+    what = parser.add_argument_group("what is made")
+    what.add_argument("--negative", default="", metavar="TEXT", help="what it must not show")
+    what.add_argument("--size", type=parse_size, metavar="WIDTHxHEIGHT", help="pixels, such as 832x480")
+    if not still:
+        what.add_argument("--frames", type=parse_whole, metavar="N", help="number of (new) frames, such as 81")
+        what.add_argument("--seconds", type=parse_number, metavar="S", help="length of what is made, not --frames")
+        what.add_argument("--fps", type=parse_number, metavar="F", help="frames per second")
+    what.add_argument("--seed", type=parse_whole, metavar="N", help="the same seed makes the same video")
+    what.add_argument(
         "--quality", type=parse_quality, default="exact", metavar="Q",
         help="exact (default), high, fast, or a floor in dB against the exact video, such as 32",
     )  # fmt: skip
-    parser.add_argument("--measure", action="store_true", help="make the exact twin too, and say how near they are")
-    parser.add_argument(
+    what.add_argument("--measure", action="store_true", help="make the exact twin too, and say how near they are")
+
+    given = parser.add_argument_group("clips and pictures that are given")
+    given.add_argument("--fit", default="crop", help="how they get to the size: crop (default), pad, stretch")
+    given.add_argument(
+        "--reference", action="append", default=[], metavar="PATH",
+        help="a picture of what shall look like it, for models that take them (VACE); may be given again",
+    )  # fmt: skip
+
+    how = parser.add_argument_group("how it is sampled (default: as the model was published)")
+    how.add_argument("--steps", type=parse_whole, metavar="N", help="denoising steps")
+    how.add_argument("--guidance", type=parse_number, metavar="G", help="guidance scale; 1 is none")
+    how.add_argument("--guidance-2", type=parse_number, metavar="G", help="guidance scale of the second expert")
+    how.add_argument("--boundary", type=parse_number, metavar="S", help="sigma below which the second expert works")
+    how.add_argument("--shift", type=parse_number, metavar="S", help="how far the schedule leans to noise")
+    how.add_argument("--sampler", metavar="NAME", help="unipc, euler or lcm")
+    how.add_argument(
+        "--recipe", metavar="NAME", help="how distilled weights are sampled: lightx2v-4, lightning-4, fastwan-3"
+    )
+    how.add_argument(
+        "--sigmas", type=parse_levels, metavar="LEVELS", help="noise levels to visit, such as 1,0.94,0.83,0.63"
+    )
+    how.add_argument("--positions", metavar="KIND", help="spread them beyond the model's own size: ntk, riflex")
+    if not still:
+        how.add_argument("--window", type=parse_whole, metavar="N", help="frames made at once in a long video")
+        how.add_argument("--overlap", type=parse_whole, metavar="N", help="frames shown again to what is made next")
+
+    out = parser.add_argument_group("writing the prompt out")
+    out.add_argument(
         "--expand", nargs="?", const="required", choices=("required", "optional"),
         help="let the checkpoint's rules or a language model write the prompt out; 'optional' goes on without",
     )  # fmt: skip
-    parser.add_argument("--expand-model", metavar="NAME", help="the model's name at the endpoint, or its folder here")
-    parser.add_argument("--expand-url", metavar="URL", help="a chat endpoint, such as http://localhost:8000/v1")
-    parser.add_argument("--expand-timeout", type=float, default=30.0, metavar="S", help="seconds for each of 3 tries")
-    parser.add_argument("--latents", metavar="FILE", help="keep the denoised latents, written before decoding starts")
+    out.add_argument("--expand-model", metavar="NAME", help="the model's name at the endpoint, or its folder here")
+    out.add_argument("--expand-url", metavar="URL", help="a chat endpoint, such as http://localhost:8000/v1")
+    out.add_argument("--expand-timeout", type=parse_number, default=30.0, metavar="S", help="seconds for each try of 3")
 
 
-def add_output(parser: Parser, output: str) -> None:
-    """Add where and how it is made."""
-    parser.add_argument("-o", "--output", default=output, metavar="PATH", help=".mp4 .webm .gif .png or a folder")
-    parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:N (default: auto)")
-    parser.add_argument("--dtype", default="auto", help="auto, float32, bfloat16, float16 (default: auto)")
-    parser.add_argument(
-        "--precision", default="full",
-        help="full (default), or fp8: the large layers' weights in 8 bits, half the memory; not exact",
-    )  # fmt: skip
-    parser.add_argument("--engine", default="eager", help="eager (default), cuda_graph, inductor, tensorrt")
-    parser.add_argument(
-        "--memory", metavar="SIZE", help="bytes that may be used, such as 12GiB; the planner keeps to it"
+def add_output(parser: Parser, output: str, *, latents: bool) -> None:
+    """Add what is written, and how the model runs."""
+    files = parser.add_argument_group("what is written")
+    files.add_argument(
+        "-o", "--output", default=output, metavar="PATH", help=f".mp4 .webm .gif .png or a folder (default: {output})"
     )
-    parser.add_argument("--blocks", type=int, metavar="N", help="transformer blocks that stay on the device")
-    parser.add_argument("--text-encoder", choices=("resident", "released", "streamed"), help="where its weights are")
-    parser.add_argument(
-        "--lora", action="append", default=[], metavar="[high=|low=]FILE[:STRENGTH]",
-        help="a LoRA to merge into the weights, of one of two experts or all; may be given again",
-    )  # fmt: skip
-    parser.add_argument("--warm", metavar="SIZES", help="sizes to warm at first, such as 832x480x81,480x832x49")
-    parser.add_argument("--receipt", metavar="FILE", help="write what was done as JSON")
-    parser.add_argument(
+    files.add_argument("--receipt", metavar="FILE", help="write what was done as JSON")
+    files.add_argument("--preview", metavar="PATH", help="a small .gif (or other video) of each step while it denoises")
+    if latents:
+        files.add_argument("--latents", metavar="FILE", help="keep the latents, written before decoding starts")
+    files.add_argument(
         "--credentials", action="store_true",
         help="sign into the file where it comes from (C2PA): model, seed, inputs; no two files are equal then",
     )  # fmt: skip
-    parser.add_argument(
-        "--certificate", type=Path, metavar="FILE", help="sign with this (PEM; default: one of our own)"
+    files.add_argument("--certificate", type=Path, metavar="FILE", help="sign with this (PEM; default: one of our own)")
+    files.add_argument("--private-key", type=Path, metavar="FILE", help="the certificate's key (PEM)")
+    files.add_argument("--quiet", action="store_true", help="print nothing but errors")
+
+    machine = parser.add_argument_group("how the model runs")
+    machine.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:N (default: auto)")
+    machine.add_argument("--dtype", default="auto", help="auto, float32, bfloat16, float16 (default: auto)")
+    machine.add_argument(
+        "--precision", default="full",
+        help="full (default), or fp8: the large layers' weights in 8 bits, half the memory; not exact",
+    )  # fmt: skip
+    machine.add_argument("--engine", default="eager", help="eager (default), cuda_graph, inductor, tensorrt")
+    machine.add_argument(
+        "--lora", action="append", default=[], metavar="[high=|low=]FILE[:STRENGTH]",
+        help="a LoRA to merge into the weights, of one of two experts or all; may be given again",
+    )  # fmt: skip
+    machine.add_argument(
+        "--memory", metavar="SIZE", help="bytes that may be used, such as 12GiB; the planner keeps to it"
     )
-    parser.add_argument("--private-key", type=Path, metavar="FILE", help="the certificate's key (PEM)")
-    parser.add_argument(
-        "--preview", metavar="PATH", help="a small .gif (or other video) of each step while it denoises"
-    )
-    parser.add_argument("--quiet", action="store_true", help="print nothing but errors")
+    machine.add_argument("--blocks", type=parse_whole, metavar="N", help="transformer blocks that stay on the device")
+    machine.add_argument("--text-encoder", choices=("resident", "released", "streamed"), help="where its weights are")
+    machine.add_argument("--warm", metavar="SIZES", help="sizes to warm at first, such as 832x480x81,480x832x49")
 
 
 def request_of(options: Options, **task: Any) -> Request:
@@ -277,42 +289,8 @@ def clip(path: str, at: Any = 0) -> Clip:
 def keyframe(text: str) -> Clip:
     """Return the clip of PATH, FRAME:PATH or end:PATH."""
     place, colon, path = text.partition(":")
+    if not text or (colon and not path):
+        raise ValueError(f"--image is {text!r}; legal: a file, such as start.png, or FRAME:FILE, such as 40:b.png")
     if colon and (place == "end" or place.isdecimal()):
         return clip(path, place if place == "end" else int(place))
     return clip(text)
-
-
-def parse_size(text: str) -> tuple[int, int]:
-    """Return (width, height) of a text such as 832x480."""
-    width, x, height = text.lower().partition("x")
-    if not x or not width.isdecimal() or not height.isdecimal():
-        raise argparse.ArgumentTypeError(f"{text!r} is not a size; legal: WIDTHxHEIGHT in pixels, such as 832x480")
-    return int(width), int(height)
-
-
-def parse_quality(text: str) -> str | float:
-    """Return a quality by its name, or a floor in dB as a number."""
-    try:
-        return float(text)
-    except ValueError:
-        return text
-
-
-def parse_levels(text: str) -> tuple[float, ...]:
-    """Return the noise levels of a text such as 1,0.94,0.83."""
-    try:
-        return tuple(float(part) for part in text.split(","))
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"{text!r} are no numbers; legal: noise levels such as 1,0.94,0.83") from None
-
-
-def parse_ranges(text: str) -> tuple[int, ...]:
-    """Return the frames of a text such as 12-20,33."""
-    found: list[int] = []
-    for part in text.split(","):
-        match = re.fullmatch(r"\s*(\d+)(?:-(\d+))?\s*", part)
-        first, last = (int(match[1]), int(match[2] or match[1])) if match else (1, 0)
-        if last < first:
-            raise argparse.ArgumentTypeError(f"{part!r} is no range of frames; legal: such as 12-20,33")
-        found += range(first, last + 1)
-    return tuple(found)

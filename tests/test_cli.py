@@ -21,6 +21,7 @@ import pytest
 from PIL import Image
 
 from runtime.__main__ import main
+from runtime.video import Video
 
 QUICK = ["--size", "64x64", "--frames", "5", "--steps", "2", "--seed", "7"]
 
@@ -133,6 +134,13 @@ def test_info_names_what_is_missing(tmp_path: Path, capsys: pytest.CaptureFixtur
         (["a", "--frames", "5001", "--window", "5001"], "4093 at most"),
         (["a", "--receipt", "missing/r.json"], "receipt"),
         (["a", "--guidance-2", "3"], "one expert"),
+        (["a", "--steps", "100000000"], "up to 10000"),
+        (["a", "--fps", "1e9"], "up to 1000"),
+        (["a", "-o", "x.gif", "--fps", "60"], "at most 50"),
+        (["a", "--image", ""], "FRAME:FILE"),
+        (["a", "--image", "end:"], "FRAME:FILE"),
+        (["a", "-o", "same.mp4", "--preview", "same.mp4"], "written twice"),
+        (["a", "-o", "r.png", "--receipt", "./r.png"], "written twice"),
     ],
 )
 def test_mistakes_end_with_one_sentence(
@@ -153,10 +161,93 @@ def test_mistakes_end_with_one_sentence(
     assert not list(tmp_path.iterdir())
 
 
-def test_a_size_that_is_none() -> None:
-    done = run("generate", "a", "--size", "big")
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (["generate", "a", "--size", "big"], "legal: WIDTHxHEIGHT"),
+        (["generate", "a", "--size", "1280*720"], "legal: WIDTHxHEIGHT"),
+        (["generate", "a", "--frames", "2.5"], "no whole number"),
+        (["generate", "a", "--fps", "fast"], "no number"),
+        (["image", "a", "--frames", "5"], "unrecognized"),
+        (["fill", "a.mp4", "a", "--missing", "0-99999999999"], "no range"),
+        (["remote", "generate", "a", "--steps", "x"], "no whole number"),
+        (["bogus"], "generate"),
+        ([], "COMMAND"),
+    ],
+)
+def test_words_that_mean_nothing(
+    arguments: list[str], sentence: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main(arguments)
+    out, err = capsys.readouterr()
+    assert (ended.value.code, out, err.count("\n")) == (2, "", 1)
+    assert err.startswith("error: ") and sentence in err and "--help" in err
+
+
+def write_clip(path: Path) -> bytes:
+    frames = np.random.default_rng(0).integers(0, 256, (9, 64, 64, 3), np.uint8)
+    Video(frames, fps=8, num_frames=9, height=64, width=64).save(path)
+    return path.read_bytes()
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["extend", "a.mp4", "a", "-o", "a.mp4"],
+        ["edit", "a.mp4", "a", "-o", "./a.mp4"],
+        ["loop", "a.mp4", "-o", "link.mp4"],
+        ["connect", "b.mp4", "a.mp4", "a", "-o", "a.mp4"],
+        ["fill", "a.mp4", "a", "--missing", "3", "-o", "a.mp4"],
+        ["generate", "a", "--image", "a.mp4", "--preview", "a.mp4"],
+        ["edit", "b.mp4", "a", "--mask", "a.mp4", "-o", "a.mp4"],
+        ["remote", "edit", "a.mp4", "a", "-o", "a.mp4"],
+    ],
+)
+def test_nothing_that_is_read_is_replaced(
+    arguments: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    content = write_clip(tmp_path / "a.mp4")
+    write_clip(tmp_path / "b.mp4")
+    (tmp_path / "link.mp4").hardlink_to("a.mp4")
+    assert main(arguments) == 2
+    err = capsys.readouterr().err
+    assert "is read and would be replaced" in err and err.count("\n") == 1
+    assert (tmp_path / "a.mp4").read_bytes() == content
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["a.mp4", "b.mp4", "link.mp4"]
+
+
+def test_a_receipt_is_not_replaced_by_its_final(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert main(["generate", "a red ball", *QUICK, "--receipt", "d.json", "--quiet"]) == 0
+    assert main(["finish", "d.json", "--receipt", "d.json"]) == 2
+    assert "is read and would be replaced" in capsys.readouterr().err
+
+
+def test_nobody_reads_what_is_printed() -> None:
+    """As under `| head -1`, and on a full disk."""
+    reader, writer = os.pipe()
+    os.close(reader)
+    command = [sys.executable, "-m", "runtime", "embed"]
+    done = subprocess.run(command, stdout=writer, stderr=subprocess.PIPE, text=True, timeout=60)
+    os.close(writer)
+    assert (done.returncode, done.stderr) == (128 + signal.SIGPIPE, "")
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True, timeout=60)
     assert done.returncode == 2
-    assert "legal: WIDTHxHEIGHT" in done.stderr
+    assert "No space left on device" in done.stderr and done.stderr.count("\n") == 1
+
+
+def test_what_is_no_text_or_no_certificate(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = tmp_path / "x"
+    file.write_bytes(b"\x82\xff")
+    assert main(["calibrate", "--prompts", str(file)]) == 2
+    assert "a prompt in each line" in capsys.readouterr().err
+    assert main(["verify", str(file), "--trust", str(file)]) == 2
+    assert "no certificate in PEM" in capsys.readouterr().err
 
 
 def test_a_full_disk(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -259,8 +350,10 @@ def test_out_of_memory(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: 
     assert "smaller --size" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("kind", ["mp4", "gif", "folder"])
-def test_interrupting_leaves_no_half_file(tmp_path: Path, kind: str) -> None:
+@pytest.mark.parametrize(
+    ("kind", "number"), [("mp4", signal.SIGINT), ("gif", signal.SIGTERM), ("folder", signal.SIGHUP)]
+)
+def test_interrupting_leaves_no_half_file(tmp_path: Path, kind: str, number: signal.Signals) -> None:
     target = tmp_path / ("frames" if kind == "folder" else f"ball.{kind}")
     command = [
         sys.executable,
@@ -276,16 +369,16 @@ def test_interrupting_leaves_no_half_file(tmp_path: Path, kind: str) -> None:
         "--steps",
         "1",
     ]
-    listening = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)  # a shell's background jobs start deaf to it
+    listening = partial(signal.signal, number, signal.SIG_DFL)  # a shell's background jobs start deaf to it
     child = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=os.environ.copy(), preexec_fn=listening)
     deadline = time.monotonic() + 60
     while time.monotonic() < deadline and not list(tmp_path.iterdir()):  # until the writer has begun
         time.sleep(0.02)
     assert list(tmp_path.iterdir())
-    child.send_signal(signal.SIGINT)
+    child.send_signal(number)
     _, told = child.communicate(timeout=60)
-    assert child.returncode == 130
-    assert "interrupted" in told
+    assert child.returncode == 128 + number
+    assert "no partial file is left" in told
     assert "Traceback" not in told
     assert not list(tmp_path.iterdir())
 

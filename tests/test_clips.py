@@ -90,8 +90,12 @@ def test_pictures_stand_up(tmp_path: Path, orientation: int, suffix: str) -> Non
     assert np.abs(read[0].astype(int) - upright).mean() < 6  # in YUV, colour has half the resolution
 
 
-@pytest.mark.parametrize("mode", ["RGB", "L", "CMYK", "P", "LA", "RGBA", "1", "I;16"])
-@pytest.mark.parametrize("suffix", ["jpg", "png", "webp"])
+PHOTOS = {
+    "jpg": ("RGB", "L", "CMYK", "1"), "png": ("RGB", "L", "P", "LA", "RGBA", "1", "I;16"), "webp": ("RGB", "RGBA"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("suffix", "mode"), [(suffix, mode) for suffix, modes in PHOTOS.items() for mode in modes])
 def test_photos_are_read_as_pillow_reads_them(tmp_path: Path, suffix: str, mode: str) -> None:
     """Of some kilobytes, as photos are, in every way to keep colours; what is transparent is shown."""
     x, y = np.meshgrid(np.linspace(0, 255, 256), np.linspace(0, 255, 256))
@@ -99,10 +103,7 @@ def test_photos_are_read_as_pillow_reads_them(tmp_path: Path, suffix: str, mode:
     colours = np.stack([x, y, np.clip(255 - x + grain, 0, 255)], -1).astype(np.uint8)
     deep = Image.fromarray((x * 257).astype(np.uint16))
     picture, file = deep if mode == "I;16" else Image.fromarray(colours).convert(mode), tmp_path / f"a.{suffix}"
-    try:
-        picture.save(file, quality=95)
-    except (OSError, ValueError):
-        pytest.skip(f"no {suffix} holds {mode}")
+    picture.save(file, quality=95)
     kept = Image.open(file)
     meant = np.asarray(kept)[..., None] / 257 if kept.mode.startswith("I") else np.asarray(kept.convert("RGB"))
     (read,) = read_video(file).frames

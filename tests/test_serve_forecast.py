@@ -141,6 +141,22 @@ def test_a_running_job_tells_its_own_pace(works: Works) -> None:
     assert works.store.outlooks(1)[job.id].done == pytest.approx(5 * 32 + 20 - 16), "time passes"
 
 
+def test_what_is_overdue_is_not_said_to_be_done(works: Works) -> None:
+    """The steps are done, and the last frames take longer than was foreseen."""
+    job = works.add(10.0)
+    taken = works.store.claim("worker")
+    assert taken is not None
+    works.clock.now += 8.0
+    works.store.beat(taken, 10, 10, 90)
+    works.store.beat(taken, 10, 10, 99)
+    told = []
+    for _ in range(3):
+        works.clock.now += 30.0
+        told.append(works.store.outlooks(1)[job].done)
+    assert all(seconds is not None and 0 < seconds < 5 for seconds in told), told
+    assert told == sorted(told), "the longer it takes, the longer it may"
+
+
 def test_a_small_job_does_not_wait_for_a_long_one(works: Works) -> None:
     film = works.store.claim("worker") if works.add(1000.0) else None
     assert film is not None

@@ -12,6 +12,7 @@ LEARNED = 0.3  # of the newest job in a pace
 SURE_STEPS = 3  # after so many steps of an attempt, its own pace counts
 PRESSING = 10  # a job of higher priority goes first where it is shorter than what is left by this factor
 DENOISED = 90  # percent of progress; the rest is decoding and writing
+OVERDUE = 0.02  # of what a running job has taken: so much is left at least, until it is done
 
 Paces = Mapping[tuple[str, int], float]  # (model, size) -> seconds taken by seconds predicted
 
@@ -54,10 +55,12 @@ def left(job: Mapping[str, Any], paces: Paces, now: float) -> float | None:
     done = job["step"] - (job["claimed_step"] or 0)
     if job["status"] == "in_progress" and done >= SURE_STEPS and job["stepped_at"] is not None:
         each = (job["stepped_at"] - job["claimed_at"]) / done
-    since = now - (job["stepped_at"] or job["claimed_at"] or now) if job["status"] == "in_progress" else 0.0
     ahead = each * (steps - job["step"])
     ending = (total - denoising) * (1 - max(job["progress"] - DENOISED, 0) / (100 - DENOISED))
-    return max(ahead + ending - since, 0.0)
+    if job["status"] != "in_progress" or job["claimed_at"] is None:
+        return ahead + ending
+    since = now - (job["stepped_at"] or job["claimed_at"])
+    return max(ahead + ending - since, OVERDUE * (now - job["claimed_at"]))
 
 
 def forecast(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import ipaddress
 import tomllib
@@ -12,6 +11,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+from runtime.arguments import Parser
 from runtime.certificates import Signer, find_signer, signer_files
 from runtime.expansion import Expansion
 from runtime.serve.fetching import Access
@@ -115,7 +115,7 @@ class Settings:
 
 def read_settings(arguments: Sequence[str] | None = None) -> Settings:
     """Return the settings of a command line; ValueError or OSError for what cannot be."""
-    parser = argparse.ArgumentParser(prog="python -m runtime.serve", description="Serve videos over HTTP.")
+    parser = Parser(prog="python -m runtime.serve", description="Serve videos over HTTP.")
     parser.add_argument("--config", type=Path, metavar="FILE", help="TOML with the same names, such as port = 8000")
     parser.add_argument("--host", help="address to listen on (default: 127.0.0.1)")
     parser.add_argument("--port", type=int, help="port to listen on (default: 8000; 0: any that is free)")
