@@ -16,7 +16,7 @@ import tempfile
 import time
 import warnings
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -30,7 +30,7 @@ from runtime.models import open_checkpoint
 from runtime.models.costs import Shape
 from runtime.offload import give_back_memory
 
-FORMAT = 2
+FORMAT = 3
 MISSED, IN_A_ROW = 1.5, 3  # so many requests that all took so many times what was foreseen, or so much less
 SETTLED = 600.0  # seconds after which a calibration that misses is made anew
 
@@ -232,7 +232,7 @@ def _read(file: Path) -> Calibration | None:
         if found.get("format") != FORMAT:
             return None
         rates = {
-            kind: Rate(tuple(rate["weights"]), tuple((a, b) for a, b in rate["curve"]))
+            kind: Rate(tuple(rate["weights"]), tuple(map(tuple, rate["curve"])), tuple(map(tuple, rate["samples"])))
             for kind, rate in found["rates"].items()
         }
         return Calibration(rates, found["resident"], found["glue"], found["read"], found.get("brief", False))
@@ -251,7 +251,7 @@ def _write(file: Path, found: Calibration, device: torch.device, dtype: torch.dt
         "threads": threads(device),
         "torch": torch.__version__,
         "dtype": str(dtype).removeprefix("torch."),
-        "rates": {kind: {"weights": rate.weights, "curve": rate.curve} for kind, rate in found.rates.items()},
+        "rates": {kind: asdict(rate) for kind, rate in found.rates.items()},
         "resident": found.resident,
         "glue": found.glue,
         "read": found.read,

@@ -116,11 +116,13 @@ def peaks_of(name: str) -> Gpu | None:
 class Rate:
     """Seconds of one kind of operation, as measured.
 
-    Either `weights` of (call, FLOPs, bytes, scores), or a curve of seconds over bytes between `curve`'s points.
+    Either `weights` of (call, FLOPs, bytes, scores), times what operations of about that size took of it, as `samples`
+    of (FLOPs, bytes, ratio) have it; or a curve of seconds over bytes between `curve`'s points.
     """
 
     weights: tuple[float, float, float, float] = (0.0, 0.0, 0.0, 0.0)
     curve: tuple[tuple[float, float], ...] = ()
+    samples: tuple[tuple[float, float, float], ...] = ()
 
     def parts(self, operation: Operation) -> tuple[float, float, float]:
         """Seconds of one call that go to (calls, compute, memory)."""
@@ -129,7 +131,9 @@ class Rate:
             seconds = interpolated(self.curve, operation.bytes)
             return min(least, seconds), 0.0, max(seconds - least, 0.0)
         call, flops, moved, scores = self.weights
-        return call, flops * operation.flops + scores * operation.scores, moved * operation.bytes
+        work = operation.flops + operation.idle
+        ratio = ratio_near(self.samples, work, operation.bytes)
+        return ratio * call, ratio * (flops * work + scores * operation.scores), ratio * moved * operation.bytes
 
 
 def interpolated(curve: Sequence[tuple[float, float]], at: float) -> float:
@@ -143,6 +147,19 @@ def interpolated(curve: Sequence[tuple[float, float]], at: float) -> float:
     (a, seconds_a), (b, seconds_b) = curve[right - 1], curve[right]
     share = math.log(at / a) / math.log(b / a)
     return math.exp((1 - share) * math.log(seconds_a) + share * math.log(seconds_b))
+
+
+def ratio_near(samples: Sequence[tuple[float, float, float]], flops: float, moved: float) -> float:
+    """Return the mean ratio of samples of (FLOPs, bytes, ratio), those of about this size before the others.
+
+    A normal kernel's mean with a standard deviation of one octave (Nadaraya and Watson, 1964); 1 for no samples.
+    """
+    if not samples:
+        return 1.0
+    apart = [math.log2(a / flops) ** 2 + math.log2(b / moved) ** 2 for a, b, _ in samples]
+    shares = [math.exp((min(apart) - each) / 2) for each in apart]
+    logs = sum(share * math.log(ratio) for share, (_, _, ratio) in zip(shares, samples, strict=True))
+    return math.exp(logs / sum(shares))
 
 
 @dataclass(frozen=True)

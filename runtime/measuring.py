@@ -11,6 +11,7 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -51,15 +52,14 @@ def small(operation: Operation) -> bool:
 
 
 def time_cases(made: list[Case], device: torch.device, rounds: int) -> list[tuple[Operation, float]]:
-    """Return the median seconds of each case; the cases take turns, so that what disturbs meets all of them."""
+    """Return the least seconds of each case per call, since what disturbs only adds; the cases take turns."""
     samples: list[list[float]] = [[] for _ in made]
     for turn in range(rounds + 1):  # the first is not counted
         for (_, call), times in zip(made, samples, strict=True):
             if turn and times[-1] < SHORT:
                 call()  # operands in the cache, as after the operation before
-            seconds = timed(call, device)
-            times.append(seconds)
-    return [(operation, statistics.median(times[1:])) for (operation, _), times in zip(made, samples, strict=True)]
+            times.append(timed(call, device))
+    return [(op, min(times[1:]) / op.count) for (op, _), times in zip(made, samples, strict=True)]
 
 
 def timed(call: Callable[[], object], device: torch.device) -> float:
@@ -98,14 +98,16 @@ def fit(samples: list[tuple[Operation, float]]) -> dict[str, Rate]:
         if kind in CURVES:
             found[kind] = Rate(curve=tuple((operation.bytes, seconds) for operation, seconds in chosen))
         else:
-            found[kind] = Rate(weights=_weights(chosen))
+            bare = Rate(weights=_weights(chosen))
+            ratios = tuple((op.flops + op.idle, op.bytes, seconds / sum(bare.parts(op))) for op, seconds in chosen)
+            found[kind] = replace(bare, samples=ratios)
     return found
 
 
 def _weights(samples: list[tuple[Operation, float]]) -> tuple[float, float, float, float]:
     """Return the non-negative weights of (call, FLOPs, bytes, scores) with the least relative squares."""
     seconds = np.array([each for _, each in samples])
-    features = np.array([[1.0, op.flops, op.bytes, op.scores] for op, _ in samples]) / seconds[:, None]
+    features = np.array([[1.0, op.flops + op.idle, op.bytes, op.scores] for op, _ in samples]) / seconds[:, None]
     best, least = np.zeros(4), math.inf
     for size in range(1, 5):
         for chosen in itertools.combinations(range(4), size):
@@ -152,14 +154,15 @@ def cases(device: torch.device, dtype: torch.dtype) -> Iterator[tuple[Operation,
                 yield sweep(kind, moved * rows * more * width, size), partial(call, draw, rows * more, width)
     for channels, frames, side in ((64, 1, 8), (64, 2, 16), (32, 4, 32), (16, 4, 64), (32, 4, 64), (32, 4, 128),
                                    (32, 4, 256)):  # fmt: skip
-        operation = sweep("norm_silu", 2 * channels * frames * more * side**2, size)
+        operation = sweep("norm_silu", 2 * channels * frames * more * side**2, size, count=2)
         yield operation, partial(_norm_silu, draw, channels, frames * more, side)
     for inputs, outputs, frames, side in (
         (16, 16, 4, 64), (16, 16, 4, 128), (32, 32, 2, 32), (32, 32, 4, 128), (64, 64, 1, 8), (64, 64, 2, 32),
         (64, 64, 4, 32), (128, 128, 1, 16), (128, 128, 2, 16), (128, 64, 2, 32), (96, 96, 1, 64),
-        (16, 3, 4, 64), (32, 3, 4, 128), (64, 12, 4, 32), (3, 16, 4, 64), (3, 32, 4, 128),
+        (32, 32, 4, 256), (16, 3, 4, 64), (32, 3, 4, 128), (64, 12, 4, 32), (3, 16, 4, 64), (3, 32, 4, 128),
+        (12, 32, 4, 64),
     ):  # fmt: skip
-        operation = convolution("convolution", frames * more * side * side, 27, inputs, outputs, size)
+        operation = convolution("convolution", frames * more * side * side, 27, inputs, outputs, size).times(2)
         yield operation, partial(_convolution, draw, (inputs, outputs), frames * more, side)
     for inputs, outputs, frames, side in ((64, 32, 1, 8), (64, 32, 2, 16), (32, 16, 4, 32), (128, 64, 4, 16),
                                           (64, 32, 4, 64)):  # fmt: skip
@@ -196,17 +199,20 @@ def _qk_norm_rope(draw: Draw, rows: int, width: int) -> Callable[[], object]:
 
 
 def _norm_silu(draw: Draw, channels: int, frames: int, side: int) -> Callable[[], object]:
+    """Two norms, the second in place, as in a residual block."""
     x = draw(1, channels, frames, side, side).contiguous(memory_format=torch.channels_last_3d)
-    return partial(norm_silu, x, draw(channels))
+    gamma = draw(channels)
+    return lambda: norm_silu(norm_silu(x, gamma), gamma, inplace=True)
 
 
 def _convolution(draw: Draw, widths: tuple[int, int], frames: int, side: int) -> Callable[[], object]:
-    """A causal convolution of 3 x 3 x 3 taps in the layout that the autoencoder has."""
+    """Two causal convolutions of 3 x 3 x 3 taps in the layout that the autoencoder has, the second added to the
+    result of the first, as in a residual block."""
     inputs, outputs = widths
     x = draw(1, inputs, frames, side, side).contiguous(memory_format=torch.channels_last_3d)
     before = draw(1, inputs, 2, side, side).contiguous(memory_format=torch.channels_last_3d)
     weight = draw(3, outputs, 3, 3, inputs).permute(1, 4, 0, 2, 3)
-    return partial(causal_conv3d, x, weight, None, before)
+    return lambda: causal_conv3d(x, weight, None, before, residual=causal_conv3d(x, weight, None, before), inplace=True)
 
 
 def _upsample(draw: Draw, widths: tuple[int, int], frames: int, side: int) -> Callable[[], object]:

@@ -132,8 +132,7 @@ def test_floors() -> None:
         "convolution", "norm_silu", "attention", "linear",
     }  # fmt: skip
     levels = [decode[f"decode/{name}"] for name in ("middle", "up_0", "up_1", "up_2", "up_3", "head")]
-    assert sum(levels) + decode["no range: linear"] == pytest.approx(
-        floors(GPUS["h200"], {"all": work.operations})["all"]
-    )
+    needed = [each for each in work.operations if each.kind != "pass"]  # all but what copies for the next frames cost
+    assert sum(levels) + decode["no range: linear"] == pytest.approx(floors(GPUS["h200"], {"all": needed})["all"])
     assert decode["decode/up_0"] > decode["decode/up_0/upsample"] > 0
     assert decode["decode/middle: attention"] == decode["attention"]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,8 @@ from runtime import calibration
 from runtime.__main__ import main
 from runtime.calibration import IN_A_ROW, SETTLED, Calibration, compare, local, place
 from runtime.machine import GPUS, Measured, Rate
-from runtime.measuring import CURVES, measure_rates
+from runtime.measuring import CURVES, fit, measure_rates
+from runtime.models.costs import Operation, convolution
 from runtime.planner import find_model
 from runtime.weighing import Job, Setting
 
@@ -152,3 +154,32 @@ def test_the_autoencoder_counts_in_the_dtype_that_it_runs_in(device: str, dtype:
     assert machine.seconds(works["step"], "step") == sum(each.count for each in works["step"].operations)
     named = Job(spec, costs, request, GPUS["h200"], setting)
     assert named.vae_itemsize == (4 if dtype == "float32" else 2)
+
+
+def test_what_no_weights_explain_is_told_by_its_neighbours() -> None:
+    """A rate that halves from some size on, as where a cache ends: between two samples as they are."""
+
+    def taken(flops: float) -> float:
+        return 1e-5 + flops * (1e-11 if flops < 1e9 else 2e-11)
+
+    operations = [Operation("convolution", flops, flops / 100) for flops in (1e7, 1e8, 3e8, 5e8, 2e9, 3e9, 1e10)]
+    rate = fit([(each, taken(each.flops)) for each in operations])["convolution"]
+    for flops in (1e8, 4e8, 2.5e9, 1e10, 1e12):
+        foreseen = sum(rate.parts(Operation("convolution", flops, flops / 100)))
+        assert foreseen == pytest.approx(taken(flops), rel=0.1)
+    bare = replace(rate, samples=())
+    assert any(abs(sum(bare.parts(each)) / taken(each.flops) - 1) > 0.2 for each in operations)
+
+
+def test_lanes_that_no_channel_fills_take_time_and_are_no_flops() -> None:
+    rate = Rate(weights=(0.0, 1e-11, 0.0, 0.0))
+    few, full = (convolution("convolution", 4096, 27, 32, outputs, 4) for outputs in (3, 16))
+    assert few.flops == 2 * 4096 * 27 * 32 * 3
+    assert sum(rate.parts(few)) == sum(rate.parts(full)) == pytest.approx(1e-11 * full.flops)
+
+
+def test_a_calibration_is_read_as_it_was_written(monkeypatch: pytest.MonkeyPatch) -> None:
+    found = calibration.calibration(CPU, torch.float32, "brief")
+    monkeypatch.setattr(calibration, "_known", {})
+    assert found is not None and found.rates["convolution"].samples
+    assert calibration.calibration(CPU, torch.float32, "none") == found

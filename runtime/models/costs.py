@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Protocol
 
-NARROW = 16  # channels below which a convolution's vectors stay partly empty
+LANES = 16  # channels that a convolution works on at once: of the last ones some may be empty
 
 
 @dataclass(frozen=True)
@@ -21,11 +21,18 @@ class Operation:
     flops: float = 0.0
     bytes: float = 0.0  # operands read and results written, once each
     scores: float = 0.0  # entries of attention's matrix: each costs an exponential beside its FLOPs
+    idle: float = 0.0  # FLOPs of lanes that no channel fills: they take time, and count nowhere else
     count: float = 1
 
     def times(self, count: float) -> Operation:
         """Return so many times as many calls."""
         return replace(self, count=self.count * count)
+
+    def share(self, part: float) -> Operation:
+        """Return as many calls, each over a part of what is worked on."""
+        return replace(
+            self, flops=self.flops * part, bytes=self.bytes * part, scores=self.scores * part, idle=self.idle * part
+        )
 
 
 @dataclass(frozen=True)
@@ -146,7 +153,10 @@ class Costs(Protocol):
         ...
 
     def decode_ranges(self, latents: tuple[int, int, int], itemsize: int) -> Mapping[str, Sequence[Operation]]:
-        """The operations of `decode` over whole frames, as `ranges` are; NAME/PART lies within NAME."""
+        """The operations of `decode` over whole frames, as `ranges` are; NAME/PART lies within NAME.
+
+        Copies that keep frames for the next ones are left out, since limits do not hold them.
+        """
         ...
 
     def encode(
@@ -176,11 +186,12 @@ def attention(length: int, keys: int, heads: int, size: int, itemsize: int, coun
 
 
 def convolution(kind: str, pixels: int, taps: float, inputs: int, outputs: int, itemsize: int) -> Operation:
-    """A convolution to `pixels` pixels (all frames) by `taps` taps each; "narrow" where a vector is not filled."""
-    if kind == "convolution" and min(inputs, outputs) < NARROW:
+    """A convolution to `pixels` pixels (all frames) by `taps` taps each; "narrow" from a few channels, such as RGB."""
+    if kind == "convolution" and inputs < LANES:
         kind = "narrow"
     moved = pixels * (inputs + outputs) + taps * inputs * outputs
-    return Operation(kind, 2.0 * pixels * taps * inputs * outputs, float(moved * itemsize))
+    each = 2.0 * pixels * taps * inputs  # FLOPs of one output channel
+    return Operation(kind, each * outputs, float(moved * itemsize), idle=each * (-outputs % LANES))
 
 
 def sweep(kind: str, numbers: int, itemsize: int, count: float = 1) -> Operation:

@@ -245,8 +245,9 @@ class WanCosts:
         return decoder(self.vae_config, latents, self._cuts(latents, tile, True), itemsize, published, parked)[0]
 
     def decode_ranges(self, latents: tuple[int, int, int], itemsize: int) -> dict[str, list[Operation]]:
-        """The operations of `decode` over whole frames."""
-        return decoder(self.vae_config, latents, self._cuts(latents, None, True), itemsize, False, False)[1]
+        """The operations of `decode` over whole frames, without the copies of what is remembered."""
+        found = decoder(self.vae_config, latents, self._cuts(latents, None, True), itemsize, False, False)[1]
+        return {name: [each for each in operations if each.kind != "pass"] for name, operations in found.items()}
 
     def encode(
         self, latents: tuple[int, int, int], tile: tuple[int, int] | None, itemsize: int, *, published: bool = False,

@@ -47,7 +47,7 @@ class Walk:
     def causal(
         self, cells: Cells, frames: int, widths: tuple[int, int], taps: tuple[int, int], skip_first: bool = False
     ) -> None:
-        """A convolution of taps (time, picture) to `frames` frames of `cells` per chunk, with its norm's sweep."""
+        """A convolution of taps (time, picture) to `frames` frames of `cells` per chunk, and what it remembers."""
         pixels = cells[0] * cells[1]
         for count, many, before in self.sizes(frames, skip_first):
             seen = taps[0] * many
@@ -55,6 +55,8 @@ class Walk:
                 seen = sum(min(taps[0], before + j + 1) for j in range(many))
             made = convolution("convolution", many * pixels, taps[1] * seen / many, *widths, self.itemsize)
             self.add(made.times(count * self.copies))
+            if not self.published:
+                self.add(sweep("pass", 2 * KEPT_FRAMES * pixels * widths[0], self.itemsize, count * self.copies))
         if taps[0] > 1:
             self.kept += (
                 (KEPT_FRAMES if self.several else self.single) * pixels * widths[0] * self.itemsize * self.copies
@@ -63,9 +65,7 @@ class Walk:
     def each(self, frames: int, operation: Operation, skip_first: bool = False) -> None:
         """An operation that grows with the frames, given for `frames` of them."""
         for count, many, _ in self.sizes(frames, skip_first):
-            share = many / frames
-            part = Operation(operation.kind, operation.flops * share, operation.bytes * share, operation.scores * share)
-            self.add(part.times(operation.count * count * self.copies))
+            self.add(operation.share(many / frames).times(count * self.copies))
 
     def norm(self, cells: Cells, frames: int, width: int) -> None:
         """A norm with SiLU over `frames` frames."""
