@@ -184,8 +184,12 @@ def causal_conv3d_kernel(
     pixel = tile * BLOCK
     spots = tl.arange(0, BLOCK)
     inside = pixel + spots < height * width
-    row = tl.where(inside, (pixel + spots) // width, -KH)  # far enough outside that no tap finds it inside
-    column = (pixel + spots) % width
+    row, column = (pixel + spots) // width, (pixel + spots) % width
+    seen = tl.zeros((BLOCK,), tl.int32)  # a bit per tap in the picture: whether it finds a pixel there
+    for spot in tl.static_range(KH * KW):
+        down, right = spot // KW - KH // 2, spot % KW - KW // 2
+        found = (row + down >= 0) & (row + down < height) & (column + right >= 0) & (column + right < width)
+        seen |= (found & inside).to(tl.int32) << spot
     lanes = tl.arange(0, K)
     outs = first_out + tl.arange(0, N)
     sums = tl.zeros((BLOCK, N), tl.float32)
@@ -205,8 +209,8 @@ def causal_conv3d_kernel(
             before = history + batch * history_batch + (past + frame).to(tl.int64) * history_frame
             start = tl.where(frame < 0, before, start)
         start += (pixel + down * width + right).to(tl.int64) * C  # 64 bits only here: within a tile 32 are enough
-        seen = (row + down >= 0) & (row + down < height) & (column + right >= 0) & (column + right < width)
-        legal = seen[:, None] if C % K == 0 else seen[:, None] & (channels < C)[None, :]
+        legal = ((seen >> tap % (KH * KW)) & 1 != 0)[:, None]
+        legal = legal if C % K == 0 else legal & (channels < C)[None, :]
         a = tl.load(start + spots[:, None] * C + channels[None, :], mask=legal, other=0.0)
         w = load_weight(weight + tap * C, channels, outs, C, OUT, KT * KH * KW, whole)
         sums = tl.dot(a, w, sums, input_precision="ieee")
@@ -237,6 +241,7 @@ TILES = (
     Tile(256, 64, 0, 8), Tile(128, 32, 0, 4), Tile(128, 16, 0, 4),
 )  # fmt: skip
 STAGES = 4
+MOST_TAPS = 31  # in the picture: bits of a number that stays positive
 ENOUGH = 100  # programs that keep a large GPU busy
 
 
@@ -271,6 +276,8 @@ def causal_conv3d_triton(
     batch, channels, frames, height, width = x.shape
     outs, _, taps, rows, columns = weight.shape
     outputs = frames // stride
+    if rows * columns > MOST_TAPS:
+        raise ValueError(f"weight has {rows} x {columns} taps in the picture; the Triton version takes {MOST_TAPS}")
     x, weight = _by_frame(x), weight.contiguous(memory_format=torch.channels_last_3d)
     history = None if history is None or history.shape[2] == 0 else _by_frame(history)
     residual = None if residual is None else _by_frame(residual)
@@ -334,7 +341,8 @@ def causal_conv3d_picked(
     """
     if not is_forced() and x.device.type == "cpu":
         return causal_conv3d_taps(x, weight, bias, history, stride, residual, inplace)
-    if is_forced() or (triton is not None and x.is_cuda and x.element_size() == 2):
+    takes = triton is not None and x.is_cuda and x.element_size() == 2 and weight[0, 0, 0].numel() <= MOST_TAPS
+    if is_forced() or takes:
         chosen = pick(x, ref=causal_conv3d_ref, triton=causal_conv3d_triton)
     else:
         chosen = causal_conv3d_window

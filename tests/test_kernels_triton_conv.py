@@ -212,3 +212,11 @@ def test_all_implementations_add_the_residual() -> None:
     for name in ("ref", "taps", "window", "triton"):
         implementation = getattr(MODULE, f"causal_conv3d_{name}")
         torch.testing.assert_close(implementation(*given, residual), implementation(*given) + residual)
+
+
+def test_taps_in_the_picture_have_an_end() -> None:
+    """One bit stands for each: 25 are taken, 35 refused by name rather than computed wrong."""
+    x, weight = video(1, 4, 2, 6, 9), kernel(3, 4, 2, 5, 5)
+    assert_correct(by_triton(x, weight), causal_conv3d_ref(x, weight, None, None, 1))
+    with pytest.raises(ValueError, match="weight has 5 x 7 taps in the picture; the Triton version takes 31"):
+        by_triton(x, kernel(3, 4, 2, 5, 7))
