@@ -23,6 +23,8 @@ try:
 except ImportError:  # the extra [triton], or a CUDA build of PyTorch, brings it
     triton = tl = None
 
+# Read inside kernels, once: whether Triton's interpreter runs them.
+INTERPRETED = triton is not None and tl.constexpr(triton.knobs.runtime.interpret)
 Implementation = Callable[..., Any]
 IMPLEMENTATIONS = ("ref", "triton", "cuda")
 

@@ -20,7 +20,7 @@ from .checks import expect_device, expect_floating, expect_groups, expect_shape,
 from .cuda import gate_residual_cuda, gate_residual_modulate_cuda
 from .modulate import adapted, expect_modulation, modulate_fp8_ref, modulate_ref, normalised
 from .quantise_rows import empty_in_fp8
-from .rows import load_token, store_in_8_bits, store_token, tiles_of
+from .rows import lanes_of, load_token, store_in_8_bits, store_token, tiles_of
 from .tuning import tuned
 
 
@@ -79,7 +79,7 @@ def gate_residual_kernel(
     row = (token // length).to(tl.int64)
     place = token % length
     far = place.to(tl.int64)
-    body, tail = tl.arange(0, BODY), BODY + tl.arange(0, TAIL)
+    body, tail = lanes_of(BODY, TAIL)
     a, b = load_token(x + row * x_row + far * x_token, body, tail, D)
     c, d = load_token(y + row * y_row + far * y_token, body, tail, D)
     if gate is not None:

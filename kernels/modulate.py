@@ -21,7 +21,7 @@ from .backend import has_fp8, is_opaque, jit, launch, pick, register, tl
 from .checks import expect_device, expect_floating, expect_groups, expect_shape, expect_some
 from .cuda import modulate_cuda
 from .quantise_rows import InFp8, empty_in_fp8, quantise_rows_ref
-from .rows import load_token, store_in_8_bits, store_token, tiles_of, total
+from .rows import lanes_of, load_token, store_in_8_bits, store_token, tiles_of, total
 from .tuning import tuned
 
 NORMS = ("layer", "rms")
@@ -100,7 +100,7 @@ def modulate_kernel(
     token = tl.program_id(0)
     row = (token // length).to(tl.int64)  # offsets may pass 2^31; the divisions are cheap in 32 bits
     place = token % length
-    body, tail = tl.arange(0, BODY), BODY + tl.arange(0, TAIL)
+    body, tail = lanes_of(BODY, TAIL)
     a, b = load_token(x + row * x_row + place.to(tl.int64) * x_token, body, tail, D)
     vector = row * vector_row + (place // group).to(tl.int64) * D
     a, b = normalised(a, b, body, tail, eps, D, RMS)

@@ -5,7 +5,7 @@ A width is BODY and TAIL, both powers of 2: 5120 is 4096 and 1024, where one til
 
 from __future__ import annotations
 
-from .backend import jit, next_power_of_2, tl
+from .backend import INTERPRETED, jit, next_power_of_2, tl
 
 
 def tiles_of(width: int) -> tuple[int, int, int]:
@@ -13,6 +13,15 @@ def tiles_of(width: int) -> tuple[int, int, int]:
     body = max(next_power_of_2(width) // 2, 1)
     tail = next_power_of_2(width - body)
     return body, tail, max(1, min(16, tail // 256))
+
+
+@jit
+def lanes_of(BODY: tl.constexpr, TAIL: tl.constexpr):
+    """Where the numbers of both tiles stand in a row: eight neighbours to a thread, whatever is read and written.
+
+    Else a store in 8 bits would ask for sixteen, and all numbers pass through shared memory to get there.
+    """
+    return tl.max_contiguous(tl.arange(0, BODY), 8), tl.max_contiguous(BODY + tl.arange(0, TAIL), 8)
 
 
 @jit
@@ -47,14 +56,16 @@ def largest(a, b):
 
 @jit
 def on_e4m3_grid(values):
-    """Numbers of at most 448 to e4m3's nearest, ties to even, as float32.
+    """Numbers of less than 464 to e4m3's nearest, ties to even, as float32, where a cast would do it otherwise.
 
-    The grid's steps are 2^-3 of each number's power of two and at least 2^-9. A cast of these is exact, in Triton's
-    interpreter too, which rounds otherwise.
+    A GPU's cast does it itself; of what is on the grid the interpreter's cast is exact. The grid's steps are 2^-3 of
+    each number's power of two and at least 2^-9.
     """
-    power = (values.to(tl.int32, bitcast=True) & 0x7F800000).to(tl.float32, bitcast=True)
-    magic = tl.maximum(power, 0.015625) * 1572864.0  # 1.5 * 2^20: its last bit is the grid's
-    return (values + magic) - magic
+    if INTERPRETED:
+        power = (values.to(tl.int32, bitcast=True) & 0x7F800000).to(tl.float32, bitcast=True)
+        magic = tl.maximum(power, 0.015625) * 1572864.0  # 1.5 * 2^20: its last bit is the grid's
+        values = (values + magic) - magic
+    return values
 
 
 @jit
@@ -62,7 +73,5 @@ def store_in_8_bits(start, scale, a, b, body, tail, D: tl.constexpr):
     """Write a token as e4m3 numbers, and at `scale` what they are multiples of: its largest magnitude over 448."""
     factor = tl.maximum(largest(a, b), 1e-12) * (1.0 / 448.0)
     inverse = tl.div_rn(1.0, factor)
-    a = on_e4m3_grid(tl.clamp(a * inverse, -448.0, 448.0))
-    b = on_e4m3_grid(tl.clamp(b * inverse, -448.0, 448.0))
-    store_token(start, a, b, body, tail, D)
+    store_token(start, on_e4m3_grid(a * inverse), on_e4m3_grid(b * inverse), body, tail, D)
     tl.store(scale, factor)
