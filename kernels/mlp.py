@@ -15,6 +15,7 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
+from .activations import gelu_tanh
 from .backend import is_forced, is_opaque, jit, launch, pick, register, tl, triton
 from .checks import expect_device, expect_floating, expect_groups, expect_shape, expect_some
 from .gate_residual import gate_residual
@@ -111,8 +112,8 @@ def linear_kernel(
         acc = acc * tl.load(weight_scale + feature, mask=inside, other=0.0)[None, :]
     if bias is not None:
         acc = acc + tl.load(bias + feature, mask=inside, other=0.0).to(tl.float32)[None, :]
-    if GELU:  # 0.5 h (1 + tanh u) = h sigmoid(2 u)
-        acc = acc * tl.sigmoid(1.5957691216057308 * (acc + 0.044715 * acc * acc * acc))
+    if GELU:
+        acc = gelu_tanh(acc)
     stored = (start + tl.arange(0, BLOCK_T) < tokens)[:, None] & inside[None, :]
     if gate is not None:
         base = (start // length).to(tl.int64) * gate_row + start % length // group * FEATURES

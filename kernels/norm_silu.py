@@ -17,6 +17,7 @@ import math
 import torch
 import torch.nn.functional as F
 
+from .activations import silu as silu_of
 from .backend import is_forced, is_opaque, jit, launch, next_power_of_2, pick, register, tl
 from .checks import expect_device, expect_floating, expect_some
 from .cuda import norm_silu_cuda
@@ -54,32 +55,53 @@ def norm_silu_blocks(x: torch.Tensor, gamma: torch.Tensor, silu: bool, inplace: 
 
 
 @jit
-def norm_silu_kernel(
-    x, gamma, out, pixels, width, root, smallest,
-    C: tl.constexpr, CHANNELS: tl.constexpr, PIXELS: tl.constexpr, SILU: tl.constexpr, UPSAMPLE: tl.constexpr,
+def load_pixels(x, pixel, lanes, pixels, C: tl.constexpr):
+    """Some channels of some pixels, float32; zeros outside."""
+    inside = (pixel < pixels)[:, None] & (lanes < C)[None, :]
+    return tl.load(x + pixel[:, None] * C + lanes[None, :], mask=inside, other=0.0).to(tl.float32)
+
+
+@jit
+def finish_pixels(
+    values, factor, gamma, out, pixel, lanes, pixels, width,
+    C: tl.constexpr, SILU: tl.constexpr, UPSAMPLE: tl.constexpr,
 ):  # fmt: skip
-    """One program per PIXELS pixels of C neighbouring numbers: read once, written once (four times with UPSAMPLE)."""
-    first = tl.program_id(0).to(tl.int64) * PIXELS
-    steps = tl.arange(0, PIXELS)
-    lanes = tl.arange(0, CHANNELS)
-    pixel = (first + steps)[:, None]
-    inside = (pixel < pixels) & (lanes[None, :] < C)
-    values = tl.load(x + pixel * C + lanes[None, :], mask=inside, other=0.0).to(tl.float32)
-    norm = tl.maximum(tl.sqrt(tl.sum(values * values, axis=1)), smallest)
-    h = values * (root / norm)[:, None] * tl.load(gamma + lanes, mask=lanes < C, other=0.0).to(tl.float32)[None, :]
+    """Weigh, activate and store what `load_pixels` gave; in four places with UPSAMPLE."""
+    h = values * factor[:, None] * tl.load(gamma + lanes, mask=lanes < C, other=0.0).to(tl.float32)[None, :]
     if SILU:
-        h = h * tl.sigmoid(h)
+        h = silu_of(h)
     result = h.to(out.dtype.element_ty)
+    inside = (pixel < pixels)[:, None] & (lanes < C)[None, :]
     if UPSAMPLE:
+        first = tl.min(pixel, axis=0)
         line = first // width  # counted through all frames; each becomes two of twice the width
-        column = (first - line * width).to(tl.int32) + steps
+        column = (pixel - line * width).to(tl.int32)
         corner = (line + column // width) * 4 * width + column % width * 2
         for below in tl.static_range(2):
             for beside in tl.static_range(2):
                 target = (corner + below * 2 * width + beside)[:, None]
                 tl.store(out + target * C + lanes[None, :], result, mask=inside)
     else:
-        tl.store(out + pixel * C + lanes[None, :], result, mask=inside)
+        tl.store(out + pixel[:, None] * C + lanes[None, :], result, mask=inside)
+
+
+@jit
+def norm_silu_kernel(
+    x, gamma, out, pixels, width, root, smallest,
+    C: tl.constexpr, BODY: tl.constexpr, TAIL: tl.constexpr, PIXELS: tl.constexpr,
+    SILU: tl.constexpr, UPSAMPLE: tl.constexpr,
+):  # fmt: skip
+    """One program per PIXELS pixels of C neighbouring numbers: read once, written once (four times with UPSAMPLE).
+
+    The channels are two tiles, BODY and TAIL, both powers of 2: 96 are 64 and 32, where one tile would hold 128.
+    """
+    pixel = tl.program_id(0).to(tl.int64) * PIXELS + tl.arange(0, PIXELS)
+    body, tail = tl.arange(0, BODY), BODY + tl.arange(0, TAIL)
+    a, b = load_pixels(x, pixel, body, pixels, C), load_pixels(x, pixel, tail, pixels, C)
+    norm = tl.maximum(tl.sqrt(tl.sum(a * a, axis=1) + tl.sum(b * b, axis=1)), smallest)
+    factor = root / norm
+    finish_pixels(a, factor, gamma, out, pixel, body, pixels, width, C, SILU, UPSAMPLE)
+    finish_pixels(b, factor, gamma, out, pixel, tail, pixels, width, C, SILU, UPSAMPLE)
 
 
 def norm_silu_triton(x: torch.Tensor, gamma: torch.Tensor, silu: bool, inplace: bool, upsample: bool) -> torch.Tensor:
@@ -92,9 +114,12 @@ def norm_silu_triton(x: torch.Tensor, gamma: torch.Tensor, silu: bool, inplace: 
     if upsample:
         shape[-3:-1] = [2 * shape[-3], 2 * shape[-2]]
     out = pixels if inplace or (copied and not upsample) else torch.empty(shape, dtype=x.dtype, device=x.device)
-    count, block = pixels.numel() // max(channels, 1), next_power_of_2(channels)
+    count = pixels.numel() // max(channels, 1)
+    body = max(next_power_of_2(channels) // 2, 1)
+    tail = next_power_of_2(channels - body)
     found = tuned("norm_silu", f"{channels}{' upsample' if upsample else ''}", x.device)
-    tile = max(1, found.get("numbers", 4096) // block)
+    tile = max(1, found.get("numbers", 4096) // (body + tail))
+    tile = next_power_of_2(tile + 1) // 2  # the largest power of 2 in it
     launch(
         norm_silu_kernel,
         (-(-count // tile),),
@@ -102,8 +127,8 @@ def norm_silu_triton(x: torch.Tensor, gamma: torch.Tensor, silu: bool, inplace: 
             "x": pixels, "gamma": gamma.contiguous(), "out": out, "pixels": count, "width": x.shape[-1],
             "root": math.sqrt(channels), "smallest": SMALLEST_NORM,
         },
-        {"C": channels, "CHANNELS": block, "PIXELS": tile, "SILU": silu, "UPSAMPLE": upsample},
-        num_warps=found.get("num_warps", max(4, min(16, tile * block // 1024))),
+        {"C": channels, "BODY": body, "TAIL": tail, "PIXELS": tile, "SILU": silu, "UPSAMPLE": upsample},
+        num_warps=found.get("num_warps", max(4, min(16, tile * (body + tail) // 1024))),
     )  # fmt: skip
     if inplace:
         return x.copy_(out.movedim(-1, 1)) if copied else x

@@ -13,9 +13,10 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
+from .activations import gelu_tanh
 from .backend import has_fp8, is_opaque, jit, launch, pick, register, tl
 from .checks import expect_floating, expect_shape, expect_some
-from .rows import load_token, store_in_8_bits, tiles_of
+from .rows import lanes_of, load_token, store_in_8_bits, tiles_of
 from .tuning import tuned
 
 LARGEST = 448.0  # of e4m3
@@ -47,11 +48,10 @@ def quantise_rows_kernel(
 ):  # fmt: skip
     """One program per row, in two tiles: read it once, write half of it."""
     token = tl.program_id(0).to(tl.int64)
-    body, tail = tl.arange(0, BODY), BODY + tl.arange(0, TAIL)
+    body, tail = lanes_of(BODY, TAIL)
     a, b = load_token(x + token * x_token, body, tail, D)
-    if GELU:  # 0.5 x (1 + tanh u) = x sigmoid(2 u)
-        a = a * tl.sigmoid(1.5957691216057308 * (a + 0.044715 * a * a * a))
-        b = b * tl.sigmoid(1.5957691216057308 * (b + 0.044715 * b * b * b))
+    if GELU:
+        a, b = gelu_tanh(a), gelu_tanh(b)
     store_in_8_bits(out + token * D, scale + token, a, b, body, tail, D)
 
 
