@@ -24,6 +24,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import nn
 
 import runtime
 from benchmarks import sides, true_size
@@ -36,9 +37,10 @@ from runtime.machine import Gpu, peaks_of
 from runtime.model import choose_device
 from runtime.models import open_checkpoint
 from runtime.models.costs import Shape
+from runtime.models.spec import Transformer
 from runtime.models.tiles import finer
 from runtime.planner import plan_request
-from runtime.precision import candidates, to_fp8
+from runtime.precision import candidates, to_fp8, weighty
 from runtime.request import Request
 
 Call = Callable[[int], Any]
@@ -50,7 +52,8 @@ METHOD = (
     "Random weights of the published sizes, bfloat16, versions in turns. A step asks both prompts; a decode ends with "
     "bytes in the host's memory. Apart: steps relative, frames in dB."
 )
-FP8, TILED, COMPILED = "ours, fp8", "ours, in tiles", "diffusers, compiled"
+FP8, ATTENTION_TOO = "ours, fp8", "ours, fp8, attention too"
+TILED, COMPILED = "ours, in tiles", "diffusers, compiled"
 LENGTHS = (17, 81, 321)  # frames of the clips whose decodes' memory is compared
 STEPS = 50  # of the schedule that the step is taken from
 
@@ -132,7 +135,7 @@ def measured(
         say(f"{part.name}: loading")
         case = case_of(part, folder)
         found: dict[str, Any] = {"name": part.name, "floor": floor_of(part, device), "skipped": {}}
-        found["bars"] = {"16 bits": part.bar, FP8: part.fp8_bar, TILED: None}
+        found["bars"] = {"16 bits": part.bar, FP8: part.fp8_bar, ATTENTION_TOO: part.fp8_bar, TILED: None}
         if ours is None:
             ours = Ours(case, device)
             rivals = sides.rival(args.against)
@@ -226,7 +229,9 @@ def versions(
     if part.stage == "step":
         calls |= {f"ours, {engine}": (ours.by(engine).step, nothing) for engine in ("eager", "cuda_graph")}
         with tried(found, FP8):  # on a smaller GPU there is no room for both
-            calls[FP8] = (in_fp8(ours).step, nothing)
+            made: list[dict[str, nn.Module]] = [{} for _ in ours.model.transformers]
+            calls[FP8] = (in_fp8(ours, weighty, made).step, nothing)
+            calls[ATTENTION_TOO] = (in_fp8(ours, candidates, made).step, nothing)
     else:
         calls["ours"] = (decode_rounded(ours), nothing)
         tile = next(finer(*ours.case.spec.canvas(part.height, part.width), ours.model.vae.tile_of), None)
@@ -287,11 +292,11 @@ def apart(a: np.ndarray, b: np.ndarray, stage: str) -> float:
     return 20 * math.log10(255 / error) if error else math.inf
 
 
-def in_fp8(side: Ours) -> Ours:
-    """Return the same with every linear layer that may be in 8 bits."""
+def in_fp8(side: Ours, layers: Callable[[Transformer], Sequence[str]], made: Sequence[dict[str, nn.Module]]) -> Ours:
+    """Return the same with some layers of each transformer in 8 bits; `made` shares those that were quantised."""
     other = side.by("cuda_graph")
-    networks = other.model.transformers
-    other.model.transformers = tuple(to_fp8(network, candidates(network), {}) for network in networks)
+    pairs = zip(other.model.transformers, made, strict=True)
+    other.model.transformers = tuple(to_fp8(network, layers(network), own) for network, own in pairs)
     return other
 
 

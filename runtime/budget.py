@@ -106,9 +106,12 @@ class Calibrated:
     ranking: tuple[tuple[str, float], ...] = ()  # (layer, dB that a step keeps with it alone in 8 bits), best first
     fp8: tuple[Rung, ...] = ()  # what more and more of these layers cost with all steps computed
 
-    def savings(self, rung: Rung) -> Savings:
-        """Return a rung's way to save."""
+    def savings(self, rung: Rung, model: Model) -> Savings:
+        """Return a rung's way to save on a loaded model; of layers in 8 bits only those that it was loaded with, where
+        others would gain nothing: fewer keep no less."""
         layers = first_layers(self.ranking, rung.fp8)
+        if model.memory is not None or not precision.gains(model.device):
+            layers &= model.narrow_layers
         if len(rung.computed) == self.setting.steps:
             return Savings(None, layers)
         moments = Moments(np.array(self.moments), rung.order)
@@ -117,9 +120,10 @@ class Calibrated:
     def usable(self, model: Model) -> list[Rung]:
         """Return the rungs that a loaded model can take, the fastest first: layers in 8 bits, which are held beside the
         full ones, need a device that gains by them, an engine that runs them, weights that stay, and no budget of
-        memory; weights in 8 bits alone need all of them so."""
+        memory; weights in 8 bits alone need all that have weights so."""
         if model.precision == "fp8":
-            return [rung for rung in (*self.rungs, *self.fp8) if rung.fp8 == len(self.ranking) > 0]
+            both = (*self.rungs, *self.fp8)
+            return [rung for rung in both if model.narrow_layers <= first_layers(self.ranking, rung.fp8)]
         able = precision.gains(model.device) and model.engine in precision.ENGINES and model.offload.blocks is None
         able = able and model.memory is None and {name for name, _ in self.ranking} <= set(model.fp8_layers)
         return [rung for rung in self.rungs if able or not rung.fp8]
@@ -174,7 +178,8 @@ def choose(model: Model, request: Request, sigmas: torch.Tensor, *, plain: bool)
                 f"quality {request.quality}: no way to save time keeps {request.floor:g} dB ({best}); the video is "
                 f"{made}"
             )))  # fmt: skip
-        return Choice(known.savings(rung), said | {"basis": "calibrated", "rung": measured(rung)}, notes, rung)
+        notes = (*notes, *foreign(known, rung, model))
+        return Choice(known.savings(rung, model), said | {"basis": "calibrated", "rung": measured(rung)}, notes, rung)
     if request.sigmas is not None:
         return Choice(EXACT, said, (*notes, (
             f"quality {request.quality}: the schedule is of {len(sigmas) - 1} given levels, too far apart for one step "
@@ -192,6 +197,14 @@ def choose(model: Model, request: Request, sigmas: torch.Tensor, *, plain: bool)
     )
     skips = table(sigmas.tolist(), request.boundary)
     return Choice(Savings(skips), said | {"basis": "table"}, (*notes, note))
+
+
+def foreign(known: Calibrated, rung: Rung, model: Model) -> tuple[str, ...]:
+    """Return a note where layers in 8 bits were not measured on this device with products in 8 bits."""
+    if not rung.fp8 or known.device == device_name(model.device) != "cpu":
+        return ()
+    simulated = ", simulated," if known.device == "cpu" else ""
+    return (f"what layers in 8 bits keep was measured on {known.device}{simulated} and not on a GPU of this kind",)
 
 
 def computed_steps(model: Model, request: Request) -> int | None:
@@ -217,7 +230,7 @@ def account(receipt: Receipt, choice: Choice, past: Past | None) -> None:
     if choice.rung is not None:
         window["estimated_psnr"] = choice.rung.estimate(window.get("error_ratio", 1.0))
     if choice.savings.fp8:
-        lines.append(f"{len(choice.savings.fp8)} linear layers in fp8, {right}")
+        lines.append(f"{len(choice.savings.fp8)} layers in fp8, {right}")
     receipt.approximations += [line for line in lines if line not in receipt.approximations]
     said["windows"].append(window)
 

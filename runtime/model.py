@@ -16,7 +16,6 @@ from runtime.engines import engine as find_engine
 from runtime.lora import Fits, Lora, fit, merge
 from runtime.models import open_checkpoint, repository
 from runtime.models.costs import Costs
-from runtime.models.layers import LinearFp8
 from runtime.models.spec import Autoencoder, Checkpoint, ModelSpec, Transformer
 from runtime.offload import Offload, Shelf, give_back_memory, load_streamed
 from runtime.trace import Stages, recording, span
@@ -43,7 +42,9 @@ class Model:
     precision: str = "full"  # "fp8": the weights of all layers that may be are there in 8 bits alone
     tile: tuple[int, int] | None = None  # (height, width) in pixels decoded at once; None: the whole frame
     _other_vae: tuple[torch.device, torch.dtype, Autoencoder] | None = field(default=None, repr=False)
-    _fp8: tuple[dict[str, LinearFp8], ...] = field(default=(), repr=False)  # per expert, the layers quantised so far
+    _fp8: tuple[dict[str, torch.nn.Module], ...] = field(
+        default=(), repr=False
+    )  # per expert, the layers quantised so far
     _narrowed: dict[frozenset[str], tuple[Transformer, ...]] = field(default_factory=dict, repr=False)
 
     @property
@@ -66,6 +67,14 @@ class Model:
         """The layers that may be in 8 bits, by expert and name: "transformer.blocks.0.ffn_in"."""
         parts = zip(self.checkpoint.transformers, self.transformers, strict=True)
         return tuple(f"{part.name}.{name}" for part, network in parts for name in eight_bits.candidates(network))
+
+    @cached_property
+    def narrow_layers(self) -> frozenset[str]:
+        """Those of `fp8_layers` that were loaded in 8 bits: the ones with weights, or none."""
+        if self.precision == "full":
+            return frozenset()
+        parts = zip(self.checkpoint.transformers, self.transformers, strict=True)
+        return frozenset(f"{part.name}.{name}" for part, network in parts for name in eight_bits.weighty(network))
 
     def in_fp8(self, layers: frozenset[str]) -> tuple[Transformer, ...]:
         """Return the experts with some of `fp8_layers` in 8 bits, quantised at first use and kept beside the others."""

@@ -332,7 +332,7 @@ def start_receipt(model: Model, request: Request) -> Receipt:
     assert request.seed is not None and request.height and request.width
     approximations = [] if request.positions is None else [f"positions spread by {request.positions}"]
     if model.precision == "fp8":
-        approximations.append(f"{len(model.fp8_layers)} linear layers in fp8, as the model was loaded")
+        approximations.append(f"{len(model.narrow_layers)} linear layers in fp8, as the model was loaded")
     return Receipt(
         request=request.record(),
         approximations=approximations,

@@ -1,8 +1,8 @@
-"""Linear layers in 8-bit floating point (e4m3): which ones may be, and a transformer with some of them so.
+"""Layers in 8-bit floating point (e4m3): which ones may be, and a transformer with some of them so.
 
-Weights are quantised once, a scale per output channel; activations as they come, a scale per token. Where a device has
-no such products the numerics are simulated: the same numbers, later. What each layer costs is measured by
-runtime/sensitivity.py; nothing else knows about it.
+Weights are quantised once, a scale per output channel; activations as they come, a scale per token, and for attention
+per head. Where a device has no such products the numerics are simulated: the same numbers, later. What each layer costs
+is measured by runtime/sensitivity.py; nothing else knows about it.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import TypeVar, cast
 import torch
 from torch import nn
 
-from runtime.models.layers import LinearFp8
+from runtime.models.layers import AttentionFp8, FullAttention, LinearFp8
 from runtime.models.spec import Transformer
 
 PRECISIONS = ("full", "fp8")
@@ -24,22 +24,30 @@ AnyModule = TypeVar("AnyModule", bound=nn.Module)
 
 
 def candidates(network: Transformer) -> tuple[str, ...]:
-    """Return the names of the linear layers that may be in 8 bits, block after block."""
+    """Return the names of the layers that may be in 8 bits, block after block."""
     blocks = network.blocks
     return tuple(f"blocks.{i}.{name}" for i in range(len(blocks)) for name in blocks[i].may_be_fp8)  # type: ignore[union-attr]
 
 
-def to_fp8(network: Transformer, names: Iterable[str], made: MutableMapping[str, LinearFp8]) -> Transformer:
-    """Return the transformer with the linear layers `names` in 8 bits; it shares all else with the given one.
+def weighty(network: Transformer) -> tuple[str, ...]:
+    """Return those of the candidates that have weights, and so save memory in 8 bits: the linear ones."""
+    module = cast(nn.Module, network)
+    return tuple(name for name in candidates(network) if isinstance(module.get_submodule(name), nn.Linear | LinearFp8))
+
+
+def to_fp8(network: Transformer, names: Iterable[str], made: MutableMapping[str, nn.Module]) -> Transformer:
+    """Return the transformer with the layers `names` in 8 bits; it shares all else with the given one.
 
     `made` holds the layers that were quantised before, and takes those that are new.
     """
     module = cast(nn.Module, network)
     found: dict[str, nn.Module] = {}
     for name in names:
-        linear = module.get_submodule(name)
-        if isinstance(linear, nn.Linear):
-            found[name] = made[name] if name in made else made.setdefault(name, LinearFp8(linear))
+        layer = module.get_submodule(name)
+        if isinstance(layer, nn.Linear):
+            found[name] = made[name] if name in made else made.setdefault(name, LinearFp8(layer))
+        elif isinstance(layer, FullAttention):
+            found[name] = AttentionFp8()
     return cast(Transformer, replaced(module, found))
 
 
@@ -62,9 +70,10 @@ def replaced(module: AnyModule, layers: Mapping[str, nn.Module]) -> AnyModule:
 
 
 def narrow(network: Transformer, device: torch.device) -> None:
-    """Put every candidate into 8 bits in place, and the transformer on a device, where one full layer is at a time."""
+    """Put every candidate with weights into 8 bits in place, and the transformer on a device, where one full layer is
+    at a time."""
     module = cast(nn.Module, network)
-    for name in candidates(network):
+    for name in weighty(network):
         parent, _, leaf = name.rpartition(".")
         linear = cast(nn.Linear, module.get_submodule(name)).to(device)
         setattr(module.get_submodule(parent), leaf, LinearFp8(linear))

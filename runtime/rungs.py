@@ -8,6 +8,7 @@ measured; beside predicted steps where the device gains time by them.
 
 from __future__ import annotations
 
+import math
 import time
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
@@ -137,7 +138,7 @@ class Trial:
         assert steps
         return [
             self.measured(model, Savings(None, first_layers(ranking, count)), tuple(range(steps)), 1, count)
-            for count in sensitivity.counts(model, ranking)
+            for count in sensitivity.counts(model, ranking, self.tokens(model))
         ]
 
     def both(
@@ -147,10 +148,14 @@ class Trial:
         found: list[Rung] = []
         for rung in rungs:
             skips = Skips(frozenset(rung.computed), Moments(moments, rung.order), rung.order, bound=float("inf"))
-            for count in sensitivity.counts(model, ranking):
+            for count in sensitivity.counts(model, ranking, self.tokens(model)):
                 savings = Savings(skips, first_layers(ranking, count))
                 found.append(self.measured(model, savings, rung.computed, rung.order, count))
         return found
+
+    def tokens(self, model: Model) -> int:
+        """Return how many video tokens a request has."""
+        return math.prod(shape_of(model, self.requests[0])[1:]) // math.prod(model.spec.patch)
 
     def measured(self, model: Model, savings: Savings, computed: Sequence[int], order: int, fp8: int = 0) -> Rung:
         """Return the rung of a way to save, from the same requests made exactly and with it."""
@@ -262,7 +267,7 @@ def table(found: Calibrated) -> str:
     lines += [row(found, rung) for rung in found.rungs]
     if found.fp8:
         simulated = "" if found.device != "cpu" else ", simulated here: its time says nothing"
-        lines.append(f"all steps, with more and more of {len(found.ranking)} linear layers in 8 bits{simulated}:")
+        lines.append(f"all steps, with more and more of {len(found.ranking)} layers in 8 bits{simulated}:")
         lines += [row(found, rung) for rung in found.fp8]
         least, most = found.ranking[0], min(found.ranking, key=lambda pair: pair[1])
         lines.append(

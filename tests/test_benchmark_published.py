@@ -39,13 +39,14 @@ def test_both_sides_in_bfloat16(tmp_path: Path, capsys: pytest.CaptureFixture[st
     file = tmp_path / "a.json"
     assert main([*ASKED, str(file), "--profile"]) == 0
     step, decode = json.loads(file.read_text())["parts"]
-    ours = {"ours, eager", "ours, cuda_graph", "ours, fp8"}
+    ours = {"ours, eager", "ours, cuda_graph", "ours, fp8", "ours, fp8, attention too"}
     assert set(step["seconds"]) == ours | {"diffusers", "diffusers, compiled"}
     assert set(decode["seconds"]) == {"ours", "ours, in tiles", "diffusers", "diffusers, compiled"}
     for found in (step, decode):
         assert found["skipped"] == {"profile": "ValueError: the profiler recorded no work of a GPU"}
         assert all(len(samples) == 2 and min(samples) > 0 for samples in found["seconds"].values())
     assert step["difference"]["ours, cuda_graph"] == 0 and step["difference"].pop("ours, fp8") < 0.3
+    assert step["difference"].pop("ours, fp8, attention too") < 0.3
     assert max(step["difference"].values()) < 0.05
     assert min(decode["difference"].values()) > 30 and 30 < decode["psnr"] < 100
     shown = capsys.readouterr().out
@@ -67,7 +68,7 @@ def test_what_fails_or_comes_too_late_is_told(
     assert step["skipped"] == {
         "diffusers": "RuntimeError: no such kernel", "diffusers, compiled": "too little time was left",
     }  # fmt: skip
-    assert set(step["seconds"]) == {"ours, eager", "ours, cuda_graph", "ours, fp8"}
+    assert set(step["seconds"]) == {"ours, eager", "ours, cuda_graph", "ours, fp8", "ours, fp8, attention too"}
     assert main([*ASKED, str(file), "--budget", "-1"]) == 0
     assert json.loads(file.read_text())["left_out"] == ["step-1.3b-480p", "decode-480p"]
     assert "Left out when the time was up: step-1.3b-480p, decode-480p." in capsys.readouterr().out

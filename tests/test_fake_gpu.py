@@ -64,20 +64,23 @@ def test_a_request_of_true_size(name: str, tmp_path: Path) -> None:
         assert decoder.encode(clip).shape == (1, model.spec.latent_channels, 2, *shape[2:])
 
 
-def test_linear_layers_in_8_bits(tmp_path: Path) -> None:
+def test_layers_in_8_bits(tmp_path: Path) -> None:
     true_size.write_configs(tmp_path, "wan2.1-t2v-1.3b")
-    with fake_gpu() as (launches, _):
+    with fake_gpu() as (launches, copies):
         network = true_size.load(tmp_path, GPU, "bfloat16", "eager").transformers[0]
         context = network.project([torch.randn(9, network.text_dim)], 512, (3, 60, 104))
         small = to_fp8(network, candidates(network), {})
         launches.clear()
+        copies.clear()
         out = small(torch.empty(1, 16, 3, 60, 104, device=GPU), torch.tensor([0.5], dtype=torch.float64), context)
         assert out.shape == (1, 16, 3, 60, 104)
         layers = len(network.blocks)
         assert counted(launches) == {  # rows are quantised where they are made, but for attention's and the inner ones
             "modulate_kernel": 2 * layers + 1, "gate_residual_kernel": 3 * layers, "qk_norm_rope_kernel": layers,
-            "quantise_rows_kernel": 3 * layers,
+            "quantise_rows_kernel": 3 * layers, "range_kernel": 3 * layers, "codes_kernel": 3 * layers,
+            "attention_fp8_kernel": layers,
         }  # fmt: skip
+        assert copies == ["goes on"]  # sigma
         assert sum("row_scale" in launch.arguments for launch in launches) == 3 * layers
 
 

@@ -22,7 +22,7 @@ from runtime.checkpoints import Checkpoints
 from runtime.denoising import Cancelled
 from runtime.lora import Lora
 from runtime.models.costs import Weights
-from runtime.models.layers import LinearFp8, feed_forward
+from runtime.models.layers import AttentionFp8, LinearFp8, feed_forward, in_8_bits
 from tests.published import Tiny, relative, write
 from tests.test_lora import published as lora_tensors
 
@@ -90,11 +90,11 @@ def test_a_narrow_transformer_shares_all_else_and_leaves_the_first_as_it_was(mod
     before = runtime.generate(model, request).frames
     names = precision.candidates(network)[:3]
     narrow = cast(nn.Module, precision.to_fp8(network, names, {}))
-    kinds = {name: type(module) for name, module in narrow.named_modules() if isinstance(module, LinearFp8)}
-    assert tuple(kinds) == names
+    kinds = {name: type(module) for name, module in narrow.named_modules() if in_8_bits(module)}
+    assert kinds.keys() == set(names) and set(kinds.values()) == {LinearFp8, AttentionFp8}
     own = dict(cast(nn.Module, network).named_parameters())
     shared = {name for name, parameter in narrow.named_parameters() if parameter is own.get(name)}
-    assert own.keys() - shared == {f"{name}.weight" for name in names}
+    assert own.keys() - shared == {f"{name}.weight" for name in names if name in precision.weighty(network)}
     assert np.array_equal(runtime.generate(model, request).frames, before)
 
 
@@ -109,7 +109,7 @@ def test_the_layer_that_8_bits_hurt_most_comes_last(tmp_path: Path) -> None:
     assert ranking[-1][0] == "transformer.blocks.1.ffn_out"
     assert ranking[-1][1] == min(decibel for _, decibel in ranking)
     assert {name for name, _ in ranking} == set(tiny.fp8_layers)
-    numbers = sensitivity.counts(tiny, ranking)
+    numbers = sensitivity.counts(tiny, ranking, 64)
     assert numbers == sorted(set(numbers))
     assert numbers[-1] == len(ranking)
 
@@ -123,7 +123,7 @@ def test_without_such_products_a_calibration_says_what_they_cost_and_chooses_non
     assert budget.write(model, measured) == files[0]
     assert budget.read(files[0]) == [measured]
     told = rungs.table(measured)
-    assert f"more and more of {len(measured.ranking)} linear layers in 8 bits, simulated here" in told
+    assert f"more and more of {len(measured.ranking)} layers in 8 bits, simulated here" in told
     kept = replace(measured, rungs=measured.fp8)  # as if a GPU had found them faster
     budget.write(model, kept)
     video = runtime.generate(model, runtime.Request(**SMALL, quality=1.0))
@@ -161,7 +161,7 @@ def test_a_budget_takes_bits_where_they_keep_it_and_stays_full_where_not(
     budget.write(model, replace(measured, rungs=(narrow,)))
     video = runtime.generate(model, runtime.Request(**SMALL, quality=30.0))
     count = len(measured.ranking)
-    assert video.receipt.approximations == [f"{count} linear layers in fp8, calibrated to keep 30.0 dB"]
+    assert video.receipt.approximations == [f"{count} layers in fp8, calibrated to keep 30.0 dB"]
     assert video.receipt.quality is not None
     assert video.receipt.quality["rung"]["fp8"] == count
     assert video.receipt.quality["windows"] == [{"computed": SMALL["steps"], "estimated_psnr": narrow.psnr}]
@@ -170,6 +170,37 @@ def test_a_budget_takes_bits_where_they_keep_it_and_stays_full_where_not(
     full = runtime.generate(model, runtime.Request(**SMALL, quality=31.0))
     assert np.array_equal(full.frames, exact.frames)
     assert any("keeps 31 dB" in note and "is made exactly" in note for note in full.receipt.notes)
+
+
+def test_attention_in_8_bits_is_taken_where_a_step_is_faster(
+    model: runtime.Model, able: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As if a device with such products took so long for a step, attention in full and in 8 bits."""
+    request = runtime.Request(**SMALL).resolved(model.spec)
+    attention = {name for name in model.fp8_layers if name.endswith(".attention")}
+    assert len(attention) == len(model.transformers[0].blocks)
+    for times, kept in (((1.0, 0.9), attention), ((1.0, 1.0), set())):
+        left = list(times)
+        monkeypatch.setattr(sensitivity, "seconds", lambda asked, place, left=left: left.pop(0))
+        ranking = dict(sensitivity.rank(model, [request]))
+        assert ranking.keys() == {name for name in model.fp8_layers if name in kept or name not in attention}
+        assert all(10 < ranking[name] < 80 for name in kept)
+
+
+def test_weights_in_8_bits_take_attention_so_where_it_gains(
+    model: runtime.Model, measured: budget.Calibrated, files: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    narrow = runtime.load(model.checkpoint.folder, device="cpu", precision="fp8")
+    budget.write(model, replace(measured, rungs=(), fp8=(replace(measured.fp8[-1], floor=20.0),)))
+    videos, layers = [], []
+    for gains in (False, True):
+        monkeypatch.setattr(precision, "gains", lambda device, gains=gains: gains)
+        videos.append(runtime.generate(narrow, runtime.Request(**SMALL, quality=20.0)))
+        layers.append(len(narrow.narrow_layers if not gains else narrow.fp8_layers))
+        assert f"{layers[-1]} layers in fp8, calibrated to keep 20.0 dB" in videos[-1].receipt.approximations
+        assert any("measured on cpu, simulated, and not" in note for note in videos[-1].receipt.notes)
+    assert layers[0] < layers[1]
+    assert not np.array_equal(videos[0].frames, videos[1].frames)
 
 
 @pytest.mark.parametrize("at", [1, 4])
@@ -200,11 +231,11 @@ def test_two_experts_are_loaded_in_8_bits_behind_their_loras(tmp_path: Path) -> 
     loras = [Lora(tmp_path / "lora.safetensors", 0.5)]
     full = runtime.load(tmp_path / "model", device="cpu", loras=loras)
     narrow = runtime.load(tmp_path / "model", device="cpu", loras=loras, precision="fp8")
-    assert len(narrow.fp8_layers) == 2 * 2 * 6
+    assert len(narrow.fp8_layers) == 2 * 2 * 7 and len(narrow.narrow_layers) == 2 * 2 * 6
     assert narrow.fp8_layers == full.fp8_layers
     request = runtime.Request(prompt="a cat", seed=1, quality="fast").resolved(full.spec)
     video = runtime.generate(narrow, request)
-    same = rungs.make(full, request, Savings(None, frozenset(full.fp8_layers)))
+    same = rungs.make(full, request, Savings(None, narrow.narrow_layers))
     assert np.array_equal(video.frames, same.frames)
     assert video.receipt.approximations == ["24 linear layers in fp8, as the model was loaded"]
     assert any("its weights in 8 bits" in note for note in video.receipt.notes)
@@ -230,9 +261,12 @@ def test_compiled_blocks_in_8_bits_equal_eager_ones(tmp_path: Path, monkeypatch:
     write(Tiny(layers=1), tmp_path / "model")
     request = runtime.Request(prompt="a cat", seed=1, steps=2, quality="fast")
     eager, compiled = (
-        runtime.generate(runtime.load(tmp_path / "model", device="cpu", precision="fp8", engine=engine), request)
+        runtime.load(tmp_path / "model", device="cpu", precision="fp8", engine=engine)
         for engine in ("eager", "inductor")
     )
+    for model in (eager, compiled):  # attention too
+        model.transformers = model.in_fp8(frozenset(model.fp8_layers))
+    eager, compiled = (runtime.generate(model, request) for model in (eager, compiled))
     assert relative(compiled.latents, eager.latents) <= 1e-5
     assert compiled.receipt.notes == eager.receipt.notes
 
@@ -243,7 +277,7 @@ def linears(model: runtime.Model) -> list[nn.Linear]:
     return [
         cast(nn.Linear, network.get_submodule(name))
         for network, plain in zip(networks, model.transformers, strict=True)
-        for name in precision.candidates(plain)
+        for name in precision.weighty(plain)
     ]
 
 

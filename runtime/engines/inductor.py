@@ -21,7 +21,7 @@ from torch.func import functional_call
 from runtime.engines.export import MOST_KEYS, MOST_TOKENS
 from runtime.engines.store import Damaged, Key, Store, architecture, code_hash
 from runtime.kernels.backend import forced
-from runtime.models.layers import LinearFp8
+from runtime.models.layers import in_8_bits
 from runtime.models.spec import Context, Denoiser, Transformer
 from runtime.trace import note, span
 
@@ -86,7 +86,7 @@ class Compiled:
 
 def narrow_layers(block: nn.Module) -> tuple[str, ...]:
     """Return the names of a block's layers in 8 bits: with others so it is another kind."""
-    return tuple(name for name, module in block.named_modules() if isinstance(module, LinearFp8))
+    return tuple(name for name, module in block.named_modules() if in_8_bits(module))
 
 
 class CannotPackage(Exception):

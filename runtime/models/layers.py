@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import lru_cache
 from typing import Any
 
@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from runtime.kernels import (
+    attention_fp8,
     gate_residual,
     gate_residual_modulate,
     gate_residual_modulate_fp8,
@@ -44,6 +45,31 @@ class LinearFp8(nn.Module):
             codes, scale = x
             return linear_fp8(codes, self.weight, self.scale, self.bias, gelu=gelu, x_scale=scale, dtype=self.dtype)
         return linear_fp8(x, self.weight, self.scale, self.bias, gelu=gelu)
+
+
+class FullAttention(nn.Module):
+    """Attention by a function, as a layer of its own, whose place one in 8 bits may take."""
+
+    def __init__(self, function: Callable[..., torch.Tensor]) -> None:
+        super().__init__()
+        self.function = function
+
+    def forward(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        """q [B, L, N, K], k and v [B, S, N, K] -> [B, L, N * K]."""
+        return self.function(q, k, v)
+
+
+class AttentionFp8(nn.Module):
+    """Attention with both of its products in 8-bit floating point."""
+
+    def forward(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        """q [B, L, N, K], k and v [B, S, N, K] -> [B, L, N * K]."""
+        return attention_fp8(q, k, v)
+
+
+def in_8_bits(layer: nn.Module) -> bool:
+    """Tell whether a layer is in 8 bits."""
+    return isinstance(layer, LinearFp8 | AttentionFp8)
 
 
 def modulated(

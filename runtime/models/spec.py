@@ -212,7 +212,7 @@ class Transformer(Protocol):
     """What the stations ask of a family's transformer.
 
     The class of its blocks declares `shapes`, one per argument that there may be: "B L D" by the dimension key; and
-    `may_be_fp8`, the names in it of the linear layers that may be in 8 bits.
+    `may_be_fp8`, the names in it of the layers that may be in 8 bits: linear ones, and attention among video tokens.
     """
 
     config: Any  # a frozen dataclass

@@ -19,6 +19,7 @@ from torch import nn
 
 from runtime import kernels
 from runtime.models.layers import (
+    FullAttention,
     Read,
     added_and_modulated,
     feed_forward,
@@ -227,7 +228,8 @@ class Block(nn.Module):
     shapes = ("B L D", "B M 6 D", "R S N K", "R S N K", "R 1 1 S", "L K/2 2", "1 P N K", "1 P N K")
     # The layers that every video token passes in every step; the text's are passed once per request.
     may_be_fp8 = (
-        "self_attention.qkv", "self_attention.out", "cross_attention.q", "cross_attention.out", "ffn_in", "ffn_out",
+        "self_attention.qkv", "self_attention.attention", "self_attention.out", "cross_attention.q",
+        "cross_attention.out", "ffn_in", "ffn_out",
     )  # fmt: skip
 
     def __init__(self, config: TransformerConfig, attention: Attention) -> None:
@@ -275,7 +277,8 @@ class SelfAttention(nn.Module):
 
     def __init__(self, config: TransformerConfig, attention: Attention) -> None:
         super().__init__()
-        self.heads, self.eps, self.attention = config.num_attention_heads, config.eps, attention
+        self.heads, self.eps = config.num_attention_heads, config.eps
+        self.attention = FullAttention(attention)
         self.qkv = nn.Linear(config.width, 3 * config.width)
         self.q_norm = nn.Parameter(torch.empty(config.width))
         self.k_norm = nn.Parameter(torch.empty(config.width))
