@@ -119,6 +119,8 @@ def parser() -> Parser:
     ahead.set_defaults(run=plan)
     ahead.add_argument("--size", type=parse_size, metavar="WIDTHxHEIGHT", help="pixels, such as 832x480")
     ahead.add_argument("--frames", type=parse_whole, metavar="N", help="number of frames, such as 81")
+    ahead.add_argument("--seconds", type=parse_number, metavar="S", help="length, instead of --frames")
+    ahead.add_argument("--window", type=parse_whole, metavar="N", help="frames made at once in a long video")
     ahead.add_argument("--steps", type=parse_whole, metavar="N", help="denoising steps")
     ahead.add_argument("--guidance", type=parse_number, metavar="G", help="guidance scale; 1 is none")
     ahead.add_argument("--gpu", metavar="NAME", help="h200 h100 a100 l40s 4090 5090, or cpu (default: this machine)")
@@ -214,8 +216,9 @@ def plan(options: argparse.Namespace) -> None:
 
     width, height = options.size or (None, None)
     found = plan_request(
-        options.model, width=width, height=height, num_frames=options.frames, steps=options.steps,
-        guidance=options.guidance, gpu=options.gpu, memory=options.memory, dtype=options.dtype,
+        options.model, width=width, height=height, num_frames=options.frames, seconds=options.seconds,
+        window=options.window, steps=options.steps, guidance=options.guidance, gpu=options.gpu,
+        memory=options.memory, dtype=options.dtype,
         tile=options.tile and (options.tile[1], options.tile[0]), precision=options.precision,
         anew=options.anew,
     )  # fmt: skip

@@ -43,7 +43,8 @@ model = runtime.load("demo", device=sys.argv[1], dtype=sys.argv[2])
 request = runtime.Request(prompt="a", width=32, height=32, num_frames=5, steps=2, seed=0)
 runs = []
 for take in range(4):
-    video = runtime.generate(model, dataclasses.replace(request, prompt=f"take {take}", negative_prompt=f"not {take}"))
+    asked = dataclasses.replace(request, prompt=f"take {take}", negative_prompt=f"not {take}")
+    video = runtime.generate(model, asked, predict=False)
     for frame in video:
         pass
     runs.append(video.receipt.stages)

@@ -222,12 +222,13 @@ def resident_now() -> int:
 
 
 def usable_memory(device: torch.device) -> int:
-    """Bytes of a device that this process may use: of a GPU what is free, else what is available and what it has."""
-    return int(torch.cuda.mem_get_info(device)[0]) if device.type == "cuda" else host_memory()
+    """Bytes of a device that this process may use in all: what is free, and what it has already."""
+    if device.type != "cuda":
+        return host_memory()
+    return int(torch.cuda.mem_get_info(device)[0]) + torch.cuda.memory_reserved(device)
 
 
 def free_memory(device: torch.device) -> int:
     """Bytes that may still be taken on a device: of a GPU, also what PyTorch's allocator holds and does not use."""
-    if device.type != "cuda":
-        return max(usable_memory(device) - resident_now(), 0)
-    return usable_memory(device) + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    used = torch.cuda.memory_allocated(device) if device.type == "cuda" else resident_now()
+    return max(usable_memory(device) - used, 0)

@@ -105,16 +105,16 @@ def signer_of(options: Options) -> Signer | None:
     return find_signer(options.certificate, options.private_key, cache_root() / "credentials")
 
 
-def foretell(model: Model, request: Request, *, quiet: bool) -> None:
-    """Print what the planner foresees; a machine that it does not know is measured in short, for the receipt too."""
+def foretell(model: Model, request: Request) -> None:
+    """Print what the planner foresees; a machine that it does not know is measured in short."""
     from runtime.planner import foresee
     from runtime.prediction import GIB
+    from runtime.tasks import plan_task
 
-    found = foresee(model, request, "brief")
+    found = foresee(model, request, plan_task(request, model.spec), "brief")
     assert found is not None  # it is measured where it was not
-    if quiet:
-        return
-    stages = ", ".join(f"{name} {found.seconds[name]:.2f}" for name in ("text", "denoise", "decode"))
+    run = [name for name in ("text", "encode", "denoise", "decode") if name != "encode" or found.encoded]
+    stages = ", ".join(f"{name} {found.seconds[name]:.2f}" for name in run)
     print(f"foreseen seconds: {stages}; peak memory {found.most / GIB:.2f} GiB", flush=True)
 
 
@@ -135,11 +135,14 @@ def write(options: Options, model: Model, request: Request) -> None:
     if options.preview:
         cells = None if frames is None else 1 + (frames - 1) // model.spec.stride[0]
         check_writable(options.preview, num_frames=cells)
-    if frames is not None and (options.receipt or not options.quiet):
-        foretell(model, request, quiet=options.quiet)
+    if not options.quiet:
+        foretell(model, request)
     with Progress("denoising", "step", quiet=options.quiet) as progress:
         watch = Previewer(model, options.preview, request, progress) if options.preview else None
-        video = runtime.generate(model, request, on_step=progress if watch is None else watch)
+        video = runtime.generate(
+            model, request, on_step=progress if watch is None else watch,
+            predict=bool(options.receipt) or not options.quiet,
+        )  # fmt: skip
     for note in video.receipt.notes:
         warnings.warn(note, stacklevel=1)
     if getattr(options, "latents", None) and video.latents is not None:  # not lost to a decode that fails

@@ -47,28 +47,24 @@ def generate(
     noise: torch.Tensor | None = None,
     on_step: OnStep | None = None,
     checkpoints: Checkpoints | None = None,
+    predict: bool = True,
 ) -> Video:
     """Make the video that a request asks for; its frames are decoded as they are iterated or saved.
 
     `noise` is [C, T, H, W] or [1, C, T, H, W], the first window's, drawn from the seed where None; `on_step(step,
     total, latents, estimate)` is called after each step, with what it took for the clean latents, and may raise
     Cancelled. `checkpoints` keep the state of the sampling, and where they hold one of this request it goes on from
-    there, to the same frames. Raises ValueError for what cannot be made.
+    there, to the same frames. `predict` puts on the receipt what is foreseen; a machine that nobody measured is
+    measured for it briefly, once, in about a second. Raises ValueError for what cannot be made.
     """
-    request = request.resolved(model.spec)
-    check(model, request)
+    job = begin(model, request, on_step, checkpoints, predict=predict)
+    plan, request = job.plan, job.request
     assert request.width and request.height and request.fps
-    footage = [conformed(clip, request.width, request.height, request.fps, request.fit) for clip in request.clips]
-    plan = plan_task(request, model.spec, [clip.num_frames for clip in footage])
-    receipt = start_receipt(model, request)
-    if plan.plain and (foreseen := foresee(model, request)) is not None:
-        receipt.predicted = foreseen.to_dict()
-    job = Job(model, request, plan, footage, receipt, on_step, checkpoints)
-    given = given_frames(plan.windows[0], footage, before_first(job))
+    given = given_frames(plan.windows[0], job.footage, before_first(job))
     with mark("request"):
         latents = sample(job, 0, given, noise)
     if plan.plain:
-        learn(model, receipt)
+        learn(model, job.receipt)
     video = decode_window(job, 0, latents)
     if plan.plain:
         return video
@@ -84,6 +80,27 @@ def generate(
     )
 
 
+def begin(
+    model: Model,
+    request: Request,
+    on_step: OnStep | None = None,
+    checkpoints: Checkpoints | None = None,
+    *,
+    predict: bool = True,
+) -> Job:
+    """Return a request as it is about to be made; arguments and errors as of `generate`."""
+    request = request.resolved(model.spec)
+    check(model, request)
+    assert request.width and request.height and request.fps
+    footage = [conformed(clip, request.width, request.height, request.fps, request.fit) for clip in request.clips]
+    plan = plan_task(request, model.spec, [clip.num_frames for clip in footage])
+    receipt = start_receipt(model, request)
+    foreseen = foresee(model, request, plan, "brief" if predict else "none")  # refuses what keeps no budget of memory
+    if predict and foreseen is not None:
+        receipt.predicted = foreseen.to_dict()
+    return Job(model, request, plan, footage, receipt, on_step, checkpoints)
+
+
 def final_request(
     model: Model, draft: Request, width: int, height: int, *, strength: float | None = None, steps: int | None = None
 ) -> Request:
@@ -94,7 +111,7 @@ def final_request(
     """
     if draft.task not in ("text", "place"):
         raise ValueError(f"the draft is of the task {draft.task!r}; legal: a draft of a prompt, or of pictures in it")
-    footage = Clip(generate(model, draft))
+    footage = Clip(generate(model, draft, predict=False))
     if steps is not None:
         draft = replace(draft, recipe=None, sigmas=None)
     return replace(
@@ -113,7 +130,7 @@ def compare_exact(model: Model, video: Video) -> None:
     asked = video.receipt.request
     if asked["clips"] or asked["storyboard"]:
         raise ValueError("the video is made of clips; legal: videos of a prompt alone, so measure one of them")
-    twin = generate(model, Request(**asked | {"quality": "exact"})).frames
+    twin = generate(model, Request(**asked | {"quality": "exact"}), predict=False).frames
     decibel, likeness = frame_psnr(video.frames, twin), frame_ssim(video.frames, twin)
     said = video.receipt.quality = video.receipt.quality or {"asked": "exact", "basis": "exact"}
     said["measured"] = {"psnr": psnr(video.frames, twin), "frame_psnr": decibel, "frame_ssim": likeness}

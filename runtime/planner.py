@@ -8,13 +8,15 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Callable
 from dataclasses import replace
-from typing import Any, Unpack
+from typing import Any, TypedDict, Unpack
 
 import torch
 
 from runtime.budget import computed_steps
 from runtime.calibration import Effort, compare, local
+from runtime.denoising import RESAMPLE
 from runtime.kernels.attention import Call, choose
 from runtime.kernels.tuning import slug
 from runtime.machine import GPUS, Machine
@@ -23,16 +25,23 @@ from runtime.models import open_checkpoint, published, published_names
 from runtime.models.costs import Costs
 from runtime.models.spec import ModelSpec
 from runtime.offload import Offload
-from runtime.prediction import GIB, Prediction
+from runtime.prediction import GIB, Prediction, summed
 from runtime.receipt import Receipt
 from runtime.request import Request
-from runtime.tasks import Plan
+from runtime.tasks import Plan, Window, plan_task
 from runtime.text import embeddings_known
 from runtime.weighing import Setting, Tile, predict
 
 LONG = 0.5  # seconds of steps from which what only a process's first request pays is no large part of them
 WORD_TOKENS = 1.4  # text tokens per word, where a prompt has not been cut into tokens yet
 UNLIMITED = 2**62  # bytes
+
+
+class Terms(TypedDict):
+    """What a window's prediction is told of the whole request: fields of Setting."""
+
+    encodes: bool
+    windowed: bool
 
 
 def plan_request(
@@ -52,7 +61,9 @@ def plan_request(
     ValueError for unknown names and what cannot fit.
     """
     spec, costs = find_model(name)
-    request = Request(prompt="as long as may be", seed=0, **asked).resolved(spec)
+    # Which picture or clip a model goes on from makes no difference to what that takes.
+    free = replace(spec, conditioning="blend") if spec.conditioning == "channels" else spec
+    request = Request(prompt="as long as may be", seed=0, **asked).resolved(free)
     device = choose_device("auto" if gpu is None else "cpu") if gpu in (None, "cpu") else None
     if device is not None:
         kind = choose_dtype(dtype, device)
@@ -73,11 +84,15 @@ def plan_request(
         tile=tile,
         fp8=precision == "fp8",
     )
-    return predict(spec, costs, request, machine, setting)
+
+    def once(alone: Request, terms: Terms) -> Prediction:
+        return predict(spec, costs, alone, machine, replace(setting, **terms))
+
+    return over_windows(spec, request, plan_task(request, free), once)
 
 
-def foresee(model: Model, request: Request, effort: Effort = "none") -> Prediction | None:
-    """Predict a resolved request on a loaded model; None where its device has not been calibrated.
+def foresee(model: Model, request: Request, plan: Plan, effort: Effort = "none") -> Prediction | None:
+    """Predict a resolved request and its plan on a loaded model; None where its device has not been calibrated.
 
     `effort` says how it is calibrated then. Raises ValueError where the request does not fit into the model's memory
     budget.
@@ -85,46 +100,63 @@ def foresee(model: Model, request: Request, effort: Effort = "none") -> Predicti
     machine = local(model.device, model.dtype, effort)
     if machine is None:
         return None
-    setting = setting_of(model.spec, model.costs, request, machine, model.dtype, model.engine)
-    setting = replace(
-        setting, memory=model.memory or UNLIMITED, offload=model.offload, tile=model.tile,
-        text_known=embeddings_known(model, request), computed=computed_steps(model, request),
-        fp8=model.precision == "fp8",
-    )  # fmt: skip
-    found = predict(model.spec, model.costs, request, machine, setting)
-    return found if model.memory else replace(found, memory=machine.memory)
+
+    def once(alone: Request, terms: Terms) -> Prediction:
+        setting = setting_of(model.spec, model.costs, alone, machine, model.dtype, model.engine)
+        setting = replace(
+            setting, memory=model.memory or UNLIMITED, offload=model.offload, tile=model.tile, **terms,
+            text_known=embeddings_known(model, alone), computed=computed_steps(model, alone),
+            fp8=model.precision == "fp8",
+        )  # fmt: skip
+        found = predict(model.spec, model.costs, alone, machine, setting)
+        return found if model.memory else replace(found, memory=machine.memory)
+
+    return over_windows(model.spec, request, plan, once)
 
 
-def foresee_plan(model: Model, request: Request, plan: Plan) -> Prediction | None:
-    """Predict a resolved request by its plan: seconds summed over the windows, memory of the largest.
+def over_windows(
+    spec: ModelSpec, request: Request, plan: Plan, once: Callable[[Request, Terms], Prediction]
+) -> Prediction:
+    """Return the prediction of a plan: FLOPs, traffic and seconds of all windows, memory of the largest.
 
-    None where the device has not been calibrated. Raises ValueError as `foresee` does.
+    `once` predicts the request of one window, and is told whether known frames are encoded for any, and whether there
+    are others.
     """
-    found: list[Prediction] = []
+    alike: dict[tuple[Any, ...], Prediction] = {}
     texts = set[str]()
-    assert request.steps is not None and request.shift is not None
-    for window in plan.windows:
-        frames = 1 + (window.shape[1] - 1) * model.spec.stride[0]
-        prompt = window.prompt or request.prompt
-        known = sum(given.count for given in window.given) + window.tail
-        blended = known > 0 and model.spec.conditioning == "blend"
-        plain = window.start == 1 and not window.periodic and not blended
-        alone = replace(request, storyboard=(), prompt=prompt, num_frames=frames, window=frames)
-        once = foresee(model, alone if plain else replace(alone, quality="exact"))
-        if once is None:
-            return None
-        steps = len(request.schedule(model.spec, window.start)) - 1
-        encoded = 1.0 if model.checkpoint.channels is not None else min(known / frames, 1.0)
-        seconds = {
-            "text": 0.0 if prompt in texts else once.seconds["text"],
-            "denoise": once.seconds["denoise"] * steps / request.steps,
-            "decode": once.seconds["decode"],
-            "encode": once.seconds["encode"] * encoded,
-        }
+    parts: list[tuple[Prediction, dict[str, float]]] = []
+    shares = [encoded_share(spec, window) for window in plan.windows]
+    terms: Terms = {"encodes": any(shares), "windowed": len(plan.windows) > 1}
+    for window, encoded in zip(plan.windows, shares, strict=True):
+        prompt = request.prompt if window.prompt is None else window.prompt
+        frames = 1 + (window.shape[1] - 1) * spec.stride[0]
+        exact = window.start < 1 or window.periodic or (encoded > 0 and spec.conditioning == "blend")
+        kind = window.shape, prompt, exact
+        if kind not in alike:
+            alone = replace(request, storyboard=(), prompt=prompt, num_frames=frames, window=frames)
+            alike[kind] = once(replace(alone, quality="exact") if exact else alone, terms)
+        times = {"text": float(prompt not in texts), "denoise": passes_share(spec, request, window), "decode": 1.0}
+        parts.append((alike[kind], times | {"encode": encoded if terms["encodes"] else 1.0}))
         texts.add(prompt)
-        found.append(replace(once, seconds=seconds | {"total": sum(seconds.values())}))
-    largest = max(found, key=lambda each: each.most)
-    return replace(largest, seconds={name: sum(each.seconds[name] for each in found) for name in found[0].seconds})
+    return summed(parts, plan.num_frames)
+
+
+def passes_share(spec: ModelSpec, request: Request, window: Window) -> float:
+    """Return how many times all steps of a request are taken in a window: those above its start are left out, and
+    where known frames are blended in, each but the last is repeated."""
+    assert request.steps is not None
+    steps = len(request.schedule(spec, window.start)) - 1
+    firm = window.tail > 0 or any(given.hold == 1 for given in window.given)
+    rounds = (request.resample or RESAMPLE) if firm and spec.conditioning == "blend" else 1
+    return (rounds * (steps - 1) + 1) / request.steps
+
+
+def encoded_share(spec: ModelSpec, window: Window) -> float:
+    """Return how much of a window's frames is encoded before it is sampled; all where channels tell of them."""
+    if spec.conditioning in ("channels", "control"):
+        return 1.0
+    frames = 1 + (window.shape[1] - 1) * spec.stride[0]
+    return min((sum(given.count for given in window.given) + window.tail) / frames, 1.0)
 
 
 def learn(model: Model, receipt: Receipt) -> None:
@@ -153,15 +185,19 @@ def load_within(name: str, request: Request, *, memory: str, **how: Unpack[Loadi
     spec, costs = checkpoint.spec, checkpoint.costs()
     machine = local(place, kind)
     assert machine is not None  # it is measured where it was not
-    resolved = request.resolved(spec)
-    setting = setting_of(spec, costs, resolved, machine, kind, how.get("engine", "eager"))
-    setting = replace(
-        setting, memory=parse_bytes(memory), offload=how.get("offload"), fp8=how.get("precision") == "fp8"
-    )
-    found = predict(spec, costs, resolved, machine, setting).choices
+    resolved, budget = request.resolved(spec), parse_bytes(memory)
+
+    def once(alone: Request, terms: Terms) -> Prediction:
+        setting = setting_of(spec, costs, alone, machine, kind, how.get("engine", "eager"))
+        setting = replace(
+            setting, memory=budget, offload=how.get("offload"), fp8=how.get("precision") == "fp8", **terms
+        )
+        return predict(spec, costs, alone, machine, setting)
+
+    found = over_windows(spec, resolved, plan_task(resolved, spec), once).choices
     how["offload"] = Offload(found["offload"]["text_encoder"], found["offload"]["blocks"])
     model = load(name, **how)
-    return replace(model, memory=setting.memory, tile=found["tiles"])
+    return replace(model, memory=budget, tile=found["tiles"])
 
 
 def setting_of(

@@ -73,11 +73,14 @@ class Plan:
         return len(self.windows) == 1 and not first.given and not first.tail and self.num_frames == first.num_frames
 
 
-def plan_task(request: Request, spec: ModelSpec, lengths: Sequence[int] = ()) -> Plan:
-    """Return the plan of a resolved request; `lengths` are the frames of its clips at its rate.
+def plan_task(request: Request, spec: ModelSpec, lengths: Sequence[int] | None = None) -> Plan:
+    """Return the plan of a resolved request; `lengths` are the frames of its clips at its rate (None: counted).
 
     Raises ValueError for clips that are too short, overlap or lie outside.
     """
+    if lengths is None:
+        assert request.fps
+        lengths = [clip.count(request.fps) for clip in request.clips]
     return TASKS[request.task](request, spec, tuple(lengths))
 
 

@@ -16,7 +16,7 @@ from runtime.models.costs import Costs, Shape, Work
 from runtime.models.spec import ModelSpec
 from runtime.models.tiles import finer
 from runtime.offload import Offload, choices
-from runtime.prediction import GIB, STAGES, Prediction
+from runtime.prediction import GIB, STAGES, Prediction, counted
 from runtime.request import Request
 
 Tile = tuple[int, int] | None  # (height, width) in pixels; None: the whole frame
@@ -36,6 +36,8 @@ class Setting:
     text_tokens: tuple[int, ...] | None = None  # of each prompt; None: as many as the model takes
     text_known: bool = False  # the prompts' embeddings are in the cache, so that no encoder is loaded
     computed: int | None = None  # steps that the network is asked at; None: all
+    encodes: bool = False  # known frames are encoded before the steps
+    windowed: bool = False  # the request is one of several windows
     fp8: bool = False  # the transformer's large layers are in 8 bits; their seconds are not foreseen, their bytes are
 
 
@@ -70,7 +72,7 @@ class Job:
         """All prompts."""
         if self.setting.text_known:
             return Work((), 0)
-        works = [self.costs.text(tokens, self.setting.itemsize) for tokens in self.texts]
+        works = [self.costs.text(tokens, self.setting.itemsize, published=self.published) for tokens in self.texts]
         return Work(tuple(op for work in works for op in work.operations), max(work.live for work in works))
 
     def step(self) -> Work:
@@ -119,7 +121,7 @@ class Job:
         if offload.blocks is not None and self.experts > 1:  # each expert's blocks that stay come once
             staying = self.machine.transfer(min(offload.blocks, weights.blocks) * weights.block_bytes(size))
             found["denoise"] += self.experts * max(staying + coming - found["step"], 0.0)
-        found["total"] = found["text"] + found["denoise"] + found["decode"]
+        found["total"] = found["text"] + found["denoise"] + found["decode"] + found["encode"] * self.setting.encodes
         return found
 
     def _plain_seconds(self, tile: Tile) -> dict[str, float]:
@@ -144,8 +146,9 @@ class Job:
         }
 
     def most(self, offload: Offload, tile: Tile) -> int:
-        """The highest peak of a request without a clip to encode, with some slack where there is no allocator's."""
-        most = max(peak for stage, peak in self.peaks(offload, tile).items() if stage != "encode")
+        """The highest peak of the stages that are run, with some slack where there is no allocator's."""
+        peaks = self.peaks(offload, tile)
+        most = max(peak for stage, peak in peaks.items() if stage != "encode" or self.setting.encodes)
         return most if self.published else int(most * (1 + SLACK))
 
     def live(self, tile: Tile) -> dict[str, int]:
@@ -204,6 +207,7 @@ def predict(spec: ModelSpec, costs: Costs, request: Request, machine: Machine, s
         },
         memory=setting.memory,
         choices=describe(job, offload, tile),
+        encoded=setting.encodes,
     )
 
 
@@ -236,7 +240,7 @@ def tile_choices(job: Job) -> list[Tile]:
 
 
 def count_flops(job: Job, *, published: bool) -> dict[str, float]:
-    """FLOPs of one prompt, one pass, decoding, encoding, and the whole request."""
+    """FLOPs of one prompt, one pass, all steps, decoding, encoding, and the whole request."""
     costs, tokens = job.costs, job.spec.text_length if published else max(job.texts)
     found = {
         "text": costs.text(tokens, 2).flops,
@@ -244,12 +248,14 @@ def count_flops(job: Job, *, published: bool) -> dict[str, float]:
         "decode": costs.decode(job.latents, None, 2, published=published).flops,
         "encode": costs.encode(job.latents, None, 2, published=published).flops,
     }
+    texts = found["text"] * job.rows if published else job.text().flops
     if published:
-        found["total"] = job.rows * (found["text"] + job.steps * found["forward"]) + found["decode"]
+        found["denoise"] = job.rows * job.steps * found["forward"]
     else:
         passes = costs.forward(job.shape(job.batched)).flops * (job.rows // job.batched)
         projected = costs.project(job.shape(job.rows)).flops * job.experts
-        found["total"] = job.text().flops + projected + job.computed * passes + found["decode"]
+        found["denoise"] = projected + job.computed * passes
+    found["total"] = texts + found["denoise"] + found["decode"] + found["encode"] * job.setting.encodes
     return found
 
 
@@ -276,7 +282,8 @@ def describe(job: Job, offload: Offload, tile: Tile) -> dict[str, Any]:
 def refusal(job: Job, request: Request) -> str:
     """Say what does not fit, and the nearest that does."""
     least = min(job.most(offload, tile) for offload in ways(job)[-1:] for tile in tile_choices(job))
-    given = f"{job.width}x{job.height} with {job.frames} frames of {job.spec.name}"
+    at_once = " at once" if job.setting.windowed else ""
+    given = f"{job.width}x{job.height} with {counted(job.frames, 'frame')}{at_once} of {job.spec.name}"
     has = f"{job.setting.memory / GIB:.2f} GiB"
     remedies = [f"--{name} {text}" for name, text in nearest(job, request).items()]
     remedies.append(f"--memory {math.ceil(least / GIB * 100) / 100:.2f}GiB or more on a device that has it")
@@ -296,7 +303,7 @@ def nearest(job: Job, request: Request) -> dict[str, str]:
     found = {}
     stride = job.spec.stride[0] * job.spec.patch[0]
     if (count := _last(lambda n: fits(num_frames=1 + n * stride), (job.frames - 1) // stride)) is not None:
-        found["frames"] = str(1 + count * stride)
+        found["window" if job.setting.windowed else "frames"] = str(1 + count * stride)
     down, across = job.spec.size_multiple
     rows = job.canvas[0] // down
 

@@ -9,6 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -58,6 +59,40 @@ def test_a_first_video_is_told_by_a_brief_one(tmp_path: Path, cache: Path) -> No
     predicted = json.loads((tmp_path / "a.json").read_text())["predicted"]
     assert predicted["machine"].endswith(", measured briefly") and predicted["seconds"]["total"] > 0
     assert len(list(cache.glob("*.json"))) == 1
+
+
+def test_python_and_the_command_line_tell_the_same(taken: list[bool], cache: Path) -> None:
+    """What is made in Python is measured for as well, once and briefly, unless nothing is to be foreseen."""
+    model = runtime.load("demo")
+    request = runtime.Request(prompt="a", width=32, height=32, num_frames=1, steps=1, seed=0)
+    assert runtime.generate(model, request, predict=False).receipt.predicted is None and taken == []
+    predicted = runtime.generate(model, request).receipt.predicted
+    assert predicted is not None and predicted["machine"].endswith(", measured briefly") and taken == [True]
+    assert runtime.generate(model, request, predict=False).receipt.predicted is None
+    assert runtime.generate(model, request).receipt.predicted is not None and taken == [True]
+
+
+@pytest.mark.parametrize("task", ["extend", "animate", "long", "edit", "loop"])
+def test_every_task_has_a_prediction_and_counts_its_own_steps(task: str, cache: Path, taken: list[bool]) -> None:
+    model = runtime.load("demo")
+    small = {"width": 32, "height": 32, "steps": 4, "seed": 0}
+    clip = runtime.Clip(np.zeros((9, 32, 32, 3), np.uint8))
+    asked: dict[str, Any] = {
+        "extend": {"clips": (clip,), "direction": "forward", "num_frames": 4, "overlap": 5},
+        "animate": {"clips": (runtime.Clip(np.zeros((32, 32, 3), np.uint8)),), "num_frames": 5},
+        "long": {"num_frames": 17, "window": 9, "overlap": 5},
+        "edit": {"clips": (clip,), "strength": 0.5},
+        "loop": {"periodic": True, "num_frames": 8},
+    }[task]
+    video = runtime.generate(model, runtime.Request(prompt="a", **small, **asked))
+    assert video.frames.any()
+    receipt = video.receipt
+    assert receipt.predicted is not None
+    called = receipt.stages["denoise/step"].calls
+    each, all_steps = (receipt.predicted["seconds"][stage] for stage in ("step", "denoise"))
+    assert all_steps / each == pytest.approx(called, rel=0.5)
+    assert receipt.predicted["encoded"] == ("encode" in receipt.stages)
+    assert receipt.predicted["windows"] == (3 if task == "long" else 1)
 
 
 def test_a_whole_one_takes_its_place(taken: list[bool], monkeypatch: pytest.MonkeyPatch) -> None:

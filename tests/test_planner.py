@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 from dataclasses import replace
 from typing import Any
@@ -17,7 +18,7 @@ from runtime.machine import GPUS, Measured, Rate
 from runtime.models import published, published_names
 from runtime.offload import Offload, choices
 from runtime.planner import find_model, parse_bytes, plan_request
-from runtime.prediction import GIB, STAGES, table
+from runtime.prediction import GIB, STAGES, duration, table
 from runtime.request import Request
 from runtime.weighing import Job, Setting, predict
 
@@ -75,6 +76,34 @@ def test_5b_and_the_text_encoder_have_the_numbers_of_the_limits() -> None:
 
 
 @pytest.mark.parametrize("gpu", GPUS)
+@pytest.mark.parametrize(("name", "width", "height", "frames", "teraflops", "decoded"), [
+    ("wan2.1-t2v-1.3b", 832, 480, 81, 283.0, 275.4),
+    ("wan2.1-t2v-1.3b", 1280, 720, 81, 1249.8, 639.2),
+    ("wan2.1-t2v-14b", 832, 480, 81, 1678.4, 275.4),
+    ("wan2.1-t2v-14b", 1280, 720, 81, 6523.4, 639.2),
+    ("wan2.2-ti2v-5b", 1280, 704, 121, 517, 2011.1),
+])  # fmt: skip
+def test_every_column_has_the_ideal_times_at_its_own_peaks(
+    name: str, width: int, height: int, frames: int, teraflops: float, decoded: float, gpu: str
+) -> None:
+    """Where weights stay: nothing but arithmetic at the device's rate, since all of it hides the traffic."""
+    peak = GPUS[gpu].flops / 1e12
+    found = plan_request(name, width=width, height=height, num_frames=frames, steps=50, gpu=gpu)
+    assert found.seconds["step"] == pytest.approx(2 * teraflops / peak, rel=2e-3)
+    assert found.seconds["denoise"] == pytest.approx(100 * teraflops / peak, rel=2e-3)
+    if found.choices["tiles"] is None:
+        assert found.seconds["decode"] == pytest.approx(decoded / peak, rel=3e-3)
+    if found.choices["offload"]["text_encoder"] == "resident":
+        traffic = 2 * (2 * 4.63e9 + 2e9) / GPUS[gpu].bandwidth
+        assert 2 * 4.8 / peak * 0.99 <= found.seconds["text"] <= max(2 * 4.9 / peak, traffic)
+    bf16 = replace(GPUS[gpu], name="twice", flops=2 * GPUS[gpu].flops)  # fp8's assumed peak halves all of it
+    spec, costs = find_model(name)
+    asked = Request(prompt="a", seed=0, width=width, height=height, num_frames=frames, steps=50).resolved(spec)
+    fp8 = Job(spec, costs, asked, bf16, Setting(dtype="bfloat16", itemsize=2, memory=2**40))
+    assert fp8.seconds(Offload(), None)["denoise"] == pytest.approx(50 * teraflops / peak, rel=2e-3)
+
+
+@pytest.mark.parametrize("gpu", GPUS)
 @pytest.mark.parametrize("name", published_names())
 def test_every_published_model_is_planned_for_every_gpu_without_weights(name: str, gpu: str) -> None:
     found = plan_request(name, width=832, height=480, num_frames=49, gpu=gpu)
@@ -84,6 +113,72 @@ def test_every_published_model_is_planned_for_every_gpu_without_weights(name: st
         assert found.bound[stage] in ("compute", "memory")
     assert found.most <= found.memory
     assert f"{found.tokens:,} tokens" in table(found)
+
+
+@given(
+    name=st.sampled_from(published_names()),
+    gpu=st.sampled_from(sorted(GPUS)),
+    memory=st.none() | st.integers(8, 80),
+    frames=st.sampled_from([1, 5, 17, 81, 121, 241, 961]),
+    size=st.sampled_from([(1920, 1080), (1280, 720), (720, 1280), (832, 480), (338, 190), (64, 64), (2048, 64)]),
+    guidance=st.sampled_from([None, 1.0]),
+)
+@settings(deadline=None, max_examples=20)
+def test_nothing_that_is_told_surprises(
+    name: str, gpu: str, memory: int | None, frames: int, size: tuple[int, int], guidance: float | None
+) -> None:
+    asked = {"width": size[0], "height": size[1], "num_frames": frames, "guidance": guidance}
+    found, told = None, ""
+    try:
+        found = plan_request(name, gpu=gpu, memory=memory and f"{memory}GiB", **asked)
+    except ValueError as refused:
+        told = str(refused)
+    if found is None:
+        assert "legal is what fits: take --" in told
+        return
+    assert found.frames == frames and (found.windows > 1) == (frames == 961)
+    for numbers in (found.flops, found.seconds, found.bytes, found.peak_bytes):
+        assert all(math.isfinite(number) and number > 0 for number in numbers.values())
+    run = ["text", "denoise", "decode", *["encode"] * found.encoded]
+    assert found.seconds["total"] == pytest.approx(sum(found.seconds[stage] for stage in run))
+    assert found.seconds["denoise"] >= found.seconds["step"] * (found.steps - 1)
+    assert max(found.peak_bytes[stage] for stage in run) == found.most <= found.memory
+    offload = found.choices["offload"]
+    assert (offload["transformer"] == "resident") == (offload["blocks"] is None)
+    assert (found.choices["engine"] == "cuda_graph") == (offload["blocks"] is None)
+    told = table(found)
+    assert f"{found.frames:,} frame" in told and "e+" not in told and "nan" not in told
+    assert ("encode only with a clip" in told) != found.encoded
+
+
+def test_a_minute_counts_all_its_windows() -> None:
+    """Each but the first knows the last frames of the one before: they are encoded, and blended in step by step."""
+    once = plan_request("wan2.1-t2v-1.3b", width=832, height=480, num_frames=81, gpu="h200")
+    minute = plan_request("wan2.1-t2v-1.3b", width=832, height=480, num_frames=961, gpu="h200")
+    assert (once.windows, once.encoded, minute.windows, minute.encoded) == (1, False, 16, True)
+    assert minute.tokens == once.tokens and minute.seconds["step"] == once.seconds["step"]
+    assert minute.seconds["text"] == once.seconds["text"]
+    assert 14 * once.seconds["decode"] < minute.seconds["decode"] < 16 * once.seconds["decode"]
+    with pytest.raises(ValueError, match=r"with 81 frames at once of .*; legal is what fits: take --window \d+, or"):
+        plan_request("wan2.1-t2v-14b", width=1280, height=720, num_frames=961, gpu="4090", memory="8GiB")
+    passes = 1 + 14 * 99 / 50  # 14 whole windows more, whose steps but the last are taken twice, and what is left
+    assert passes < minute.seconds["denoise"] / once.seconds["denoise"] < passes + 99 / 50
+    assert minute.flops["denoise"] == pytest.approx(minute.seconds["denoise"] * 790e12)
+
+
+def test_models_that_go_on_from_pictures_are_planned_without_one_and_encode_it() -> None:
+    for name, encoded in (("wan2.1-i2v-14b", True), ("wan2.1-vace-1.3b", True), ("wan2.2-ti2v-5b", False)):
+        found = plan_request(name, gpu="h200")
+        assert found.encoded == encoded, name
+
+
+@pytest.mark.parametrize(
+    ("seconds", "told"),
+    [(0.0123, "12.3 ms"), (0.9994, "999 ms"), (0.9996, "1 s"), (1.5, "1.5 s"), (825.8, "826 s"), (999.4, "999 s"),
+     (3550, "59.2 min"), (7199, "120 min"), (7200, "2 h"), (86400, "24 h"), (172800, "2 days"), (1e9, "11,574 days")],
+)  # fmt: skip
+def test_seconds_are_told_as_people_do(seconds: float, told: str) -> None:
+    assert duration(seconds) == told
 
 
 def test_json_of_the_command_line(capsys: pytest.CaptureFixture[str]) -> None:

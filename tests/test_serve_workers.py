@@ -15,7 +15,7 @@ import pytest
 
 pytest.importorskip("fastapi")
 
-from runtime.serve.watchdog import TIMES, Pulse
+from runtime.serve.watchdog import SETTING_UP, TIMES, Pulse
 from tests.serving import LONG, TINY, Server, raw
 
 SLOW = TINY | {"num_inference_steps": 8}
@@ -113,6 +113,20 @@ def test_the_pulse() -> None:
     assert not pulse.hung(now + 300) and pulse.hung(now + 301)
     pulse.hear("idle", now)
     assert not pulse.hung(now + 1e6)
+
+
+def test_the_first_step_is_waited_for_as_it_is_foreseen() -> None:
+    """At least some time for libraries and weights; many times what is foreseen; and each job has its own."""
+    for foreseen, limit in ((0.5, SETTING_UP * 60), (3600.0, TIMES * 3600)):
+        pulse = Pulse(60.0)
+        pulse.hear("job", 0.0)
+        pulse.hear(f"first {foreseen:.3f}", 1.0)
+        assert not pulse.hung(1.0 + limit) and pulse.hung(2.0 + limit)
+        pulse.hear("step", 10.0)
+        assert pulse.limit() == 90.0, "the pause before it counts"
+        pulse.hear("idle", 11.0)
+        pulse.hear("job", 12.0)
+        assert pulse.limit() == TIMES * 60, "nothing is foreseen of the next one yet"
 
 
 @pytest.mark.fault(31)

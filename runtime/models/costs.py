@@ -126,8 +126,8 @@ class Costs(Protocol):
         """The numbers of the autoencoder, laid out for running."""
         ...
 
-    def text(self, tokens: int, itemsize: int) -> Work:
-        """Encoding one prompt of so many tokens."""
+    def text(self, tokens: int, itemsize: int, *, published: bool = False) -> Work:
+        """Encoding one prompt of so many tokens; `published`: without the passes between products."""
         ...
 
     def project(self, shape: Shape) -> Work:

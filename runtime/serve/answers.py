@@ -13,7 +13,7 @@ from typing import Any
 
 from runtime.expansion import Expansion, expand
 from runtime.model import Model
-from runtime.planner import foresee_plan
+from runtime.planner import foresee
 from runtime.request import Request
 from runtime.serve.records import request_of
 from runtime.tasks import Plan, plan_task
@@ -45,15 +45,14 @@ def answer(models: Mapping[str, Model], line: str) -> str:
 def planned(model: Model, request: Request) -> tuple[Request, Plan]:
     """Return a request with everything filled in, and its plan."""
     request = request.resolved(model.spec)
-    assert request.fps
-    return request, plan_task(request, model.spec, [clip.count(request.fps) for clip in request.clips])
+    return request, plan_task(request, model.spec)
 
 
 def tell_plan(model: Model, asked: Mapping[str, Any]) -> dict[str, Any]:
     """Return what a record of the store takes: seconds and peak bytes per stage, and where it does not fit, why."""
     request, plan = planned(model, request_of(asked["record"], Path(asked["folder"])))
     try:
-        found = foresee_plan(model, request, plan)
+        found = foresee(model, request, plan)
     except ValueError as error:
         return {"fits": False, "reason": str(error)}
     if found is None:

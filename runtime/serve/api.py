@@ -17,12 +17,13 @@ from typing import Any
 
 from starlette.requests import ClientDisconnect, Request
 
+from runtime.serve.admission import Admission
 from runtime.serve.characters import Characters
 from runtime.serve.database import ACTIVE, TERMINAL, Job, sync
 from runtime.serve.errors import ApiError, bad, missing, no_space
 from runtime.serve.fetching import check, fetch_inputs
 from runtime.serve.fields import structured
-from runtime.serve.forecast import Outlook, pace
+from runtime.serve.forecast import Outlook
 from runtime.serve.forms import Upload, read_body
 from runtime.serve.inputs import Found, cut_of, linked, read_upload
 from runtime.serve.jobs import Store, new_id
@@ -49,6 +50,7 @@ class Api:
     def __init__(self, settings: Settings, store: Store, wake: Callable[[], None]) -> None:
         self.settings, self.store, self.wake = settings, store, wake
         self.paces = Pace()
+        self.admission = Admission(settings.max_seconds, store)
         self.moderator = Moderator(settings.moderation)
         self.characters = Characters(settings.data)
         self._outlooks: dict[str, Outlook] = {}
@@ -218,7 +220,7 @@ class Api:
             check_frame(asked)
         await self.moderate(request.state.owner, [asked.request.prompt, *(c.prompt for c in asked.request.storyboard)])
         folder = self.store.folder(job_id)
-        await self.admit(asked, folder)
+        await self.admission.check(self.answer, asked, folder)
         values = row(job_id, kind, request.state.owner, asked) | {"parent": parent} | told
         if key:
             values |= {"idempotency": key[:256], "digest": digest}
@@ -235,25 +237,6 @@ class Api:
             if error.code == "moderation_unavailable":
                 raise ApiError(503, str(error), code=error.code, retry_after=5) from error
             raise bad(str(error), "prompt", error.code) from error
-
-    async def admit(self, asked: Asked, folder: Path) -> None:
-        """ApiError for what takes longer than the operator lets one job take, or more memory than there is."""
-        if not self.settings.max_seconds:
-            return
-        try:
-            found = await self.answer("plan", asked.model, record=asked.record, folder=str(folder))
-        except Unanswered:
-            return  # nobody can tell yet
-        if not found["fits"]:
-            raise bad(found.get("reason", "this takes more memory than the server has"), code="does_not_fit")
-        seconds = found["seconds"]["total"]
-        seconds *= pace(self.store.paces(), asked.model, seconds)
-        if seconds > self.settings.max_seconds:
-            raise bad(
-                f"this would take {seconds:.0f} s; legal: up to {self.settings.max_seconds:g} s, so ask for a smaller "
-                "size, fewer frames or fewer steps",
-                code="too_long",
-            )
 
     def webhook(self, fields: dict[str, Any]) -> dict[str, Any]:
         """Take who is to be told of the end out of the fields; ApiError for whom the operator does not list."""

@@ -12,7 +12,7 @@ import torch
 import runtime
 from runtime.calibration import local
 from runtime.lora import Lora
-from runtime.machine import usable_memory
+from runtime.machine import free_memory, usable_memory
 from runtime.model import change_loras, choose_device, fit_loras
 from runtime.offload import give_back_memory
 from runtime.planner import load_within
@@ -42,7 +42,10 @@ class Loaded(dict[str, runtime.Model]):
         """Load a model anew so that a request takes less than the memory that is free; ValueError where it cannot."""
         self.pop(name, None)
         give_back_memory()
-        memory = f"{SQUEEZE * usable_memory(choose_device(self.how['device'])) / 2**20:.0f}MiB"
+        device = choose_device(self.how["device"])
+        # On a CPU a budget is of the whole process; on a GPU of this model alone, beside the others that are loaded.
+        left = usable_memory(device) if device.type == "cpu" else free_memory(device)
+        memory = f"{SQUEEZE * left / 2**20:.0f}MiB"
         self[name] = load_within(self.places[name], request, memory=memory, loras=self.meant(asked), **self.how)
         return self[name]
 

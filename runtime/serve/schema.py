@@ -174,7 +174,7 @@ def planned(
             assert request.width and request.height
             final, request = (request.width, request.height), request.drafted(spec)
         assert request.fps
-        plan = plan_task(request, spec, [clip.count(request.fps) for clip in request.clips])
+        plan = plan_task(request, spec)
     except ValueError as error:
         message, field = named(str(error))
         field = field or ("storyboard" if values["storyboard"] else None)

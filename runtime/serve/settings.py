@@ -47,7 +47,7 @@ class Settings:
     hang: float = 60.0  # without a sign of life, or 10 times its median step: a worker is killed, its job made again
     max_queue: int = 1000
     max_per_key: int = 1000
-    max_seconds: float = 0.0  # that one job may take by its prediction; 0: whatever it takes
+    max_seconds: float = 86400.0  # that one job may take by its prediction; 0: whatever it takes
     max_upload: int = 256 * 2**20
     min_free: int = 256 * 2**20  # of the disk; below it nothing is accepted
     full_wait: float = 60.0  # that a running job waits for space on a full disk, before it fails
@@ -155,7 +155,10 @@ def read_settings(arguments: Sequence[str] | None = None) -> Settings:
         help="host that may be told of a video's end (webhook_url); may be given again (default: none)",
     )  # fmt: skip
     parser.add_argument("--webhook-secret", type=Path, metavar="FILE", help="whsec_... (default: made in --data)")
-    parser.add_argument("--max-seconds", type=float, metavar="S", help="predicted for one job at most (default: any)")
+    parser.add_argument(
+        "--max-seconds", type=float, metavar="S",
+        help="that one job may take by its prediction (default: 86400, a day; 0: any)",
+    )  # fmt: skip
     parser.add_argument("--keep", type=float, metavar="S", help="seconds that results are kept (default: for ever)")
     parser.add_argument("--log", choices=("text", "json"), help="how lines are written (default: text)")
     parser.add_argument(

@@ -49,6 +49,7 @@ class Child:
         command += ["--warm", settings.warm]
         command += ["--log", settings.log]
         command += ["--grace", str(settings.grace), "--full-wait", str(settings.full_wait)]
+        command += ["--max-seconds", str(settings.max_seconds)]
         for model in settings.model:
             command += ["--model", model]
         for lora in settings.lora:

@@ -6,35 +6,43 @@ import statistics
 import time
 from collections import deque
 
-TIMES = 10  # the median between two signs of life; and more than `silence` before the first, where weights are read
+TIMES = 10  # the median between two signs of life, and what is foreseen of the first
+SETTING_UP = 3  # times `silence` at least before the first sign, where libraries and weights are read
 
 
 class Pulse:
-    """What a worker's lines say: "job" when it takes one, "step" at each step and frame, "idle" when it is through.
+    """What a worker's lines say: "job" when it takes one, "first S" what it foresees until the first step, in seconds,
+    "step" at each step and frame, "idle" when it is through.
 
     It is hung where it works and has said nothing for `silence` seconds, or for 10 times the median pause of this
-    job where that is more.
+    job where that is more; before the first step for 10 times what it foresees, or thrice `silence` where that is more.
     """
 
     def __init__(self, silence: float) -> None:
         self.silence, self.busy, self.heard = silence, False, time.monotonic()
+        self.foreseen: float | None = None  # seconds until the first sign of this job
         self.pauses: deque[float] = deque(maxlen=64)  # seconds between the signs of this job
 
     def hear(self, line: str, now: float | None = None) -> None:
         """Take note of a line."""
         now = time.monotonic() if now is None else now
-        if line == "step":
+        word, _, number = line.partition(" ")
+        if word == "first":
+            self.foreseen = float(number)
+        if word == "step":
             self.pauses.append(now - self.heard)
-        if line in ("job", "idle"):
-            self.busy = line == "job"
+        if word in ("job", "idle"):
+            self.busy, self.foreseen = word == "job", None
             self.pauses.clear()
         self.heard = now
 
     def limit(self) -> float:
         """Return the seconds that it may be silent now."""
-        if not self.pauses:
+        if self.pauses:
+            return max(self.silence, TIMES * statistics.median(self.pauses))
+        if self.foreseen is None:
             return TIMES * self.silence
-        return max(self.silence, TIMES * statistics.median(self.pauses))
+        return max(SETTING_UP * self.silence, TIMES * self.foreseen)
 
     def hung(self, now: float | None = None) -> bool:
         """Tell whether it is hung."""

@@ -29,12 +29,15 @@ from runtime.certificates import find_signer
 from runtime.decoding import out_of_memory
 from runtime.denoising import Cancelled
 from runtime.lora import Lora
-from runtime.model import choose_device
+from runtime.model import Model, choose_device
 from runtime.offload import give_back_memory
-from runtime.planner import foresee_plan
+from runtime.planner import foresee
+from runtime.prediction import Prediction
+from runtime.serve.admission import TooLong
 from runtime.serve.answers import answer, planned
 from runtime.serve.database import Job
 from runtime.serve.errors import disk_full
+from runtime.serve.forecast import pace
 from runtime.serve.jobs import Store
 from runtime.serve.leases import LostLease
 from runtime.serve.loaded import Loaded
@@ -53,6 +56,7 @@ IDLE_SECONDS = 0.5  # between two looks at the queue where nobody says that ther
 RENEW_SECONDS = 5.0
 FORESEE_SECONDS = 0.1  # between two looks for jobs that nobody has predicted
 NICE = 5  # of a worker that computes on the cores which the server answers from
+COMPILING = 60.0  # seconds that an engine may take to make what a first step runs
 RESTART = 75  # exit code of a worker whose device cannot be trusted any more
 BROKEN = 3  # exit code where a model cannot be loaded
 
@@ -60,8 +64,8 @@ BROKEN = 3  # exit code where a model cannot be loaded
 class Worker:
     """One process and the job in its hands."""
 
-    def __init__(self, store: Store, name: str, maker: Maker) -> None:
-        self.store, self.name, self.maker = store, name, maker
+    def __init__(self, store: Store, name: str, maker: Maker, max_seconds: float = 0.0) -> None:
+        self.store, self.name, self.maker, self.max_seconds = store, name, maker, max_seconds
         self.stopping, self.wake = maker.stopping, threading.Event()
         self.job: Job | None = None
         self.telemetry = start_telemetry()
@@ -134,9 +138,7 @@ class Worker:
     def estimate(self, job: Job) -> None:
         """Predict a job's seconds by the planner, once the machine is measured; what cannot fit counts nothing."""
         try:
-            model = self.maker.models[job.model]
-            request, plan = planned(model, request_of(job.request, self.store.folder(job.id)))
-            found = foresee_plan(model, request, plan)
+            found = self.predicted(job)
         except (ValueError, OSError) as error:
             log.warning("job %s cannot be predicted: %s", job.id, error)
             self.store.estimate(job, 0.0)
@@ -144,11 +146,34 @@ class Worker:
             if found is not None:
                 self.store.estimate(job, found.seconds["total"], found.seconds["denoise"])
 
+    def predicted(self, job: Job) -> Prediction | None:
+        """Return the planner's word on a job of a loaded model; None where the machine is not measured."""
+        model = self.maker.models[job.model]
+        return foresee(model, *planned(model, request_of(job.request, self.store.folder(job.id))))
+
+    def look_ahead(self, job: Job) -> None:
+        """Tell the supervisor when to expect the first step; TooLong for a job beyond the limit, which was taken while
+        nobody could tell."""
+        if (model := self.maker.models.get(job.model)) is None:
+            return  # it is loaded anew, after memory ran out
+        try:
+            found = self.predicted(job)
+        except (ValueError, OSError):
+            return  # what cannot be made says so when it is
+        if found is None:
+            return
+        say(f"first {until_first_step(found, model):.3f}")
+        seconds = found.seconds["total"]
+        seconds *= pace(self.store.paces(), job.model, seconds)
+        if 0 < self.max_seconds < seconds and not job.step:
+            raise TooLong(seconds, self.max_seconds)
+
     def run(self, job: Job) -> None:
         """Make one job, and say what became of it."""
         began = time.monotonic()
         log.info("job %s: attempt %d from step %d", job.id, job.attempt, job.step)
         try:
+            self.look_ahead(job)
             output, receipt = self.maker.make_or_squeeze(job)
         except Cancelled:
             self.end(job, "cancelled")
@@ -176,8 +201,16 @@ class Worker:
         self.maker.with_space(lambda: self.store.finish(job, status, **values), math.inf)
 
 
+def until_first_step(found: Prediction, model: Model) -> float:
+    """Return the seconds that are foreseen before a job says that it is at work; engines that compile do so first."""
+    seconds = found.seconds["text"] + found.seconds["encode"] + found.seconds["step"]
+    return seconds + COMPILING * (model.engine != "eager")
+
+
 def explain(error: Exception) -> dict[str, str]:
     """Return the API's error of an exception; what is a fault of ours is told by its kind alone."""
+    if isinstance(error, TooLong):
+        return {"code": "too_long", "message": str(error)}
     if isinstance(error, Refused):
         return {"code": error.code, "message": str(error)}
     if out_of_memory(error):
@@ -232,6 +265,7 @@ def main() -> int:
     )
     parser.add_argument("--grace", type=float, default=20.0)
     parser.add_argument("--full-wait", type=float, default=60.0)
+    parser.add_argument("--max-seconds", type=float, default=0.0)
     parser.add_argument("--log", default="text")
     options = parser.parse_args()
     start_logging(options.log)
@@ -247,7 +281,7 @@ def main() -> int:
         places, device=options.device, dtype=options.dtype, engine=options.engine, precision=options.precision
     )
     maker = Maker(store, models, signer=signer, rules=rules, full_wait=options.full_wait)
-    worker = Worker(store, options.name, maker)
+    worker = Worker(store, options.name, maker, options.max_seconds)
     signal.signal(signal.SIGTERM, lambda *_: worker.stop())
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the server decides
     lock = hold_lock(options.data, options.name)

@@ -94,23 +94,25 @@ class WanCosts:
         """Return the tile (height, width) in pixels, halo included, that cuts a frame into parts (rows, columns)."""
         return self._vae_module.tile_of(height, width, parts)
 
-    def text(self, tokens: int, itemsize: int) -> Work:
-        """One prompt through UMT5."""
+    def text(self, tokens: int, itemsize: int, *, published: bool = False) -> Work:
+        """One prompt through UMT5; `published`: its products alone."""
         c = self.text_config
         width, inner, size, layers = c["d_model"], c["num_heads"] * c["d_kv"], itemsize, c["num_layers"]
-        operations = (
+        operations = [
             linear(tokens, width, inner, size, 3 * layers),
             attention(tokens, tokens, c["num_heads"], c["d_kv"], size, layers),
             linear(tokens, inner, width, size, layers),
             linear(tokens, width, c["d_ff"], size, 2 * layers),
             linear(tokens, c["d_ff"], width, size, layers),
-            # norms, residuals, the gated GELU, positions and softmax as separate passes
-            sweep("pass", 4 * tokens * width, size, 8 * layers),
-            sweep("pass", 3 * tokens * c["d_ff"], size, 9 * layers),
-            sweep("pass", 2 * c["num_heads"] * tokens**2, 4, 4 * layers),
-        )
+        ]
+        if not published:  # norms, residuals, the gated GELU, positions and softmax as separate passes
+            operations += [
+                sweep("pass", 4 * tokens * width, size, 8 * layers),
+                sweep("pass", 3 * tokens * c["d_ff"], size, 9 * layers),
+                sweep("pass", 2 * c["num_heads"] * tokens**2, 4, 4 * layers),
+            ]
         live = tokens * (6 * width + 3 * c["d_ff"]) * size + 3 * c["num_heads"] * tokens**2 * 4
-        return Work(operations, live)
+        return Work(tuple(operations), live)
 
     def project(self, shape: Shape) -> Work:
         """The text's way into keys and values of every block."""

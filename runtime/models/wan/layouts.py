@@ -64,7 +64,7 @@ def open_diffusers(folder: Path) -> Checkpoint:
     boundary = index.get("boundary_ratio")
     if len(experts) == 2 and boundary is None:
         raise ValueError(f"{folder} has two experts and no boundary_ratio in model_index.json; expected one in (0, 1)")
-    conditioning = _conditioning(transformers[0][0], vae_config, bool(index.get("expand_timesteps")))
+    conditioning = conditioning_of(transformers[0][0], vae_config, bool(index.get("expand_timesteps")))
     spec = spec_of(
         folder.name, [config for config, _ in transformers], vae_config, schedule, options, boundary, conditioning
     )
@@ -106,7 +106,7 @@ def open_diffusers(folder: Path) -> Checkpoint:
     )
 
 
-def _conditioning(config: TransformerConfig, vae: VAEConfig, expand_timesteps: bool) -> Conditioning:
+def conditioning_of(config: TransformerConfig, vae: VAEConfig, expand_timesteps: bool) -> Conditioning:
     """Tell from the configs how known frames are taken."""
     if config.vace_layers:
         return "control"

@@ -10,6 +10,7 @@ from typing import Any
 from runtime.models.costs import Costs
 from runtime.models.spec import Defaults, ModelSpec
 from runtime.models.wan.costs import WanCosts
+from runtime.models.wan.layouts import conditioning_of
 from runtime.models.wan.specs import LATENT_STATISTICS, PUBLISHED, TEXT_LENGTH
 from runtime.models.wan.transformer import TransformerConfig
 from runtime.models.wan.vae_config import VAEConfig
@@ -72,6 +73,7 @@ def published(name: str) -> tuple[ModelSpec, Costs] | None:
         sampler_options={"order": 2, "solver": "bh2"},
         defaults=(PUBLISHED | MORE_DEFAULTS)[name],
         boundary=BOUNDARIES.get(name),
+        conditioning=conditioning_of(config, vae, name == "wan2.2-ti2v-5b"),
     )
     return spec, WanCosts(config, vae, UMT5_XXL)
 
