@@ -1,11 +1,11 @@
 # demo: a video from the built-in checkpoint.  test: all tests.  Both create .venv and install at first use.
-# gpu: tests and speeds on an NVIDIA GPU, with PYTHON as it is, nothing installed; BUDGET=540 seconds in all, ONLY=some of
-#      tests,kernels,tune,published,latency,demo. OUT=folder gets results.tar.gz; COMMIT names a copy without git.
+# gpu: tests and speeds on an NVIDIA GPU, with PYTHON as it is, nothing installed; BUDGET=530 seconds in all, ONLY=some of
+#      tests,kernels,published,tune,latency,demo. OUT=folder gets results.tar.gz; COMMIT names a copy without git.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 ONLY ?= tests,kernels
-BUDGET ?= 540
+BUDGET ?= 530
 
 .PHONY: demo test chromium gpu clean
 

@@ -1,7 +1,8 @@
 """Latency per resolution: cold and warm, stage by stage, beside the floor and beside diffusers.
 
-Every row is a process of its own: load, first request, some more, then each stage. What was measured is on disk after
-each row; what cannot be made, or does not fit, is a row with the reason.
+Every row is a process of its own: load, first request, some more, then each stage. With --together a side measures all
+its sizes in one process, the stages alone: for GPUs, whose minutes are few. What was measured is on disk after each
+row; what cannot be made, or does not fit, is a row with the reason.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
+import math
 import os
 import shutil
 import sys
@@ -26,8 +28,8 @@ import torch
 from benchmarks import plot, sides, true_size
 from benchmarks.latency_report import bars, table
 from benchmarks.machine import describe, keep, opened
-from benchmarks.measure import Refused, alternate, check_equal, fresh_process, peak_growth
-from benchmarks.sides import Case, Ours, Side
+from benchmarks.measure import FreshProcess, Refused, alternate, check_equal, fresh_process, peak_growth
+from benchmarks.sides import Case, Ours, Side, at_case
 from runtime.engines.store import cache_root
 from runtime.machine import peaks_of
 from runtime.model import choose_device, locate
@@ -38,6 +40,9 @@ from runtime.text import cache_folder
 
 SIZES = {"480p": (832, 480), "720p": (1280, 720), "1080p": (1920, 1080), "vertical": (480, 832)}
 STAGES = ("text", "step", "decode", "encode")
+# What a row of --together takes, foreseen from its floor to tell whether it still fits: seconds to begin a process,
+# and how many times the floor of ours and of others a step and a decode may take.
+STARTING, SLOWER = 30.0, {True: 1.5, False: 3.0}
 SEEN = 32  # every so many pixels of three frames are compared between the sides
 
 
@@ -52,6 +57,7 @@ class Settings:
     steps: int | None
     repeats: int
     threads: int
+    together: bool = False
 
     @property
     def random(self) -> bool:
@@ -95,6 +101,8 @@ def add_command(commands: Any) -> None:
     parser.add_argument("--device", default="auto", help="auto (default), cpu, cuda, cuda:N")
     parser.add_argument("--threads", type=int, help="threads on the CPU (default: as many as PyTorch takes)")
     parser.add_argument("--repeats", type=int, default=3, help="warm samples of each number (default 3)")
+    parser.add_argument("--together", action="store_true", help="all sizes of a side in one process, and the stages "
+                        "alone: a request is put together from them")  # fmt: skip
     parser.add_argument("--budget", type=float, metavar="SECONDS", help="begin no row after so long")
     parser.add_argument("--resume", type=Path, metavar="FILE", help="go on with the rows that this file lacks")
     parser.add_argument("--show", type=Path, metavar="FILE", help="print the table of a file of results")
@@ -109,7 +117,7 @@ def run(args: argparse.Namespace) -> int:
         return 0
     began, device = time.monotonic(), choose_device(args.device)
     torch.set_num_threads(args.threads or torch.get_num_threads())
-    asked = {"model": args.model, "steps": args.steps, "dtype": args.dtype, "repeats": args.repeats}
+    asked = {key: getattr(args, key) for key in ("model", "steps", "dtype", "repeats", "together")}
     record, file = opened("latency", asked, describe(device), args.resume, args.json)
     with tempfile.TemporaryDirectory(prefix="benchmarks-") as scratch:
         if (calibrated := cache_root() / "machine").is_dir():
@@ -117,17 +125,22 @@ def run(args: argparse.Namespace) -> int:
         os.environ["DIT_RUNTIME_CACHE"] = str(Path(scratch) / "cache")  # else a known prompt is not encoded
         folder = model_folder(args.model, Path(scratch) / "model")
         settings = Settings(
-            args.model, folder, device, _dtype(args.dtype, device), args.steps, args.repeats, torch.get_num_threads()
-        )
-        status = 0
+            args.model, folder, device, _dtype(args.dtype, device), args.steps, args.repeats, torch.get_num_threads(),
+            args.together,
+        )  # fmt: skip
+        record["left_out"], status = [], 0
         try:
-            for cell in remaining(cells(args, folder), record):
-                if args.budget is not None and time.monotonic() - began > args.budget:
-                    print("out of time; go on with --resume", file=sys.stderr)
-                    break
-                print(cell.name, file=sys.stderr, flush=True)
-                shutil.rmtree(cache_folder(), ignore_errors=True)  # the row before had the same prompts
-                record["rows"].append(compared(row(cell, settings), record["rows"]))
+            with Processes(args.together) as processes:
+                for cell in remaining(cells(args, folder), record):
+                    left = math.inf if args.budget is None else args.budget - (time.monotonic() - began)
+                    if left < processes.foreseen(cell, settings):
+                        record["left_out"].append(cell.name)
+                        print(f"{cell.name}: out of time; go on with --resume", file=sys.stderr)
+                        continue
+                    print(cell.name, file=sys.stderr, flush=True)
+                    shutil.rmtree(cache_folder(), ignore_errors=True)  # the row before had the same prompts
+                    record["rows"].append(compared(row(cell, settings, processes), record["rows"]))
+                    keep(record, file)
                 keep(record, file)
         except KeyboardInterrupt:
             print("interrupted; what was measured is kept, go on with --resume", file=sys.stderr)
@@ -148,13 +161,14 @@ def model_folder(name: str, scratch: Path) -> Path:
 
 
 def cells(args: argparse.Namespace, folder: Path) -> Iterator[Cell]:
-    """Yield the rows: for each size and number of frames our engines, then the peer."""
+    """Yield the rows: for each size and number of frames our engines, then the peer; with --together side by side."""
     own = open_checkpoint(folder).spec.defaults
     peers = [Cell("", 0, side.name, "") for side in sides.rival(args.against)]
     who = [*(Cell("", 0, Ours.name, engine) for engine in args.engines.split(",")), *peers]
     sizes, frames = args.sizes or [f"{own.width}x{own.height}"], args.frames or [own.num_frames]
-    for size, count, each in itertools.product(sizes, frames, who):
-        yield Cell(size, count, each.side, each.engine)
+    found = [Cell(size, count, each.side, each.engine) for size, count, each in itertools.product(sizes, frames, who)]
+    order = [(each.side, each.engine) for each in who]
+    yield from sorted(found, key=lambda cell: order.index((cell.side, cell.engine))) if args.together else found
 
 
 def remaining(wanted: Iterator[Cell], record: dict[str, Any]) -> Iterator[Cell]:
@@ -163,14 +177,68 @@ def remaining(wanted: Iterator[Cell], record: dict[str, Any]) -> Iterator[Cell]:
     return (cell for cell in wanted if key(vars(cell)) not in done)
 
 
-def row(cell: Cell, settings: Settings) -> dict[str, Any]:
-    """Measure one row in a new process; a row that cannot be has a reason instead."""
-    found = {**vars(cell), "dtype": settings.dtype}
-    spec = open_checkpoint(settings.folder).spec
+class Processes:
+    """Where rows are measured: in a new process each, or the same one for all rows of a side that follow each other."""
+
+    def __init__(self, together: bool) -> None:
+        self.together = together
+        self.process: FreshProcess | None = None
+        self.side: tuple[str, str] | None = None
+
+    def __enter__(self) -> Processes:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.end()
+
+    def measured(self, kind: type[Side], cell: Cell, case: Case, settings: Settings) -> dict[str, Any]:
+        """Return what `measured` or `stages_alone` does."""
+        if not self.together:
+            return fresh_process(measured, kind, case, settings)
+        if self.side != (cell.side, cell.engine):
+            self.end()
+        self.side, self.process = (cell.side, cell.engine), self.process or FreshProcess()
+        try:
+            return self.process(stages_alone, kind, case, settings)
+        except BrokenProcessPool:
+            self.end()
+            raise
+
+    def end(self) -> None:
+        """Let the process go, with all memory that it has."""
+        if self.process is not None:
+            self.process.end()
+        self.process = self.side = None
+
+    def foreseen(self, cell: Cell, settings: Settings) -> float:
+        """Return the seconds that a row of a known GPU may take; 0 where nobody knows."""
+        if not self.together:
+            return 0.0
+        try:
+            least = floor(settings, asked_of(cell, settings))
+        except ValueError:  # what cannot be made takes no time
+            return 0.0
+        if least is None or least["basis"] != "ideal":
+            return 0.0
+        starting = 0.0 if self.side == (cell.side, cell.engine) else STARTING
+        times = {"step": settings.repeats + 2, "decode": settings.repeats + 1}
+        spent = sum(count * least["predicted"][stage] for stage, count in times.items())
+        return starting + SLOWER[cell.side == Ours.name] * spent
+
+
+def asked_of(cell: Cell, settings: Settings) -> Request:
+    """Return the request of a row; ValueError where the model does not make it."""
     width, height = pixels(cell.size)
     asked: dict[str, Any] = {"width": width, "height": height, "num_frames": cell.frames, "steps": settings.steps}
+    return Request(prompt="as the take says", seed=7, **asked).resolved(open_checkpoint(settings.folder).spec)
+
+
+def row(cell: Cell, settings: Settings, processes: Processes) -> dict[str, Any]:
+    """Measure one row in another process; a row that cannot be has a reason instead."""
+    found = {**vars(cell), "dtype": settings.dtype}
+    spec = open_checkpoint(settings.folder).spec
     try:
-        request = Request(prompt="as the take says", seed=7, **asked).resolved(spec)
+        request = asked_of(cell, settings)
         found["floor"] = floor(settings, request)
     except ValueError as refused:  # by the request's checks, or by the planner where it cannot fit
         return found | {"reason": str(refused)}
@@ -179,7 +247,7 @@ def row(cell: Cell, settings: Settings) -> dict[str, Any]:
     kind = next(each for each in kinds if each.name == cell.side)
     counts = {"steps": request.steps, "usual_steps": spec.defaults.steps}
     try:
-        return found | counts | fresh_process(measured, kind, case, settings)
+        return found | counts | processes.measured(kind, cell, case, settings)
     except BrokenProcessPool:
         return found | {"reason": "its process was killed, most likely because the machine's memory was used up"}
     except Exception as error:  # of a process of its own: out of memory, no such engine here, a peer that cannot
@@ -228,17 +296,60 @@ def measured(kind: type[Side], case: Case, settings: Settings) -> dict[str, Any]
     cold = time.perf_counter() - began
     seconds: dict[str, list[float]] = {"load": [loaded], "cold": [cold]}
     [seconds["total"]] = alternate([side.request], list(itertools.islice(takes, settings.repeats)))
+    before = 1 if settings.device.type == "cpu" else 2  # a graph is recorded at the second
+    missing = of_stages(side, dict.fromkeys(STAGES, before), takes, settings.repeats, seconds)
+    return {"seconds": seconds, "memory": memory, "missing": missing, "shown": shown(frames[0])}
+
+
+_loaded: list[Side] = []  # of a process that measures one side at several sizes
+
+
+def stages_alone(kind: type[Side], case: Case, settings: Settings) -> dict[str, Any]:
+    """Return seconds and bytes of the stages; a later row of the same process finds its side loaded."""
+    seconds: dict[str, list[float]] = {}
+    if _loaded:
+        at_case(_loaded[0], case)  # type: ignore[arg-type]
+    else:
+        torch.set_num_threads(settings.threads)
+        if settings.device.type == "cuda":
+            torch.cuda.set_device(settings.device)
+        began = time.perf_counter()
+        _loaded.append(kind(case, settings.device))
+        seconds["load"] = [time.perf_counter() - began]
+    [side] = _loaded
+    frames: list[np.ndarray] = []
+    takes = itertools.count(1)
+
+    def first() -> None:
+        side.step(next(takes))
+        frames.append(side.decode(next(takes)))
+
+    memory = peak_growth(first, settings.device)
+    recording = case.engine == "cuda_graph" and settings.device.type == "cuda"
+    before = {"text": 1, "step": 1 if recording else 0, "decode": 0}
+    missing = of_stages(side, before, takes, settings.repeats, seconds)
+    return {"seconds": seconds, "memory": memory, "missing": missing, "shown": shown(frames[0])}
+
+
+def of_stages(
+    side: Side, before: dict[str, int], takes: Iterator[int], repeats: int, seconds: dict[str, list[float]]
+) -> dict[str, str]:
+    """Add the seconds of stages, after as many unmeasured calls as `before` says; return why one is missing."""
     missing = {}
-    for stage in STAGES:
+    for stage, count in before.items():
         try:
-            for _ in range(1 if settings.device.type == "cpu" else 2):  # unmeasured; a graph is recorded at the second
+            for _ in range(count):
                 getattr(side, stage)(next(takes))
-            [seconds[stage]] = alternate([getattr(side, stage)], list(itertools.islice(takes, settings.repeats)))
+            [seconds[stage]] = alternate([getattr(side, stage)], list(itertools.islice(takes, repeats)))
         except (RuntimeError, MemoryError) as error:  # a stage by itself may take more memory than in a request
             missing[stage] = (str(error).splitlines() or [""])[0]
-    count = len(frames[0])
-    shown = frames[0][[0, count // 2, count - 1], ::SEEN, ::SEEN]
-    return {"seconds": seconds, "memory": memory, "missing": missing, "shown": shown.tobytes().hex()}
+    return missing
+
+
+def shown(frames: np.ndarray) -> str:
+    """Return a few pixels of a clip, by which sides are compared."""
+    count = len(frames)
+    return frames[[0, count // 2, count - 1], ::SEEN, ::SEEN].tobytes().hex()
 
 
 def compared(row: dict[str, Any], rows: Sequence[dict[str, Any]]) -> dict[str, Any]:

@@ -18,7 +18,20 @@ def table(record: dict[str, Any]) -> str:
     title = f"**{record['asked']['model']} on {told(record['machine'])}**"
     lines = [title, "", _row(head), _row(["---", "---", *["---:"] * (len(head) - 2)])]
     lines += [_row(cells(each, record["rows"])) for each in record["rows"]]
+    left = record.get("left_out")
+    lines += ["", f"Left out when the time was up: {'; '.join(left)}."] if left else []
     return "\n".join([*lines, "", method(record["rows"])])
+
+
+def whole(row: dict[str, Any]) -> list[float]:
+    """Return the seconds of whole requests; where none was made, of one put together from its stages."""
+    seconds = row["seconds"]
+    if "total" in seconds:
+        return list(seconds["total"])
+    if not {"text", "step", "decode"} <= set(seconds):
+        return []
+    text, step, decode = (statistics.median(seconds[name]) for name in ("text", "step", "decode"))
+    return [text + row["steps"] * step + decode]
 
 
 def cells(row: dict[str, Any], rows: list[dict[str, Any]]) -> list[str]:
@@ -28,14 +41,16 @@ def cells(row: dict[str, Any], rows: list[dict[str, Any]]) -> list[str]:
         return [*first, f"not measured: {row['reason']}", *[""] * (len(COLUMNS) + 4)]
     times = [duration(row["seconds"].get(name)) for name in COLUMNS]
     memory = row["memory"] and f"{(row['memory']['before'] + row['memory']['growth']) / 2**30:.2f} GiB"
-    floor = row["floor"] and f"{row['floor']['predicted']['total'] / statistics.median(row['seconds']['total']):.0%}"
+    if (total := whole(row)) and "total" not in row["seconds"]:
+        times[COLUMNS.index("total")] = f"{duration(total)}, combined"
+    floor = row["floor"] and total and f"{row['floor']['predicted']['total'] / statistics.median(total):.0%}"
     return [*first, str(row["steps"]), *times, memory or "-", floor or "-", ratio(row, rows), extrapolated(row)]
 
 
 def extrapolated(row: dict[str, Any]) -> str:
     """Return what a request of the model's usual steps would take, by the step measured alone; "-" if it has them."""
     more = row.get("usual_steps", row["steps"]) - row["steps"]
-    if not more or "step" not in row["seconds"]:
+    if not more or not {"step", "total"} <= set(row["seconds"]):
         return "-"
     seconds = statistics.median(row["seconds"]["total"]) + more * statistics.median(row["seconds"]["step"])
     return f"{row['usual_steps']}: {seconds:.3g} s, extrapolated"
@@ -44,11 +59,12 @@ def extrapolated(row: dict[str, Any]) -> str:
 def ratio(row: dict[str, Any], rows: list[dict[str, Any]]) -> str:
     """Return how often ours fits into each peer's whole request at the same size; empty without one."""
     peers = [
-        each["seconds"]["total"]
+        whole(each)
         for each in rows
         if not each["engine"] and "seconds" in each and (each["size"], each["frames"]) == (row["size"], row["frames"])
     ]
-    ratios = [f"{median_ratio(row['seconds']['total'], peer):.2f}" for peer in peers]
+    pairs = [(ours, peer) for peer in peers if (ours := whole(row)) and len(ours) == len(peer)]
+    ratios = [f"{median_ratio(*pair):.2f}" for pair in pairs]
     return ", ".join(ratios) if row["engine"] else ""
 
 
@@ -70,11 +86,19 @@ def method(rows: list[dict[str, Any]]) -> str:
     }[frozenset(bases)]
     compiled = sorted({each["engine"] for each in rows} & {"inductor", "tensorrt"})
     made = f" {' and '.join(compiled)}: what is compiled for the first row is kept for the later ones." * bool(compiled)
+    way = (
+        "Each row is a new process: load, then cold, its first request, then total, further ones with new prompts, "
+        "then the stages by themselves (step: one guided step; encode: the clip back to latents)."
+    )
+    if any("cold" not in each["seconds"] for each in rows if "seconds" in each):
+        way = (
+            "A side's sizes follow each other in one process, which loads once; each of text, a guided step and a "
+            "decode is measured by itself, and total is put together from them for so many steps, not run."
+        )
     return (
-        "Medians. Each row is a new process: load, then cold, its first request, then total, further ones with new "
-        f"prompts, then the stages by themselves (step: one guided step; encode: the clip back to latents).{made} Peak "
-        f"memory is that of the first request, weights included; {floor}. Peer / ours: of whole requests, each "
-        "peer below. Usual steps: the request with the model's own number of steps, by the step measured alone."
+        f"Medians. {way}{made} Peak memory is that of what was done first, weights included; {floor}. Peer / ours: of "
+        "whole requests, each peer below. Usual steps: the request with the model's own number of steps, by the step "
+        "measured alone."
     )
 
 
@@ -90,7 +114,7 @@ def bars(record: dict[str, Any]) -> list[Bar]:
             "steps": middle.get("step", 0.0) * each["steps"],
             "decode": middle.get("decode", 0.0),
         }
-        parts["rest"] = max(middle["total"] - sum(parts.values()), 0.0)
+        parts["rest"] = max(statistics.median(whole(each) or [0.0]) - sum(parts.values()), 0.0)
         label = f"{each['size']} x {each['frames']} {each['engine'] or each['side']}"
         found.append(Bar(label, parts, each["floor"] and each["floor"]["predicted"]["total"]))
     return found

@@ -15,6 +15,8 @@ from typing import Any
 
 import torch
 
+from runtime.kernels import tuning
+
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 PACKAGES = ("torch", "diffusers", "transformers", "numpy")
@@ -70,11 +72,11 @@ def told(machine: dict[str, Any]) -> str:
 
 
 def results_file(machine: dict[str, Any]) -> Path:
-    """Return a name that is still free: benchmarks/results/<device>/<date>-<commit>.json."""
+    """Return a name that is still free: benchmarks/results/<device>/<date>-<commit>.json; a GPU is named as its tuned
+    file is, such as h200."""
     name = machine["name"]
-    if machine["device"] == "cpu":
-        name = f"cpu {name} {machine['logical_cores']} cores"
-    folder = RESULTS / slug(name)
+    on_cpu = machine["device"] == "cpu"
+    folder = RESULTS / (slug(f"cpu {name} {machine['logical_cores']} cores") if on_cpu else tuning.slug(name))
     stem = f"{machine['date'][:10]}-{machine['commit']}"
     file, count = folder / f"{stem}.json", 1
     while file.exists():

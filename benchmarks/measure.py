@@ -71,10 +71,27 @@ def check_psnr(found: float) -> float:
     return found
 
 
+class FreshProcess:
+    """A new process, whose heap nothing else has grown, that runs functions of modules until it is told to end."""
+
+    def __init__(self) -> None:
+        self.pool = ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn"))
+
+    def __call__(self, function: Callable[..., Any], *arguments: Any) -> Any:
+        return self.pool.submit(function, *arguments).result()
+
+    def end(self) -> None:
+        """End it when what it does is done."""
+        self.pool.shutdown()
+
+
 def fresh_process(function: Callable[..., Any], *arguments: Any) -> Any:
-    """Return what a function of a module returns in a new process, whose heap nothing else has grown."""
-    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
-        return pool.submit(function, *arguments).result()
+    """Return what a function of a module returns in a new process."""
+    process = FreshProcess()
+    try:
+        return process(function, *arguments)
+    finally:
+        process.end()
 
 
 def peak_growth(call: Callable[[], object], device: torch.device) -> dict[str, int] | None:

@@ -16,9 +16,10 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,12 +28,13 @@ import torch
 from torch import nn
 
 import runtime
-from benchmarks import sides, true_size
+from benchmarks import savings, sides, true_size
 from benchmarks.compiled import Compiled, compiled_parts, laid_out
-from benchmarks.machine import describe, keep, results_file, told
-from benchmarks.measure import PSNR_LIMIT, alternate
-from benchmarks.profiled import Profile, floors, profiled
-from benchmarks.sides import Case, Diffusers, Ours
+from benchmarks.machine import describe, keep, results_file
+from benchmarks.measure import alternate
+from benchmarks.profiled import floors, profiled
+from benchmarks.published_report import sixteen_bits, table
+from benchmarks.sides import Case, Diffusers, Ours, at_case
 from runtime.machine import Gpu, peaks_of
 from runtime.model import choose_device
 from runtime.models import open_checkpoint
@@ -46,15 +48,11 @@ from runtime.request import Request
 Call = Callable[[int], Any]
 Version = tuple[Call, Callable[[], None]]  # and what is to be done before each call
 SAMPLES = (2, 7)  # fewest and most of a version
-SECONDS = 15.0  # for the samples of a part, all versions together
+SECONDS = 10.0  # for the samples of a part, all versions together
 COMPILING = 60.0  # seconds that must be left for torch.compile to begin
-METHOD = (
-    "Random weights of the published sizes, bfloat16, versions in turns. A step asks both prompts; a decode ends with "
-    "bytes in the host's memory. Apart: steps relative, frames in dB."
-)
 FP8, ATTENTION_TOO = "ours, fp8", "ours, fp8, attention too"
 TILED, COMPILED = "ours, in tiles", "diffusers, compiled"
-LENGTHS = (17, 81, 321)  # frames of the clips whose decodes' memory is compared
+QUALITIES = "qualities"  # a stage: whole requests of each quality
 STEPS = 50  # of the schedule that the step is taken from
 
 
@@ -64,20 +62,22 @@ class Part:
 
     name: str
     model: str
-    stage: str  # step or decode
+    stage: str  # step, decode or qualities
     width: int
     height: int
     frames: int = 81
     bar: float | None = None
     fp8_bar: float | None = None
+    lengths: tuple[int, ...] = ()  # frames of the clips whose decodes' memory is compared; of the first what is kept
 
 
 PARTS = {
     part.name: part
     for part in (
         Part("step-1.3b-480p", "wan2.1-t2v-1.3b", "step", 832, 480, bar=0.85),
-        Part("decode-480p", "wan2.1-t2v-1.3b", "decode", 832, 480, bar=0.9),
+        Part("decode-480p", "wan2.1-t2v-1.3b", "decode", 832, 480, bar=0.9, lengths=(17, 81, 321)),
         Part("decode-720p", "wan2.1-t2v-1.3b", "decode", 1280, 720, bar=2.0),
+        Part("qualities-1.3b-480p", "wan2.1-t2v-1.3b", QUALITIES, 832, 480),
         Part("step-14b-480p", "wan2.1-t2v-14b", "step", 832, 480, bar=5.0, fp8_bar=3.9),
         Part("step-5b-704p", "wan2.2-ti2v-5b", "step", 1280, 704, 121),
     )
@@ -126,12 +126,16 @@ def run(args: argparse.Namespace) -> None:
 def measured(
     parts: Sequence[Part], folder: Path, device: torch.device, args: argparse.Namespace, end: float
 ) -> Iterator[dict[str, Any]]:
-    """Yield what is measured of each part of one model, both sides loaded once."""
+    """Yield what is measured of each part of one model, both sides loaded once; what it adds later is yielded again.
+
+    What must be compiled comes last: nobody knows beforehand how long a compiler takes, and the time may end there.
+    """
     ours: Ours | None = None
     theirs: Diffusers | None = None
+    done: list[tuple[Part, dict[str, Any]]] = []
     for part in parts:
         if time.monotonic() > end:
-            return
+            break
         say(f"{part.name}: loading")
         case = case_of(part, folder)
         found: dict[str, Any] = {"name": part.name, "floor": floor_of(part, device), "skipped": {}}
@@ -141,43 +145,65 @@ def measured(
             rivals = sides.rival(args.against)
             theirs = Diffusers(case, device, ours) if rivals else None
         at_case(ours, case)
-        if theirs is not None:
-            at_case(theirs, case)
-        compiled = None if theirs is None else Compiled(compiled_parts(part.stage, theirs)[1])
-        calls: dict[str, Version] = {}
         with tried(found, "all"):
-            calls = ready(versions(part, ours, theirs, compiled, found), part, found)
-            found |= timed(calls, part.stage, end)
-        yield found  # what follows may take longer than there is time
-        if args.profile and time.monotonic() < end:
-            with tried(found, "profile"):
-                say(f"{part.name}: profile")
-                call = {"step": ours.step, "decode": decode_rounded(ours)}[part.stage]
-                found["profile"] = vars(profiled(lambda call=call: call(0)))  # type: ignore[misc]
-                found["floors"] = floors_of(part, ours, device)
-            yield found
-        if theirs is not None and compiled is not None and calls:
+            if part.stage == QUALITIES:
+                found |= savings.measured(ours.by("cuda_graph"), say)
+            else:
+                calls, results = ready(versions(part, ours, theirs, found), part, found)
+                found |= timed(calls, results, part.stage, end)
+                done.append((part, found))
+        yield found
+        if part.stage != QUALITIES:
+            yield from (found for _ in aside(part, ours, args, found, end))
+        give_back()
+    for part, found in done:
+        if theirs is not None and ours is not None:
             if time.monotonic() + COMPILING < end:
-                rival: Version = (theirs.step if part.stage == "step" else theirs.decode, compiled.on)
-                with tried(found, COMPILED):
-                    if added := ready({COMPILED: rival}, part, found):
-                        found |= timed(calls | added, part.stage, end)
+                beside_compiled(part, ours, theirs, found, end)
             else:
                 found["skipped"][COMPILED] = "too little time was left"
             yield found
-        if part.stage == "decode" and time.monotonic() + COMPILING < end:
-            with tried(found, "beside float32"):
-                say(f"{part.name}: beside float32")
-                with torch.inference_mode():
-                    found["psnr"] = ours.bfloat16_psnr()
-            yield found
-            if device.type == "cuda" and time.monotonic() < end:
-                with tried(found, "memory"):
-                    say(f"{part.name}: memory of {LENGTHS} frames")
-                    found["peaks"] = {count: decode_peak(ours, count) for count in LENGTHS}
-            yield found
-        gc.collect()
-        torch.cuda.empty_cache()
+
+
+def aside(part: Part, ours: Ours, args: argparse.Namespace, found: dict[str, Any], end: float) -> Iterator[None]:
+    """Measure of our side alone where its time goes, and of a decode how near it is and what memory it takes."""
+    if args.profile and time.monotonic() < end:
+        with tried(found, "profile"):
+            say(f"{part.name}: profile")
+            call = {"step": ours.step, "decode": decode_rounded(ours)}[part.stage]
+            found["profile"] = vars(profiled(lambda: call(0)))
+            found["floors"] = floors_of(part, ours, ours.device)
+        yield
+    if part.lengths and time.monotonic() < end:
+        with tried(found, "beside float32"):
+            say(f"{part.name}: beside float32")
+            with torch.inference_mode():  # of a short clip: float32 has no matrix units
+                found["psnr"] = ours.bfloat16_psnr(1 + (part.lengths[0] - 1) // ours.case.spec.stride[0])
+        yield
+        if ours.device.type == "cuda" and time.monotonic() < end:
+            with tried(found, "memory"):
+                say(f"{part.name}: memory of {part.lengths} frames")
+                found["peaks"] = {count: decode_peak(ours, count) for count in part.lengths}
+        yield
+
+
+def beside_compiled(part: Part, ours: Ours, theirs: Diffusers, found: dict[str, Any], end: float) -> None:
+    """Measure diffusers compiled, in turns with diffusers as written and the fastest of ours, whose numbers are new."""
+    case = case_of(part, ours.case.folder)
+    at_case(ours, case)
+    medians = {name: statistics.median(found["seconds"][name]) for name in sixteen_bits(found)}
+    with tried(found, COMPILED):
+        compiled = Compiled(compiled_parts(part.stage, theirs)[1])
+        best = min(medians, key=medians.__getitem__)
+        calls = versions(part, ours, theirs, found, {best, Diffusers.name})
+        plain = calls.get(Diffusers.name, (theirs.step if part.stage == "step" else theirs.decode, None))[0]
+        calls |= {Diffusers.name: (plain, compiled.off), COMPILED: (plain, compiled.on)}
+        calls, results = ready(calls, part, found)
+        if COMPILED in calls:
+            for key, values in timed(calls, results, part.stage, end).items():
+                found[key] |= values
+        compiled.off()
+    give_back()
 
 
 def case_of(part: Part, folder: Path) -> Case:
@@ -186,14 +212,6 @@ def case_of(part: Part, folder: Path) -> Case:
     asked = Request(prompt="as the take says", seed=7, width=part.width, height=part.height, num_frames=part.frames,
                     steps=STEPS).resolved(spec)  # fmt: skip
     return Case(folder, spec, asked, "bfloat16", "eager", random=True)
-
-
-def at_case(side: Ours | Diffusers, case: Case) -> None:
-    """Let a loaded side work at another size of the same model."""
-    side.case = case
-    side.latents = case.inputs()[0]
-    for name in ("denoiser", "step_inputs", "_step"):
-        side.__dict__.pop(name, None)
 
 
 def gpu_of(device: torch.device) -> Gpu | None:
@@ -205,8 +223,10 @@ def floor_of(part: Part, device: torch.device) -> float | None:
     """Return the least seconds by the planner's arithmetic and traffic at a known GPU's peaks."""
     if (gpu := gpu_of(device)) is None:
         return None
-    planned = plan_request(part.model, gpu=gpu.name, width=part.width, height=part.height, num_frames=part.frames)
-    return planned.seconds[part.stage]
+    size: dict[str, Any] = {"width": part.width, "height": part.height, "num_frames": part.frames}
+    if part.stage == QUALITIES:
+        return plan_request(part.model, gpu=gpu.name, steps=savings.calibrated().setting.steps, **size).seconds["total"]
+    return plan_request(part.model, gpu=gpu.name, **size).seconds[part.stage]
 
 
 def floors_of(part: Part, ours: Ours, device: torch.device) -> dict[str, float]:
@@ -221,51 +241,62 @@ def floors_of(part: Part, ours: Ours, device: torch.device) -> dict[str, float]:
 
 
 def versions(
-    part: Part, ours: Ours, theirs: Diffusers | None, compiled: Compiled | None, found: dict[str, Any]
+    part: Part, ours: Ours, theirs: Diffusers | None, found: dict[str, Any], wanted: Collection[str] | None = None
 ) -> dict[str, Version]:
-    """Return the versions by name, but for the compiled one."""
-    nothing = lambda: None  # noqa: E731
-    calls: dict[str, Version] = {}
+    """Return the versions by name (None: all), but for the compiled one."""
+    makers: dict[str, Callable[[], Call]] = {}
     if part.stage == "step":
-        calls |= {f"ours, {engine}": (ours.by(engine).step, nothing) for engine in ("eager", "cuda_graph")}
-        with tried(found, FP8):  # on a smaller GPU there is no room for both
-            made: list[dict[str, nn.Module]] = [{} for _ in ours.model.transformers]
-            calls[FP8] = (in_fp8(ours, weighty, made).step, nothing)
-            calls[ATTENTION_TOO] = (in_fp8(ours, candidates, made).step, nothing)
+        makers |= {f"ours, {engine}": partial(engine_step, ours, engine) for engine in ("eager", "cuda_graph")}
+        made: list[dict[str, nn.Module]] = [{} for _ in ours.model.transformers]
+        makers[FP8] = lambda: in_fp8(ours, weighty, made).step
+        makers[ATTENTION_TOO] = lambda: in_fp8(ours, candidates, made).step
     else:
-        calls["ours"] = (decode_rounded(ours), nothing)
+        makers["ours"] = lambda: decode_rounded(ours)
         tile = next(finer(*ours.case.spec.canvas(part.height, part.width), ours.model.vae.tile_of), None)
         if tile is not None:
-            calls[TILED] = (decode_rounded(ours, tile), nothing)
-    if theirs is not None and compiled is not None:
+            makers[TILED] = lambda: decode_rounded(ours, tile)
+    if theirs is not None:
+        at_case(theirs, ours.case)
         with torch.no_grad():
             laid_out(compiled_parts(part.stage, theirs)[0], part.stage)
-        calls["diffusers"] = (theirs.step if part.stage == "step" else theirs.decode, compiled.off)
+        makers[Diffusers.name] = lambda: theirs.step if part.stage == "step" else theirs.decode
+    calls: dict[str, Version] = {}
+    for name, make in makers.items():
+        if wanted is None or name in wanted:
+            with tried(found, name):  # on a smaller GPU there is no room for 8 bits beside 16
+                calls[name] = (make(), lambda: None)
     return calls
 
 
-def ready(calls: dict[str, Version], part: Part, found: dict[str, Any]) -> dict[str, Version]:
-    """Return those that run, after two calls each: the first compiles kernels, the second records a graph."""
-    kept = {}
+def engine_step(ours: Ours, engine: str) -> Call:
+    """Return a step by an engine."""
+    return ours.by(engine).step
+
+
+def ready(
+    calls: dict[str, Version], part: Part, found: dict[str, Any]
+) -> tuple[dict[str, Version], dict[str, tuple[Any, float]]]:
+    """Return those that run, after two calls each, and (result, seconds) of the second: the first compiles kernels,
+    the second records a graph."""
+    kept, results = {}, {}
     for name, (call, before) in calls.items():
         with tried(found, name):
             say(f"{part.name}: {name}")
             for _ in range(2):
                 before()
-                call(0)
+                began = time.monotonic()
+                result = call(0)
+                result = result if isinstance(result, np.ndarray) else result.float().cpu().numpy()
+                results[name] = result, time.monotonic() - began
             kept[name] = call, before
-    return kept
+    return kept, results
 
 
-def timed(calls: dict[str, Version], stage: str, end: float) -> dict[str, Any]:
+def timed(
+    calls: dict[str, Version], results: dict[str, tuple[Any, float]], stage: str, end: float
+) -> dict[str, dict[str, Any]]:
     """Return seconds of each version, taken in turns, and how far their results are from the first one's."""
-    results: dict[str, np.ndarray] = {}
-    began = time.monotonic()
-    for name, (call, before) in calls.items():
-        before()
-        result = call(0)
-        results[name] = (result if isinstance(result, np.ndarray) else result.float().cpu().numpy()).astype(np.float32)
-    once = time.monotonic() - began
+    once = sum(results[name][1] for name in calls)
     seconds_left = min(SECONDS, max(end - time.monotonic(), 0.0))
     takes = range(max(SAMPLES[0], min(SAMPLES[1], int(seconds_left / max(once, 1e-6)))))
 
@@ -277,15 +308,16 @@ def timed(calls: dict[str, Version], stage: str, end: float) -> dict[str, Any]:
         return sample
 
     seconds = alternate([prepared(*each) for each in calls.values()], list(takes))
-    first = next(iter(results.values()), None)
+    first = next((results[name][0] for name in calls), np.empty(0))
     return {
         "seconds": dict(zip(calls, seconds, strict=True)),
-        "difference": {name: apart(first, each, stage) for name, each in results.items() if first is not None},
+        "difference": {name: apart(first, results[name][0], stage) for name in calls},
     }
 
 
 def apart(a: np.ndarray, b: np.ndarray, stage: str) -> float:
     """Return how far two results are apart: of a step relative to its size, of frames in dB (PSNR)."""
+    a, b = (each.astype(np.float32) for each in (a, b))
     error = float(np.sqrt(np.mean((a - b) ** 2)))
     if stage == "step":
         return error / float(np.sqrt(np.mean(a**2)))
@@ -318,6 +350,12 @@ def decode_peak(side: Ours, frames: int) -> int:
     return torch.cuda.max_memory_allocated(side.device) - before
 
 
+def give_back() -> None:
+    """Return what nothing uses any more to the GPU."""
+    gc.collect()
+    torch.cuda.empty_cache()
+
+
 @contextmanager
 def tried(found: dict[str, Any], name: str) -> Iterator[None]:
     """Let the rest go on where something fails, and tell why it did."""
@@ -325,54 +363,7 @@ def tried(found: dict[str, Any], name: str) -> Iterator[None]:
         yield
     except Exception as error:  # of a library, a compiler, or the device's memory
         found["skipped"][name] = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
-        gc.collect()
-        torch.cuda.empty_cache()
-
-
-def table(record: dict[str, Any]) -> str:
-    """Return the results as Markdown: a row per version, then the profiles."""
-    lines = [
-        f"**{told(record['machine'])}**", "",
-        "| what | by | median | runs | of the floor | bar | apart from ours |",
-        "| --- | --- | ---: | ---: | ---: | --- | ---: |",
-    ]  # fmt: skip
-    for found in record["parts"]:
-        lines += rows(found)
-    if record["left_out"]:
-        lines += ["", f"Left out when the time was up: {', '.join(record['left_out'])}."]
-    lines += ["", METHOD]
-    for found in record["parts"]:
-        if "profile" in found:
-            shown = Profile(**found["profile"]).table(found["floor"], found.get("floors", {}))
-            lines += ["", f"**{found['name']}, profiled**", "", shown]
-    return "\n".join(lines)
-
-
-def rows(found: dict[str, Any]) -> list[str]:
-    """Return the lines of one part."""
-    lines = []
-    medians = {name: statistics.median(samples) for name, samples in found.get("seconds", {}).items()}
-    sixteen = [name for name in medians if name.startswith("ours") and name not in found["bars"]]
-    best = min(sixteen, key=medians.__getitem__, default=None)
-    for name, seconds in medians.items():
-        share = f"{found['floor'] / seconds:.0%}" if found["floor"] else "-"
-        bar = found["bars"].get("16 bits" if name == best else name)
-        bar = "" if bar is None else f"{bar:g} s: {'met' if seconds <= bar else 'missed'}"
-        apart = f"{found['difference'][name]:.3g}"
-        count = len(found["seconds"][name])
-        lines.append(f"| {found['name']} | {name} | {seconds:.3f} s | {count} | {share} | {bar} | {apart} |")
-    if "psnr" in found:
-        met = "met" if found["psnr"] >= PSNR_LIMIT else "missed"
-        lines.append(
-            f"| {found['name']} | ours beside float32 | {found['psnr']:.1f} dB | 1 | | {PSNR_LIMIT:g} dB: {met} | |"
-        )
-    if "peaks" in found:
-        peaks = list(found["peaks"].values())
-        met = "met" if max(peaks) <= 1.05 * min(peaks) else "missed"
-        lengths, sizes = ", ".join(map(str, found["peaks"])), ", ".join(f"{peak / 2**30:.2f}" for peak in peaks)
-        what = f"ours, memory of {lengths} frames"
-        lines.append(f"| {found['name']} | {what} | {sizes} GiB | 1 | | within 5 %: {met} | |")
-    return lines + [f"| {found['name']} | {name} | left out: {why} | | | | |" for name, why in found["skipped"].items()]
+        give_back()
 
 
 def say(text: str) -> None:

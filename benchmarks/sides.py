@@ -150,15 +150,17 @@ class Ours:
     def decode_bfloat16(self, take: int, tile: tuple[int, int] | None = None) -> np.ndarray:
         return runtime.decode(self.model, self.latents, dtype="bfloat16", tile=tile).frames
 
-    def bfloat16_psnr(self) -> float:
-        """Return how near, in dB, pixels decoded in bfloat16 are to those in float32, before they become bytes."""
-        latents = self.latents.to(self.device)
+    def bfloat16_psnr(self, count: int | None = None) -> float:
+        """Return how near, in dB, pixels decoded in bfloat16 are to those in float32, before they become bytes; of the
+        first `count` latent frames (None: all)."""
+        latents = self.latents[:, :, :count].to(self.device)
+        frames = 1 + (latents.shape[2] - 1) * self.case.spec.stride[0]
         networks = [self.model.autoencoder(self.device, dtype) for dtype in (torch.float32, torch.bfloat16)]
         squares = [
             float((exact - rounded).double().square().mean()) * exact.shape[2]
             for exact, rounded in zip(*(network.decode_stream(latents) for network in networks), strict=True)
         ]
-        return 10 * math.log10(4 / (sum(squares) / self.frames.shape[0]))
+        return 10 * math.log10(4 / (sum(squares) / frames))
 
     def encode(self, take: int) -> torch.Tensor:
         return runtime.encode(self.model, self.frames)
@@ -258,6 +260,14 @@ class Diffusers:
     def _to_bytes(self, video: torch.Tensor) -> np.ndarray:
         """[F, 3, H, W] in [0, 1] -> uint8 [F, H, W, 3]."""
         return video.mul(255).round_().to(torch.uint8).permute(0, 2, 3, 1).contiguous().cpu().numpy()
+
+
+def at_case(side: Ours | Diffusers, case: Case) -> None:
+    """Let a loaded side work at another size of the same model."""
+    side.case = case
+    side.latents, side.frames = case.inputs()
+    for name in ("denoiser", "step_inputs", "_step"):
+        side.__dict__.pop(name, None)
 
 
 class DiffusersCompiled(Diffusers):

@@ -182,9 +182,14 @@ def test_gpu_tool_runs_every_part(gpu_tool: ModuleType, tmp_path: Path, monkeypa
     with tarfile.open(tmp_path / "results.tar.gz") as archive:
         assert "results/tests.log" in archive.getnames()
     asked = [command[3:] for command in commands if command[1:3] == ["-m", "benchmarks"]]
-    assert [each[0] for each in asked] == ["kernels", *["published"] * 3, *["latency"] * 8, "warm"]
+    assert [each[0] for each in asked] == [
+        "kernels", *["published"] * len(gpu_tool.PUBLISHED), "warm", *["latency"] * len(gpu_tool.LATENCY),
+    ]  # fmt: skip
     for name, *options in asked:
         parser = argparse.ArgumentParser()
         importlib.import_module(f"benchmarks.{name}").add_command(parser.add_subparsers())
         assert parser.parse_args([name, *options]).json.parent == tmp_path / "build" / "results"
+    commands.clear()
+    assert gpu_tool.main(["--only", "latency", "--row", str(len(gpu_tool.LATENCY)), "--budget", "500"]) == 0
+    assert [command[3] for command in commands if command[1:3] == ["-m", "benchmarks"]] == ["warm", "latency"]
     assert real(sys.executable, "-m", "tools.tune", "--dry-run", "--only", "modulate") is not None

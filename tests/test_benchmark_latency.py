@@ -6,7 +6,7 @@ import json
 import re
 import sys
 import xml.etree.ElementTree as ElementTree
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -85,7 +85,7 @@ def test_an_interrupted_run_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     """The second row is interrupted; the first stays and is not measured again."""
     file, measured = tmp_path / "a.json", list[str]()
 
-    def row(cell: latency.Cell, settings: latency.Settings) -> dict[str, Any]:
+    def row(cell: latency.Cell, settings: latency.Settings, _: latency.Processes) -> dict[str, Any]:
         measured.append(cell.size)
         known = cache_folder() / "a prompt.safetensors"
         assert not known.exists(), "a row has no text from the row before"
@@ -104,6 +104,59 @@ def test_an_interrupted_run_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert measured == ["64x64", "96x64", "96x64", "96x96"]
     assert main([*QUICK, "--steps", "3", "--resume", str(file)]) == 2, "of other settings"
     assert main([*asked, "--budget", "-1", "--json", str(tmp_path / "b.json")]) == 0, "no row, no fault"
+
+
+class InThisProcess:
+    """A new process, as far as its memory of a side goes."""
+
+    begun = 0
+
+    def __init__(self) -> None:
+        InThisProcess.begun += 1
+        latency._loaded.clear()
+
+    def __call__(self, function: Callable[..., Any], *given: Any) -> Any:
+        return function(*given)
+
+    def end(self) -> None:
+        pass
+
+
+@pytest.mark.usefixtures("small")
+def test_sizes_of_a_side_together(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A side is loaded once for its sizes; requests are put together from stages; what no longer fits is named."""
+    monkeypatch.setattr(latency, "FreshProcess", InThisProcess)
+    monkeypatch.setattr(InThisProcess, "begun", 0)
+    file = tmp_path / "a.json"
+    asked = ["--model", "wan2.1-t2v-1.3b@random", "--sizes", "32x32,48x32", "--frames", "5", "--against", "diffusers",
+             "--dtype", "float32", "--together", "--budget", "400"]  # fmt: skip
+    known = latency.floor
+
+    def ideal(settings: latency.Settings, request: Any) -> dict[str, Any]:
+        seconds = 1e3 if request.width == 48 else 1.0
+        return known(settings, request) | {
+            "basis": "ideal",
+            "predicted": dict.fromkeys(("step", "decode", "total"), seconds),
+        }
+
+    monkeypatch.setattr(latency, "floor", ideal)
+    assert main([*QUICK, *asked, "--json", str(file)]) == 0
+    record = json.loads(file.read_text())
+    assert record["left_out"] == ["48x32 x 5, eager", "48x32 x 5, diffusers"]
+    monkeypatch.setattr(latency, "floor", known)
+    assert main([*QUICK, *asked, "--json", str(file)]) == 0
+    rows = json.loads(file.read_text())["rows"]
+    assert [(row["side"], row["size"]) for row in rows] == [
+        ("dit-runtime", "32x32"), ("dit-runtime", "48x32"), ("diffusers", "32x32"), ("diffusers", "48x32"),
+    ]  # fmt: skip
+    assert InThisProcess.begun == 4 and ["load" in row["seconds"] for row in rows] == [True, False, True, False]
+    assert all({"text", "step", "decode"} == set(row["seconds"]) - {"load"} for row in rows)
+    assert rows[3]["difference"] <= 1
+    shown = capsys.readouterr().out
+    assert shown.count(", combined |") == 6 and "Left out when the time was up: 48x32 x 5, eager; 48x32" in shown
+    assert "put together from them for so many steps, not run." in shown
 
 
 def test_weights_that_do_not_stay_are_not_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

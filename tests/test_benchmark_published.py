@@ -10,12 +10,13 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks import published
+from benchmarks import published, savings
 from benchmarks.__main__ import main
 from benchmarks.profiled import floors, kind_of, summary
 from runtime.machine import GPUS
 from runtime.models.costs import Shape
 from runtime.planner import find_model
+from runtime.request import QUALITIES as FLOORS
 from tests.test_benchmark_latency import small  # noqa: F401
 from tools.profile.readers import Range, Timeline, Work
 
@@ -26,7 +27,7 @@ ASKED = ["published", "--device", "cpu", "--only", "step-1.3b-480p,decode-480p",
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     """Small sizes, and a compiler that only traces."""
     for name, part in published.PARTS.items():
-        side = 32 if part.stage == "step" else 128  # tiles need more than their halo
+        side = 128 if part.stage == "decode" else 32  # tiles need more than their halo
         monkeypatch.setitem(published.PARTS, name, replace(part, width=side, height=side, frames=9))
     monkeypatch.setattr(published, "SECONDS", 0.0)
     real = torch.nn.Module.compile
@@ -50,7 +51,7 @@ def test_both_sides_in_bfloat16(tmp_path: Path, capsys: pytest.CaptureFixture[st
     assert max(step["difference"].values()) < 0.05
     assert min(decode["difference"].values()) > 30 and 30 < decode["psnr"] < 100
     shown = capsys.readouterr().out
-    assert f"| decode-480p | ours beside float32 | {decode['psnr']:.1f} dB | 1 |" in shown
+    assert f"| decode-480p | ours beside float32, a short clip | {decode['psnr']:.1f} dB | 1 |" in shown
     assert "| step-1.3b-480p | ours, " in shown and "0.85 s: " in shown
 
 
@@ -72,6 +73,27 @@ def test_what_fails_or_comes_too_late_is_told(
     assert main([*ASKED, str(file), "--budget", "-1"]) == 0
     assert json.loads(file.read_text())["left_out"] == ["step-1.3b-480p", "decode-480p"]
     assert "Left out when the time was up: step-1.3b-480p, decode-480p." in capsys.readouterr().out
+
+
+@pytest.mark.usefixtures("small", "quick")
+def test_what_qualities_save(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The steps of the built-in model's calibration are computed, none more, whatever random weights say of it."""
+    file = tmp_path / "a.json"
+    assert main(["published", "--device", "cpu", "--only", "qualities-1.3b-480p", "--json", str(file)]) == 0
+    [found] = json.loads(file.read_text())["parts"]
+    rungs = savings.calibrated().rungs
+    least = {name: FLOORS[name] for name in savings.QUALITIES}
+    fewest = {name: next(len(each.computed) for each in rungs if each.floor >= floor) for name, floor in least.items()}
+    assert found["skipped"] == {} and found["computed"] == {"exact": found["steps"]} | fewest
+    assert all(len(samples) == savings.TAKES and min(samples) > 0 for samples in found["seconds"].values())
+    assert set(found["cpu"]["faster"]) == {"high", "fast"} and min(found["cpu"]["faster"].values()) > 1
+    shown = capsys.readouterr().out
+    assert f"high, {fewest['high']} of {found['steps']} steps computed |" in shown and "; on the CPU, with" in shown
+    twice = found | {"seconds": {"exact": [4.0, 6.0], "high": [2.0, 3.0]}, "cpu": {"faster": {"high": 2.5}}}
+    assert savings.faster(twice, "high") == 2 and savings.kept(twice, "high") == 0.8
+    assert (
+        "times faster; on the CPU, with the built-in model, 2.50; at least 0.9 of it: missed" in savings.rows(twice)[1]
+    )
 
 
 def test_profile_summary() -> None:

@@ -203,4 +203,4 @@ def test_results_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     first.touch()
     assert machine.results_file(cpu).name == "2026-11-22-c0ffee1-2.json"
     gpu = machine.results_file({**cpu, "name": "NVIDIA H200", "device": "cuda"})
-    assert gpu.parent == folder / "nvidia-h200"
+    assert gpu.parent == folder / "h200"

@@ -21,6 +21,7 @@ import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -29,7 +30,7 @@ LINKED = ROOT / "build" / "gpu"
 KEPT = ROOT / "build" / "results"  # where OUT is set: packed into it
 OUT = Path(os.environ.get("OUT", ROOT / "out"))
 # In the order in which they run: name -> share of the time that is left when it begins.
-PARTS = {"tests": 0.55, "kernels": 1.0, "tune": 0.3, "published": 1.0, "latency": 0.75, "demo": 1.0}
+PARTS = {"tests": 0.5, "kernels": 1.0, "published": 1.0, "tune": 0.3, "latency": 0.9, "demo": 1.0}
 USUAL = ("tests", "kernels")
 TEST_PROCESSES = 8  # compiling takes most of the time, the largest cases 10 GB of memory
 CHECKERS = ("memcheck", "racecheck")
@@ -38,28 +39,39 @@ NEEDED = ("av", "ftfy", "transformers", "safetensors")  # by the runtime; its op
 QUESTION = 120.0  # seconds that a question to another process may take
 LAST = 20.0  # seconds kept for printing the tables
 # What is most wanted first: in each part a later group, or row, is what the time may end before.
-PUBLISHED = (("step-1.3b-480p,decode-480p,decode-720p", 0.5), ("step-14b-480p", 0.8), ("step-5b-704p", 1.0))
-ENGINES, GRAPH = "cuda_graph,eager,inductor", "cuda_graph"
-LATENCY = (  # model, sizes, frames, engines, of diffusers, share of the time that is left
-    ("wan2.1-t2v-1.3b", "480p", "81", ENGINES, "both", 0.45),
-    ("wan2.1-t2v-14b", "480p", "81", GRAPH, "both", 0.5),
-    ("wan2.2-ti2v-5b", "1280x704", "121,1", GRAPH, "diffusers", 0.5),
-    ("wan2.1-t2v-1.3b", "720p,vertical,1080p", "81", GRAPH, "diffusers", 0.6),
-    ("wan2.1-t2v-1.3b", "480p,720p,1080p", "1", GRAPH, "diffusers", 0.7),
-    ("wan2.1-t2v-14b", "720p,vertical,480p", "81,1", GRAPH, "diffusers", 0.8),
-    ("wan2.2-ti2v-5b", "480p,vertical,1080p", "121,1", GRAPH, "diffusers", 0.8),
-    ("wan2.1-t2v-14b", "1080p", "81,1", GRAPH, "diffusers", 0.8),
+PUBLISHED = (  # parts of one model, share of the time that is left
+    ("step-1.3b-480p,decode-480p,decode-720p,qualities-1.3b-480p", 0.56),
+    ("step-14b-480p", 0.95),
+    ("step-5b-704p", 1.0),
 )
-SHOWN = ("kernels", "published", "latency")  # benchmarks whose tables are printed at the end
+GRAPH, OTHERS = "cuda_graph", "eager,inductor"
+SMALL, LARGE, NEW = "wan2.1-t2v-1.3b", "wan2.1-t2v-14b", "wan2.2-ti2v-5b"
+LATENCY = (  # model, sizes, frames, engines, of diffusers
+    (SMALL, "480p,720p,vertical", "81,1", GRAPH, "diffusers"),
+    (LARGE, "480p", "81,1", GRAPH, "diffusers"),
+    (NEW, "1280x704", "121,1", GRAPH, "diffusers"),
+    (SMALL, "480p", "81", OTHERS, "compiled"),
+    (LARGE, "720p,vertical", "81", GRAPH, "diffusers"),
+    (SMALL, "1080p", "81,1", GRAPH, "diffusers"),
+    (NEW, "480p,vertical,1080p", "121,1", GRAPH, "diffusers"),
+    (NEW, "1280x704", "121", OTHERS, "compiled"),
+    (LARGE, "480p", "81", OTHERS, "compiled"),
+    (SMALL, "720p,1080p", "81", OTHERS, "compiled"),
+    (LARGE, "1080p", "1,81", GRAPH, "diffusers"),
+    (LARGE, "720p", "1,81", OTHERS, "compiled"),
+)
+TO_BEGIN = 45.0  # seconds that must be left for a row of these to begin
+SHOWN = ("kernels", "published", "latency", "warm")  # benchmarks whose tables are printed at the end
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the parts and return the exit status."""
     parser = argparse.ArgumentParser(prog="python tools/gpu.py", description=__doc__)
-    parser.add_argument("--budget", type=float, default=540, help="seconds for all (default 540)")
+    parser.add_argument("--budget", type=float, default=530, help="seconds for all (default 530)")
     parser.add_argument(
         "--only", default=",".join(USUAL), help=f"some of {','.join(PARTS)} (default {','.join(USUAL)})"
     )
+    parser.add_argument("--row", type=int, default=1, help=f"of latency, to begin with: 1 (default) to {len(LATENCY)}")
     args = parser.parse_args(argv)
     given = args.only.split(",")
     if unknown := [part for part in given if part not in PARTS]:
@@ -75,7 +87,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     KEPT.mkdir(parents=True)
     notes = [build(end)]
     environment = reachable()
-    steps = {"tests": tests, "kernels": speeds, "tune": tune, "published": published, "latency": latency, "demo": demo}
+    steps = {"tests": tests, "kernels": speeds, "tune": tune, "published": published, "demo": demo,
+             "latency": partial(latency, first=args.row - 1)}  # fmt: skip
     missing = [
         name for name in NEEDED if output(sys.executable, "-c", f"import {name}", environment=environment) is None
     ]
@@ -223,23 +236,22 @@ def published(environment: dict[str, str], end: float) -> str:
     return "; ".join(filter(None, notes))
 
 
-def latency(environment: dict[str, str], end: float) -> str:
-    """Measure requests of many sizes, a process per row; then the built-in model's first request beside its tenth.
-
-    Rows that do not fit into the time are left out.
-    """
-    notes = []
-    for number, (model, sizes, frames, engines, rivals, share) in enumerate(LATENCY):
-        until = time.time() + share * (end - time.time())
+def latency(environment: dict[str, str], end: float, first: int = 0) -> str:
+    """Measure the built-in model's first request beside its tenth, then sizes of published models, row by row."""
+    command = [*benchmark("warm", "warm"), "--device", "cuda", "--engine", GRAPH, "--repeats", "1"]
+    notes = [failed("benchmarks warm", command, environment, end)]
+    for number, (model, sizes, frames, engines, rivals) in enumerate(LATENCY[first:], first + 1):
+        what = f"latency, row {number}, {model} {sizes}"
+        if (left := end - time.time() - LAST) < TO_BEGIN:
+            notes.append(f"{what}: no time was left; --row {number} begins there")
+            break
         command = [
             *benchmark("latency", f"latency-{number}"), "--model", f"{model}@random", "--device", "cuda",
-            "--sizes", sizes, "--frames", frames, "--engines", engines, "--steps", "4", "--repeats", "2",
-            "--budget", f"{max(until - time.time() - 3 * LAST, 0):.0f}", *against(environment, rivals),
+            "--sizes", sizes, "--frames", frames, "--engines", engines, "--repeats", "2", "--together",
+            "--budget", f"{left:.0f}", *against(environment, rivals),
         ]  # fmt: skip
-        notes.append(failed(f"benchmarks latency {model}", command, environment, until))
+        notes.append(failed(what, command, environment, end))
         pack()
-    command = [*benchmark("warm", "warm"), "--device", "cuda", "--engine", GRAPH, "--repeats", "2"]
-    notes.append(failed("benchmarks warm", command, environment, end))
     return "; ".join(filter(None, notes))
 
 
