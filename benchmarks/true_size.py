@@ -80,9 +80,10 @@ class RandomModel(Model):
 def autoencoder(checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype) -> Autoencoder:
     """Return the autoencoder; its numbers are drawn in float32, so that they are the same in every dtype."""
     module = made(checkpoint.vae, device, torch.float32)
-    for owner in module.modules():
+    for place, owner in module.named_modules():
         for name, parameter in list(owner.named_parameters(recurse=False)):
-            setattr(owner, name, nn.Parameter(parameter.to(dtype), requires_grad=False))
+            kind = torch.float32 if checkpoint.vae.keep_float32(f"{place}.{name}") else dtype
+            setattr(owner, name, nn.Parameter(parameter.to(kind), requires_grad=False))
     checkpoint.vae.prepare(module)
     return cast(Autoencoder, module)
 

@@ -336,12 +336,13 @@ def change_loras(model: Model, loras: Sequence[Lora]) -> None:
 
 
 def load_autoencoder(checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype) -> Autoencoder:
-    """Load the autoencoder; in 16 bits its kernels are laid out in float32, on the host, before they are rounded."""
+    """Load the autoencoder; in 16 bits its kernels are laid out in float32, on the host, before they are rounded, but
+    for those that stay float32."""
     whole = dtype == torch.float32
     network = weights.load(checkpoint.vae, device if whole else torch.device("cpu"), torch.float32)
     if not whole:
-        for parameter in network.parameters():
-            parameter.data = parameter.data.to(device, dtype)
+        for name, parameter in network.named_parameters():
+            parameter.data = parameter.data.to(device, torch.float32 if checkpoint.vae.keep_float32(name) else dtype)
         checkpoint.vae.prepare(network)
     return cast(Autoencoder, network)
 

@@ -77,13 +77,10 @@ class WanCosts:
     @cached_property
     def vae(self) -> Weights:
         """The autoencoder with its upsampling kernels folded from 3 x 3 to 4 x 4."""
-        count = 0
-        for module in self._vae_module.modules():
-            numbers = sum(parameter.numel() for parameter in module.parameters(recurse=False))
-            if isinstance(module, UpsamplingConv2d):
-                numbers += module.weight.numel() * 7 // 9
-            count += numbers
-        return Weights(outer=count)
+        folded = [module.weight for module in self._vae_module.modules() if isinstance(module, UpsamplingConv2d)]
+        wide = sum(p.numel() for name, p in self._vae_module.named_parameters() if WanVAE.keep_float32(name))
+        count = sum(p.numel() for p in self._vae_module.parameters()) + sum(w.numel() * 7 // 9 for w in folded)
+        return Weights(outer=count - wide, outer_float32=wide)
 
     @cached_property
     def _vae_module(self) -> WanVAE:

@@ -173,6 +173,7 @@ def vae_component(config: VAEConfig, files: tuple[Path, ...], keys: Any) -> Comp
         build=partial(WanVAE, config),
         files=files,
         keys=keys,
+        keep_float32=WanVAE.keep_float32,
         prepare=lambda module: cast(WanVAE, module).prepare(),
     )
 

@@ -23,6 +23,7 @@ from runtime.models.wan.vae_blocks import CausalConv3d, History, Ring, Upsamplin
 from runtime.models.wan.vae_config import VAEConfig
 from runtime.models.wan.vae_networks import Decoder, Encoder
 
+LATENTS = ("post_quant_conv.", "decoder.conv_in.", "encoder.conv_out.", "quant_conv.")  # networks that see latents
 FRAMES_PER_TILE = 8  # latent frames that a tile decodes in its turn on a GPU: its history is moved once for all
 
 
@@ -37,6 +38,11 @@ class WanVAE(nn.Module):
         self.quant_conv = nn.Conv3d(2 * config.z_dim, 2 * config.z_dim, 1)
         self.post_quant_conv = nn.Conv3d(config.z_dim, config.z_dim, 1)
         self.decoder = Decoder(config)
+
+    @staticmethod
+    def keep_float32(name: str) -> bool:
+        """Tell whether a parameter stays float32 in any dtype: of what sees latents, a thousandth of the arithmetic."""
+        return name.startswith(LATENTS)
 
     def prepare(self) -> None:
         """Lay the weights out for speed; call once, after loading and moving. Results stay the same.
@@ -162,7 +168,7 @@ class WanVAE(nn.Module):
 
         F is 1 in the first chunk and `stride[0]` in each next one; ValueError at a chunk that is not so.
         """
-        weight = self.quant_conv.weight
+        weight = self.encoder.conv_in.weight
         mean, std = self._statistics(weight.device)
         whole = self.encoder.empty_history()
         halo = self.encoder.reach()

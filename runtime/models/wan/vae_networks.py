@@ -40,7 +40,8 @@ class Streaming(nn.Module):
 
 
 class Decoder(Streaming):
-    """One latent frame [B, z_dim, 1, H, W] to its pixel frames [B, out_channels, F, 8 H, 8 W]."""
+    """One latent frame [B, z_dim, 1, H, W] to its pixel frames [B, out_channels, F, 8 H, 8 W]; `conv_in` may be of a
+    wider dtype than the rest."""
 
     def __init__(self, config: VAEConfig) -> None:
         super().__init__()
@@ -67,7 +68,8 @@ class Decoder(Streaming):
     def trunk(self, z: torch.Tensor, history: History, first: bool) -> torch.Tensor:
         """The part that sees the whole frame: attention is there."""
         with mark("decode/middle"):
-            x = self.mid_block(self.conv_in(z, history), history)
+            x = self.conv_in(z, history).to(self.conv_out.weight.dtype)
+            x = self.mid_block(x, history)
         for block in self.up_blocks[:WHOLE_LEVELS]:
             x = block(x, history, first)
         return x
@@ -95,7 +97,8 @@ class Decoder(Streaming):
 
 
 class Encoder(Streaming):
-    """A chunk of frames [B, in_channels, F, 8 H, 8 W] to the moments [B, 2 * z_dim, 1, H, W] of one latent frame."""
+    """A chunk of frames [B, in_channels, F, 8 H, 8 W] to the moments [B, 2 * z_dim, 1, H, W] of one latent frame;
+    `conv_out` may be of a wider dtype than the rest."""
 
     def __init__(self, config: VAEConfig) -> None:
         super().__init__()
@@ -137,5 +140,5 @@ class Encoder(Streaming):
         """The part that sees the whole frame: attention is there."""
         for block in self.down_blocks[-WHOLE_LEVELS:]:
             x = block(x, history, first)
-        x = self.mid_block(x, history)
-        return self.conv_out(norm_silu(x, self.norm_out.gamma, inplace=True), history)
+        x = norm_silu(self.mid_block(x, history), self.norm_out.gamma, inplace=True)
+        return self.conv_out(x.to(self.conv_out.weight.dtype), history)
