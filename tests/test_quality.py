@@ -21,6 +21,7 @@ from runtime.caches import Line, Moments, Skips, cached, growth, search
 from runtime.checkpoints import Checkpoints
 from runtime.denoising import Cancelled
 from runtime.schedules import flow_linear
+from tests.published import Tiny, write
 
 SMALL: dict[str, Any] = {"width": 64, "height": 64, "num_frames": 5, "steps": 16, "seed": 3, "prompt": "a red ball"}
 PROMPTS = ("a red ball rolls left", "a blue cube spins", "a green ring rises", "a white star falls")
@@ -263,6 +264,35 @@ def test_a_resumed_run_equals_an_uninterrupted_one(model: runtime.Model, files: 
     assert again.receipt.quality == whole.receipt.quality
     finished = runtime.generate(model, request, checkpoints=Checkpoints(tmp_path, "key"))
     assert finished.receipt.quality == whole.receipt.quality
+
+
+def test_two_experts_are_interleaved_and_resumed(files: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Stopped on both sides of the boundary between them, requests of other steps and sizes in between."""
+    monkeypatch.setattr(budget, "TABLE_ERROR", 1e3)  # of random weights no prediction would be trusted
+    write(Tiny(experts=2), tmp_path / "model")
+    tiny = runtime.load(tmp_path / "model", device="cpu")
+    asked = SMALL | {"width": 32, "height": 32, "quality": "fast"}
+    outer, inner = runtime.Request(**asked), runtime.Request(**asked | {"steps": 19, "num_frames": 9})
+    whole, alone = (runtime.generate(tiny, request) for request in (outer, inner))
+    said = whole.receipt.quality
+    assert said is not None and said["windows"][0]["computed"] < SMALL["steps"]
+    sigmas = outer.resolved(tiny.spec).schedule(tiny.spec).tolist()
+    turn = sum(sigma >= (tiny.spec.boundary or 0.0) for sigma in sigmas)
+    assert 2 < turn < SMALL["steps"] - 2
+    for at in (turn - 1, turn, turn + 1):
+
+        def stop(step: int, *_: object, at: int = at) -> None:
+            assert np.array_equal(runtime.generate(tiny, inner).frames, alone.frames)
+            if step == at:
+                raise Cancelled
+
+        places = tmp_path / str(at)
+        places.mkdir()
+        with pytest.raises(Cancelled):
+            runtime.generate(tiny, outer, on_step=stop, checkpoints=Checkpoints(places, "key", steps=1))
+        again = runtime.generate(tiny, outer, checkpoints=Checkpoints(places, "key"))
+        assert np.array_equal(again.frames, whole.frames)
+        assert again.receipt.quality == said
 
 
 def test_from_the_command_line(tmp_path: Path, files: tuple[Path, Path], capsys: pytest.CaptureFixture[str]) -> None:
