@@ -197,8 +197,9 @@ def decode(options: argparse.Namespace) -> None:
         raise ValueError(f"{options.latents} holds latents of {kept}; name that model with --model")
 
     import runtime
+    from runtime.model import load_autoencoder_alone
 
-    model = runtime.load(options.model, device=options.device)
+    model = load_autoencoder_alone(options.model, device=options.device)
     tile = options.tile and (options.tile[1], options.tile[0])
     fps = options.fps or float(notes.get("fps", model.spec.defaults.fps))
     video = runtime.decode(model, latents, tile=tile, dtype=options.dtype, fps=fps)

@@ -30,7 +30,7 @@ from runtime.models import open_checkpoint
 from runtime.models.costs import Shape
 from runtime.offload import give_back_memory
 
-FORMAT = 3
+FORMAT = 4
 MISSED, IN_A_ROW = 1.5, 3  # so many requests that all took so many times what was foreseen, or so much less
 SETTLED = 600.0  # seconds after which a calibration that misses is made anew
 
@@ -56,9 +56,9 @@ print(json.dumps({"bytes": peaks, "seconds": least}))
 """
 
 # What a brief measurement takes for granted, as found on a processor of 2025: seconds of Python around an operation,
-# and bytes of a process with PyTorch, with the libraries that cut and encode text beside it or not.
+# and bytes of a process with PyTorch.
 GLUE = dict.fromkeys(("text", "step", "denoise", "decode", "encode"), 1e-4)
-RESIDENT = {**dict.fromkeys(GLUE, 490 * 10**6), **{f"known {stage}": 375 * 10**6 for stage in GLUE}}
+RESIDENT = dict.fromkeys(GLUE, 375 * 10**6)
 
 
 @dataclass(frozen=True)
@@ -201,9 +201,8 @@ def built_in(
     with tempfile.TemporaryDirectory() as cache:
         command = [sys.executable, "-c", PROCESS, str(device), kind, str(torch.get_num_threads())]
         env = {**os.environ, "DIT_RUNTIME_CACHE": cache}
-        first, second = (_last_json(command, env) for _ in range(2))  # the second finds the text in the cache
-    resident = {stage: max(peak - model - costs.text_encoder.bytes(size), 0) for stage, peak in first["bytes"].items()}
-    resident |= {f"known {stage}": max(peak - model, 0) for stage, peak in second["bytes"].items()}
+        found = _last_json(command, env)
+    resident = {stage: max(peak - model - costs.text_encoder.bytes(size), 0) for stage, peak in found["bytes"].items()}
     latents, tokens = (2, 4, 4), 6  # of the request below
     works = {
         "text": [costs.text(tokens, size)] * 2,
@@ -215,7 +214,7 @@ def built_in(
     for stage, parts in works.items():
         calls = sum(each.count for work in parts for each in work.operations)
         known = sum(bare.seconds(work, stage) for work in parts)
-        glue[stage] = max(first["seconds"][stage] - known, 0.0) / calls
+        glue[stage] = max(found["seconds"][stage] - known, 0.0) / calls
     glue |= {"denoise": glue["step"], "encode": glue["decode"]}
     return ({} if device.type == "cuda" else resident), glue
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, TypedDict, cast
 
 import torch
+from tokenizers import Tokenizer
 
 from runtime import precision as eight_bits
 from runtime import weights
@@ -125,14 +126,18 @@ class Model:
             return weights.load(self.checkpoint.image_encoder, self.device, self.dtype)
 
     @cached_property
-    def tokenizer(self) -> Any:
+    def tokenizer(self) -> Tokenizer:
         """The tokenizer that the checkpoint brings."""
-        from transformers import AutoTokenizer
-
         folder = self.checkpoint.tokenizer
         try:
-            return AutoTokenizer.from_pretrained(folder, local_files_only=True)
-        except Exception as error:  # transformers fails with many kinds on an empty or damaged folder
+            if (whole := folder / "tokenizer.json").is_file():
+                return Tokenizer.from_file(str(whole))
+            if not (folder / "spiece.model").is_file():
+                raise FileNotFoundError("it has neither tokenizer.json nor spiece.model")
+            from transformers import AutoTokenizer  # which takes seconds to load
+
+            return AutoTokenizer.from_pretrained(folder, local_files_only=True).backend_tokenizer
+        except Exception as error:  # both libraries fail with many kinds on an empty or damaged folder
             reason = (str(error).splitlines() or [type(error).__name__])[0]
             raise ValueError(f"the tokenizer in {folder} cannot be read ({reason}); fetch the model again") from error
 
@@ -256,12 +261,7 @@ def load(
             "and go are run by the engine 'eager': take it, or keep all blocks"
         )
     check_precision(precision, engine, offload)
-    checkpoint = open_checkpoint(locate(name_or_path))
-    if checkpoint.missing:
-        more = f" and {len(checkpoint.missing) - 5} more" if len(checkpoint.missing) > 5 else ""
-        raise FileNotFoundError(
-            f"the model in {checkpoint.folder} lacks {', '.join(checkpoint.missing[:5])}{more}; fetch it again whole"
-        )
+    checkpoint = open_whole(name_or_path)
     stages: Stages = {}
     with recording(stages), span("load", memory=True):
         # In 8 bits a GPU need not have room for the full weights: they wait in the host's memory.
@@ -275,6 +275,26 @@ def load(
                 eight_bits.narrow(network, place)
             model.precision = precision
     return model
+
+
+def load_autoencoder_alone(name_or_path: str | Path, *, device: str | torch.device = "auto") -> Model:
+    """Load of a model what `decode`, `encode` and `preview` need, in float32: no transformer. Errors as of `load`."""
+    place, stages = choose_device(device), Stages()
+    checkpoint = open_whole(name_or_path)
+    with recording(stages), span("load", memory=True):
+        vae = load_autoencoder(checkpoint, place, torch.float32)
+    return Model(checkpoint, (), vae, place, torch.float32, "eager", stages)
+
+
+def open_whole(name_or_path: str | Path) -> Checkpoint:
+    """Return a checkpoint of which no file is missing; FileNotFoundError names what is."""
+    checkpoint = open_checkpoint(locate(name_or_path))
+    if checkpoint.missing:
+        more = f" and {len(checkpoint.missing) - 5} more" if len(checkpoint.missing) > 5 else ""
+        raise FileNotFoundError(
+            f"the model in {checkpoint.folder} lacks {', '.join(checkpoint.missing[:5])}{more}; fetch it again whole"
+        )
+    return checkpoint
 
 
 def check_precision(precision: str, engine: str, offload: Offload | None) -> None:

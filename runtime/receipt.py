@@ -13,7 +13,7 @@ from typing import Any
 from runtime.offload import Offload
 from runtime.trace import Stages
 
-PACKAGES = ("dit-runtime", "torch", "transformers", "av")
+PACKAGES = ("dit-runtime", "torch", "tokenizers", "transformers", "av")
 
 
 @dataclass

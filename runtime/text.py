@@ -93,15 +93,12 @@ def run_encoder(model: Model, text: str) -> Embedding:
 
     The published pipelines pad and mask; a masked token weighs exactly nothing, so leaving it out is the same.
     """
-    ids = model.tokenizer(text).input_ids
-    cut = ""
-    if len(ids) > model.spec.text_length:
-        kept = model.tokenizer(text, truncation=True, max_length=model.spec.text_length).input_ids
-        specials = len(model.tokenizer("").input_ids)
-        cut = model.tokenizer.decode(ids[len(kept) - specials : len(ids) - specials])
-        ids = kept
-    given = torch.tensor([ids], device=model.device)
-    tokens = model.text_encoder(given, attention_mask=torch.ones_like(given)).last_hidden_state[0]
+    found = model.tokenizer.encode(text, add_special_tokens=False)
+    room = model.spec.text_length - model.tokenizer.num_special_tokens_to_add(is_pair=False)
+    cut = model.tokenizer.decode(found.ids[room:])
+    found.truncate(room)
+    ids = model.tokenizer.post_process(found).ids
+    tokens = model.text_encoder(torch.tensor([ids], device=model.device))[0]
     return Embedding(tokens.cpu().clone(), cut)
 
 

@@ -137,11 +137,10 @@ class Job:
         transformer = offload.transformer_bytes(self.weights, self.experts, size)
         always = transformer + self.costs.vae.bytes(self.vae_itemsize)
         text = 0 if self.setting.text_known else offload.text_bytes(self.costs.text_encoder, size)
-        known = "known " if self.setting.text_known else ""
         after = always + (text if offload.text == "resident" else 0)
         live = self.live(tile)
         return {
-            stage: self.machine.resident(known + stage) + (always + text if stage == "text" else after) + live[stage]
+            stage: self.machine.resident(stage) + (always + text if stage == "text" else after) + live[stage]
             for stage in STAGES
         }
 

@@ -7,7 +7,6 @@ import json
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -17,6 +16,7 @@ import runtime
 from benchmarks.measure import fresh_process
 from runtime.__main__ import main
 from runtime.offload import SLOTS, Offload, Streamed
+from tests.peaks import peak_within
 from tests.published import Tiny, write
 
 REQUEST = runtime.Request(prompt="a red ball", negative_prompt="blue", seed=3, steps=4)
@@ -83,18 +83,6 @@ def test_the_receipt_says_it(folder: Path) -> None:
 
 
 MEDIUM = Tiny(heads=8, head_dim=64, layers=12, ffn=2048, channels=16, text_dim=16, vae_width=8)
-
-
-def peak_within(folder: str, memory: str | None) -> tuple[int, int, dict[str, Any] | None]:
-    """Make a video; return the highest resident memory of its stages and of loading, and what was predicted."""
-    request = runtime.Request(prompt="a red ball", seed=3, steps=2, width=64, height=64, num_frames=5)
-    model = runtime.load(folder) if memory is None else runtime.load_within(folder, request, memory=memory)
-    video = runtime.generate(model, request)
-    for _ in video:
-        pass
-    stages = video.receipt.stages
-    loading = stages["load"].peak_bytes or 0
-    return max(stages[name].peak_bytes or 0 for name in ("text", "denoise", "decode")), loading, video.receipt.predicted
 
 
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="needs a system that tells peak memory")

@@ -334,7 +334,7 @@ def test_text_encoder_against_published_code(written: dict) -> None:
     state = {name: tensor.float() for name, tensor in torch.load(folder / T5, weights_only=True).items()}
     ids = torch.randint(len(state["token_embedding.weight"]), (150,), generator=torch.Generator().manual_seed(5))
     with torch.no_grad():
-        ours = runtime.load(folder).text_encoder(ids[None]).last_hidden_state[0]
+        ours = runtime.load(folder).text_encoder(ids[None])[0]
         theirs = published_t5(state, ids, heads=3)
     assert relative(ours, theirs) <= 1e-5
 

@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import shutil
+import subprocess
+import sys
 import warnings
 from pathlib import Path
 
 import pytest
 import torch
+from transformers import UMT5Config, UMT5EncoderModel
 
 import runtime
 from runtime import text
 from runtime.denoising import prepare_context
+from runtime.models.wan.text_encoder import build_text_encoder
 from runtime.models.wan.transformer import fold_padding
 from runtime.request import Request
-from tests.published import Tiny, pipeline, relative, write
+from tests.published import Tiny, pipeline, randomise, relative, write
 
 TINY = Tiny(text_length=16)
 
@@ -39,6 +44,59 @@ def test_equals_the_published_embeddings(folder: Path, prompt: str) -> None:
     theirs = pipeline(TINY)._get_t5_prompt_embeds(prompt, max_sequence_length=TINY.text_length)[0]
     assert relative(ours, theirs[: len(ours)]) <= 1e-5
     assert not theirs[len(ours) :].any()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("length", [1, 2, 31, 300])
+def test_the_encoder_is_the_published_one_to_the_bit(dtype: torch.dtype, length: int) -> None:
+    config = {
+        "model_type": "umt5", "vocab_size": 300, "d_model": 64, "d_kv": 16, "d_ff": 96, "num_layers": 2, "num_heads": 4,
+        "relative_attention_num_buckets": 16, "relative_attention_max_distance": 40, "feed_forward_proj": "gated-gelu",
+        "is_encoder_decoder": False, "tie_word_embeddings": False,
+    }  # fmt: skip
+    theirs = randomise(UMT5EncoderModel(UMT5Config(**config)), 5).to(dtype).eval()
+    ours = build_text_encoder(config).to(dtype)
+    ours.load_state_dict({k: v for k, v in theirs.state_dict().items() if k != "encoder.embed_tokens.weight"})
+    tokens = torch.randint(0, 300, (1, length), generator=torch.Generator().manual_seed(length))
+    with torch.inference_mode():
+        expected = theirs(tokens, attention_mask=torch.ones_like(tokens)).last_hidden_state
+        assert torch.equal(ours(tokens), expected)
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [({"model_type": "t5"}, "Wan has 'umt5'"), ({"feed_forward_proj": "relu"}, "Wan's is 'gated-gelu'"),
+     ({"d_ff": None}, "fetch it again")],
+)  # fmt: skip
+def test_a_config_of_another_encoder_is_refused(change: dict, words: str) -> None:
+    numbers = {"vocab_size": 9, "d_model": 8, "d_kv": 4, "d_ff": 8, "num_layers": 1, "num_heads": 2}
+    config = {name: value for name, value in ({"model_type": "umt5"} | numbers | change).items() if value is not None}
+    with pytest.raises(ValueError, match=words):
+        build_text_encoder(config)
+
+
+def test_a_first_prompt_loads_no_library_and_no_compiler(tmp_path: Path) -> None:
+    """Which would take longer than the built-in model takes for a small video."""
+    code = (
+        "import sys, runtime\n"
+        "request = runtime.Request(prompt='a new prompt', width=32, height=32, num_frames=1, steps=1)\n"
+        "assert runtime.generate(runtime.load('demo'), request, predict=False).frames.any()\n"
+        "print(*{'transformers', 'torch._dynamo', 'torch._inductor', 'sympy', 'diffusers'} & sys.modules.keys())"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout == "\n"
+
+
+def test_the_tokenizer_is_the_published_one_and_none_is_made_up(folder: Path, tmp_path: Path) -> None:
+    """Of an empty folder, the library of published tokenizers would make one that knows no word."""
+    model = runtime.load(folder)
+    prompt = "a red ball rolls over 日本 grass </s> and <extra_id_0>"
+    own = model.tokenizer.encode(prompt).ids
+    assert own == pipeline(TINY).tokenizer(prompt).input_ids
+    shutil.copytree(folder, tmp_path / "model")
+    (tmp_path / "model" / "tokenizer" / "tokenizer.json").unlink()
+    with pytest.raises(ValueError, match="neither tokenizer.json nor spiece.model.*; fetch the model again"):
+        assert runtime.load(tmp_path / "model").tokenizer
 
 
 def test_a_hit_never_loads_the_encoder(folder: Path) -> None:
@@ -106,8 +164,7 @@ def test_what_is_cut_is_said(folder: Path) -> None:
         (note,) = video.receipt.notes
         assert "the prompt is longer than 16 tokens" in note
         assert note.endswith("sand'")
-    kept = model.tokenizer(prompt, truncation=True, max_length=16).input_ids
-    assert len(text.embedding(model, prompt).tokens) == len(kept) == 16
+    assert len(text.embedding(model, prompt).tokens) == 16
     assert not runtime.generate(model, Request(prompt="a red ball", steps=1, seed=0)).receipt.notes
 
 

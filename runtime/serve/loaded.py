@@ -100,7 +100,8 @@ def fits(model: runtime.Model, loras: Sequence[Lora]) -> str | None:
 
 
 def load_libraries(model: runtime.Model) -> None:
-    """Load what cuts and encodes text, without its weights."""
-    with torch.device("meta"):
-        model.checkpoint.text_encoder.build()
+    """Load what cuts text, and what encodes pictures, without its weights."""
     assert model.tokenizer is not None
+    if (pictures := model.checkpoint.image_encoder) is not None:
+        with torch.device("meta"):
+            pictures.build()

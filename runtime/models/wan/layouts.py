@@ -20,6 +20,7 @@ from runtime.models.wan import weights as names
 from runtime.models.wan.conditioning import control_channels, picture_channels
 from runtime.models.wan.costs import WanCosts
 from runtime.models.wan.specs import CAPTIONS, OTHER_VARIANTS, PUBLISHED, TEXT_LENGTH, VARIANTS
+from runtime.models.wan.text_encoder import build_text_encoder
 from runtime.models.wan.transformer import TransformerConfig, WanTransformer
 from runtime.models.wan.vae import WanVAE
 from runtime.models.wan.vae_config import VAEConfig
@@ -265,17 +266,6 @@ def _read_scheduler(file: Path) -> tuple[str, float | None, dict[str, Any], str]
     raise ValueError(
         f"{file} names the scheduler {kind!r}; supported: UniPCMultistepScheduler, FlowMatchEulerDiscreteScheduler"
     )
-
-
-def build_text_encoder(config: Mapping[str, Any]) -> nn.Module:
-    """Return an empty UMT5 encoder; ValueError for a config of another."""
-    from transformers import UMT5Config, UMT5EncoderModel
-
-    if config.get("model_type") != "umt5":
-        raise ValueError(f"the text encoder is a {config.get('model_type')!r}; Wan has 'umt5': fetch its config again")
-    encoder = UMT5EncoderModel(UMT5Config(**config))
-    encoder.encoder.embed_tokens = encoder.shared  # tied as published, also where nothing has been loaded yet
-    return encoder
 
 
 def _tied_keys(files: tuple[Path, ...], module: nn.Module) -> Mapping[str, Any]:

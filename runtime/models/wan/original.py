@@ -20,7 +20,6 @@ from runtime.models.spec import Checkpoint, Conditioning, ImageSize, config_from
 from runtime.models.wan import weights as names
 from runtime.models.wan.costs import WanCosts
 from runtime.models.wan.layouts import (
-    build_text_encoder,
     channels,
     number_positions,
     read_config,
@@ -28,6 +27,7 @@ from runtime.models.wan.layouts import (
     vae_component,
 )
 from runtime.models.wan.specs import LATENT_STATISTICS, TEXT_LENGTH
+from runtime.models.wan.text_encoder import build_text_encoder
 from runtime.models.wan.transformer import TransformerConfig, WanTransformer
 from runtime.models.wan.vae_config import VAEConfig
 from runtime.weights import Component, find
