@@ -47,7 +47,7 @@ FA3 = "flash_attn_interface"  # the package of FlashAttention-3
 SIZES = (64, 128)  # of heads, that the Triton version takes
 TILE = 128  # codes are there for whole tiles of so many tokens
 WATCHED = 512  # tokens that one program looks through for their head's range
-SCORES = 2**26  # that the reference holds at once
+SCORES = {"cpu": 2**22, "cuda": 2**28}  # that the reference holds at once
 
 Codes = tuple[torch.Tensor, torch.Tensor]  # of a head's numbers, e4m3; what they are multiples of, [B, N] float32
 
@@ -60,7 +60,7 @@ def attention_fp8_ref(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torc
     factor = (q_scale * k_scale * softmax_scale(size))[..., None, None]  # [B, N, 1, 1]
     keys, values = k8.float().permute(0, 2, 3, 1), v8.float().transpose(1, 2)
     out = torch.empty(rows, length, heads, size, dtype=q.dtype, device=q.device)
-    at_once = max(1, SCORES // (rows * heads * k.shape[1]))
+    at_once = max(1, SCORES.get(q.device.type, 2**22) // (rows * heads * k.shape[1]))
     for some, target in zip(q8.split(at_once, dim=1), out.split(at_once, dim=1), strict=True):
         s = some.float().transpose(1, 2) @ keys * factor  # [B, N, some of L, S]
         p = torch.exp2(s - (s.amax(3, keepdim=True).ceil() - 8.0))
@@ -131,7 +131,7 @@ def codes_kernel(
 def attention_fp8_kernel(
     q, k, v, q_scale, k_scale, v_scale, out,
     length, keys, heads, q_padded, padded, scale,
-    K: tl.constexpr, BLOCK_L: tl.constexpr, BLOCK_S: tl.constexpr, ROUND: tl.constexpr,
+    K: tl.constexpr, BLOCK_L: tl.constexpr, BLOCK_S: tl.constexpr, AHEAD: tl.constexpr, ROUND: tl.constexpr,
 ):  # fmt: skip
     """One program per head and BLOCK_L queries, neighbours on the same keys.
 
@@ -153,8 +153,16 @@ def attention_fp8_kernel(
     total = tl.zeros((BLOCK_L,), tl.float32)
     top = tl.full((BLOCK_L,), float("-inf"), tl.float32)  # the largest product so far
     level = tl.full((BLOCK_L,), float("-inf"), tl.float32)
-    for _ in range(0, keys, BLOCK_S):
-        scores = tl.dot(queries, tl.trans(tl.load(k + lanes[:, None] * K + sizes[None, :])))
+    keys_tile = k + lanes[:, None] * K + sizes[None, :]
+    if AHEAD:
+        scores = tl.dot(queries, tl.trans(tl.load(keys_tile)))
+    for first in range(0, keys, BLOCK_S):
+        if AHEAD:  # the tensor cores take the next scores while these are weighed; behind the last, the last again
+            keys_tile += tl.where(first + BLOCK_S < keys, BLOCK_S * K, 0)
+            coming = tl.dot(queries, tl.trans(tl.load(keys_tile)))
+        else:
+            scores = tl.dot(queries, tl.trans(tl.load(keys_tile)))
+            keys_tile += BLOCK_S * K
         top = tl.maximum(top, tl.max(scores, axis=1))
         above = tl.ceil(top * factor) - 8.0
         weights = tl.exp2(scores * factor - above[:, None])
@@ -167,8 +175,9 @@ def attention_fp8_kernel(
         # A sum of its own over these keys, and an addition: the tensor cores' sums are too coarse to go on with.
         part = tl.dot(weights.to(values.dtype), tl.trans(values), max_num_imprecise_acc=BLOCK_S)
         acc = acc * decay[:, None] + part
-        k += BLOCK_S * K
         v += BLOCK_S
+        if AHEAD:
+            scores = coming
     total -= (tl.cdiv(keys, BLOCK_S) * BLOCK_S - keys) * tl.exp2(-level)
     acc = acc * (tl.load(v_scale + pair) / total)[:, None]
     out += ((row * length + start) * heads + head) * K
@@ -221,6 +230,7 @@ def attention_fp8_triton(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> t
     out = torch.empty(rows, length, heads, size, dtype=q.dtype, device=q.device)
     found = tuned("attention_fp8", key_of(q, k), q.device)
     block_l, block_s = found.get("block_l", 128), found.get("block_s", 64)
+    ahead = found.get("ahead", (capability_of(q.device) or (0, 0))[0] == 9)  # whose products run beside what follows
     assert TILE % block_l == TILE % block_s == 0
     launch(
         attention_fp8_kernel,
@@ -231,7 +241,7 @@ def attention_fp8_triton(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> t
             "scale": softmax_scale(size),
         },
         # The interpreter cuts numbers off where GPUs round them.
-        {"K": size, "BLOCK_L": block_l, "BLOCK_S": block_s, "ROUND": q.device.type == "cpu"},
+        {"K": size, "BLOCK_L": block_l, "BLOCK_S": block_s, "AHEAD": ahead, "ROUND": q.device.type == "cpu"},
         num_warps=found.get("num_warps", 8),
         num_stages=found.get("num_stages", 3),
     )  # fmt: skip

@@ -73,7 +73,7 @@ CHOICES: dict[str, tuple[str, list[Settings]]] = {
     "attention_fp8": (
         "attention_fp8",
         [
-            {"implementation": "fa3"},
+            {"implementation": "fa3"}, {"ahead": False}, {"ahead": True},
             *({"block_l": length, "block_s": keys, "num_warps": warps, "num_stages": stages}
               for length, keys, warps, stages in ((128, 64, 8, 2), (128, 64, 8, 4), (128, 128, 8, 2), (128, 128, 8, 3),
                                                   (64, 64, 4, 3), (64, 128, 4, 2), (64, 128, 4, 3))),
