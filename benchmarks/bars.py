@@ -18,50 +18,14 @@ from typing import Any
 
 from benchmarks import savings
 from benchmarks.measure import PSNR_LIMIT
-from runtime.kernels.cases import cases
+from benchmarks.operation_bars import BARS as OPERATIONS
+from benchmarks.operation_bars import Bar, Measured, duration, measured_of, missed_by
 
 REPORTS = {
     "kernels": "kernels",
     "published": "published_report",
     "latency": "latency_report",
 }  # where their tables are made
-OURS = ("triton", "cuda", "picked")
-ASIDE = ("reference", "torch.compile", *OURS)  # versions that are no library's
-
-
-@dataclass(frozen=True)
-class Bar:
-    """A bar: where it stands in the results (benchmark, then operation and case or part and version), and its text.
-
-    `which` is the version of ours that is judged; "" is the fastest.
-
-    One of: `seconds` at most; `rate` per second at least, of the case's bytes or FLOPs; `ratio` of the time of the
-    version `over` (of the fastest one that is not ours where that is "") at most.
-    """
-
-    place: tuple[str, str, str]
-    published: str
-    seconds: float | None = None
-    rate: float | None = None
-    over: str | None = None
-    ratio: float = 1.0
-    which: str = ""
-
-    def __str__(self) -> str:
-        if self.seconds is not None:
-            return f"<= {duration(self.seconds)}"
-        if self.rate is not None:
-            return f">= {self.rate / 1e12:g} T/s"
-        return f"<= {self.ratio:.3g} x {self.over or 'best library'}"
-
-    def met(self, ours: float, work: float, others: dict[str, float]) -> bool | None:
-        """Tell whether a time reaches it; None where what it is compared with was not measured."""
-        if self.seconds is not None:
-            return ours <= self.seconds
-        if self.rate is not None:
-            return work / ours >= self.rate
-        rival = others.get(self.over) if self.over else min(others.values(), default=None)
-        return None if rival is None else ours <= self.ratio * rival
 
 
 def part_of(record: dict[str, Any], name: str) -> dict[str, Any]:
@@ -92,11 +56,6 @@ def first_of(record: dict[str, Any]) -> float | None:
     return statistics.median(run[0] / run[-1] for run in runs) if runs else None
 
 
-def kernel(operation: str, case: str, published: str, **bar: Any) -> Bar:
-    """Return a bar of an operation."""
-    return Bar(("kernels", operation, case), published, **bar)
-
-
 @dataclass(frozen=True)
 class Figure:
     """A bar of something else than a time: `benchmark` and what `read` finds in a record of it, None for nothing."""
@@ -109,14 +68,7 @@ class Figure:
     unit: str = ""
 
 
-SHAPE = "wan-14b 480p"
-RATE, FASTER = {"rate": 3.7e12}, {"over": "torch.compile", "ratio": 1 / 1.2}
-NORM, COMPILED = "0.63 TB/s (sglang)", "diffusers, compiled"
-
-
-def cases_of(operation: str) -> list[str]:
-    """Return the names of an operation's cases at published shapes."""
-    return [case.name for case in cases(operation, real=True)]
+COMPILED = "diffusers, compiled"
 
 
 def steps_of(name: str, published: str, seconds: float) -> tuple[Bar, ...]:
@@ -131,38 +83,7 @@ def steps_of(name: str, published: str, seconds: float) -> tuple[Bar, ...]:
 
 # Of the texts: operations, then decoding, steps, speed under a budget.
 BARS = (
-    kernel("qk_norm_rope", f"{SHAPE} dense", "about 1.2 TB/s (sglang)", seconds=360e-6),
-    kernel("gate_residual_modulate", SHAPE, "4.99 x eager (sglang)", seconds=360e-6),
-    *(
-        kernel(operation, case, published, **bar)
-        for operation, case, published in (
-            ("qk_norm_rope", f"{SHAPE} dense", "about 1.2 TB/s (sglang)"),
-            ("modulate", SHAPE, "3.76 TB/s (cuDNN RMS norm)"),
-            ("gate_residual", SHAPE, "not found"),
-            ("gate_residual_modulate", SHAPE, "4.99 x eager (sglang)"),
-            *(("norm_silu", case, NORM) for case in cases_of("norm_silu") if case.startswith("wan-vae 480p")),
-        )
-        for bar in (RATE, FASTER)
-    ),
-    *(
-        kernel(
-            "attention", case, "693 TFLOP/s (cuDNN 9.19)" * case.endswith("itself"), over="", ratio=1.01, which="picked"
-        )
-        for case in cases_of("attention")
-    ),
-    kernel("attention", f"{SHAPE} over itself", "395 to 477 TFLOP/s (Triton, H100)", rate=480e12, which="triton"),
-    kernel("attention_fp8", SHAPE, "1062 TFLOP/s (cuDNN 9.19)", over="bf16 attention", ratio=1.0),
-    *(kernel("mlp", case, "cuBLASLt epilogue", over="bare GEMMs", ratio=1.02) for case in cases_of("mlp")),
-    *(
-        kernel("linear_fp8", case, "1102 TFLOP/s (FBGEMM, H100)", over="bf16 linear", ratio=1 / 1.4)
-        for case in cases_of("linear_fp8")
-        if case.startswith("wan-14b")
-    ),
-    *(
-        kernel("causal_conv3d", case, "374 TFLOP/s (sglang)", over="", ratio=1 / 1.5)
-        for case in cases_of("causal_conv3d")
-        if case.startswith("wan-vae 480p")
-    ),
+    *OPERATIONS,
     Bar(("published", "decode-480p", "16 bits"), "1.56 s (sglang)", seconds=0.9),
     Bar(("published", "decode-480p", "16 bits"), "", over=COMPILED),
     Bar(("published", "decode-720p", "16 bits"), "not found", seconds=2.0),
@@ -201,16 +122,6 @@ FIGURES = (
     ),
     Figure("first request after a warm start / tenth", "warm", "<= 1.1", first_of, lambda found: found <= 1.1),
 )
-
-
-@dataclass(frozen=True)
-class Measured:
-    """What a place holds: seconds of ours and of others, the limit, and the work that a rate is of."""
-
-    ours: float | None
-    others: dict[str, float]
-    floor: float | None
-    work: float = 0.0
 
 
 def add_command(commands: Any) -> None:
@@ -258,20 +169,18 @@ def figure_row(figure: Figure, records: Sequence[dict[str, Any]]) -> str:
 
 def row(bar: Bar, measured: Measured | None) -> str:
     """Return one bar's line."""
-    what = " ".join(bar.place[1:]).removesuffix(" 16 bits") + (f", {bar.which}" if bar.which else "")
     if measured is None or measured.ours is None:
-        return f"| {what} | | {bar.published} | {bar} | not measured | | | | |"
-    met = bar.met(measured.ours, measured.work, measured.others)
+        return f"| {bar.name} | | {bar.published} | {bar} | not measured | | | | |"
+    most = bar.most(measured.work, measured.others)
     floor = "" if measured.floor is None else duration(measured.floor)
     share = "" if measured.floor is None else f"{measured.floor / measured.ours:.0%}"
     shown = {name: s for name, s in measured.others.items() if not name.startswith("ours") or name == bar.over}
     theirs = [name for name in shown if name.startswith("diffusers")]
     groups = theirs, [name for name in shown if name not in theirs]
     beside = " | ".join(", ".join(f"{name} {duration(shown[name])}" for name in names) for names in groups)
-    verdict = {True: "met", False: "missed", None: "not measured"}[met]
-    return (
-        f"| {what} | {floor} | {bar.published} | {bar} | {duration(measured.ours)} | {share} | {beside} | {verdict} |"
-    )
+    verdict = "not measured" if most is None else "met" if measured.ours <= most else missed_by(measured.ours, most)
+    cells = [bar.name, floor, bar.published, str(bar), duration(measured.ours), share, beside, verdict]
+    return f"| {' | '.join(cells)} |"
 
 
 def found(bar: Bar, records: Sequence[dict[str, Any]]) -> Measured | None:
@@ -280,19 +189,14 @@ def found(bar: Bar, records: Sequence[dict[str, Any]]) -> Measured | None:
     for record in reversed(records):
         if record.get("benchmark") != benchmark:
             continue
-        for each in record["kernels"] if benchmark == "kernels" else record["parts"]:
-            key = (each["operation"], each["case"]) if benchmark == "kernels" else (each["name"], which)
-            if key == (name, which) and each.get("seconds"):
-                return kernel_times(each, bar.which) if benchmark == "kernels" else part_times(each, which)
+        if benchmark == "kernels":
+            measured = measured_of(bar, record)
+        else:
+            each = part_of(record, name)
+            measured = part_times(each, which) if each.get("seconds") else None
+        if measured is not None:
+            return measured
     return None
-
-
-def kernel_times(each: dict[str, Any], which: str) -> Measured:
-    """Read one case of `kernels`."""
-    medians = {name: statistics.median(samples) for name, samples in each["seconds"].items()}
-    ours = min((medians[name] for name in OURS if name in medians and which in ("", name)), default=None)
-    others = {name: seconds for name, seconds in medians.items() if name not in ASIDE or name == "torch.compile"}
-    return Measured(ours, others, each["least_us"] / 1e6, each["bytes" if each["bound"] == "memory" else "flops"])
 
 
 def part_times(each: dict[str, Any], which: str) -> Measured:
@@ -302,11 +206,3 @@ def part_times(each: dict[str, Any], which: str) -> Measured:
     mine = in_16_bits if which == "16 bits" else [which]
     ours = min((medians[name] for name in mine if name in medians), default=None)
     return Measured(ours, {name: s for name, s in medians.items() if name not in mine}, each["floor"])
-
-
-def duration(seconds: float) -> str:
-    """Return seconds with three digits, in us or ms where they are few."""
-    for unit, size in (("us", 1e-6), ("ms", 1e-3)):
-        if seconds < 1000 * size:
-            return f"{seconds / size:.3g} {unit}"
-    return f"{seconds:.3g} s"

@@ -129,8 +129,8 @@ def linear_fp8(a: Arguments) -> list[Baseline]:
     return [Baseline("bf16 linear", lambda: F.linear(x, weight), whole=False)]
 
 
-def causal_conv3d(a: Arguments) -> list[Baseline]:
-    """cuDNN with separate cat, padding, bias and residual, in both memory layouts."""
+def causal_conv3d(a: Arguments, before: Callable[[torch.Tensor], torch.Tensor] = lambda x: x) -> list[Baseline]:
+    """cuDNN with separate cat, padding, bias and residual, in both memory layouts; `before` makes what it reads."""
     x, weight, bias, history, residual = (a.get(name) for name in ("x", "weight", "bias", "history", "residual"))
     assert x is not None and weight is not None
     stride = a.get("stride", 1)
@@ -143,7 +143,8 @@ def causal_conv3d(a: Arguments) -> list[Baseline]:
 
         def run() -> torch.Tensor:
             assert frames is not None
-            window = frames if past is None else torch.cat([past, frames], dim=2)
+            made = before(frames)
+            window = made if past is None else torch.cat([past, made], dim=2)
             missing = taps - stride - (window.shape[2] - frames.shape[2])
             if missing:
                 window = F.pad(window, (0, 0, 0, 0, missing, 0))

@@ -1,8 +1,8 @@
 """The compile report: every kernel, at every real case, compiled ahead of time for GPUs that need not be here.
 
 Triton's kernels are recorded on tensors without data and compiled for each architecture, csrc by nvcc; what the machine
-code takes is read from the cubin. A kernel that spills registers or asks for more shared memory than the chip has
-makes the report fail.
+code takes, and what it does (in the file of results), is read from the cubin. A kernel that spills registers or asks
+for more shared memory than the chip has makes the report fail.
 """
 
 from __future__ import annotations
@@ -14,10 +14,11 @@ import shutil
 import subprocess
 import tempfile
 import time
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import suppress
 from dataclasses import asdict, dataclass
+from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,7 @@ from typing import Any
 import torch
 
 from benchmarks.machine import ROOT
+from benchmarks.machine_code import Code, read_sass
 from runtime import kernels
 from runtime.kernels import backend
 from runtime.kernels.cases import Case, Maker
@@ -102,6 +104,7 @@ class Row:
     occupancy: float = 0.0
     seconds: float = 0.0
     error: str = ""
+    code: Code | None = None
 
     @property
     def faults(self) -> list[str]:
@@ -125,13 +128,18 @@ def units(cases: Sequence[Case], arch: str) -> list[Unit]:
     found: dict[tuple[Any, ...], Unit] = {}
     for case in cases:
         arguments = case.make(Maker(torch.device("meta"), torch.bfloat16))
-        target = divmod(capability(arch), 10)
-        with torch.no_grad(), backend.forced("triton"), backend.recorded(target) as launches:
-            getattr(kernels, case.operation)(**arguments)
-        for launch in launches:
-            unit = specialised(case, launch)
+        for unit in launched(case, arch, partial(getattr(kernels, case.operation), **arguments)):
             found.setdefault(unit.key, unit)
     return list(found.values())
+
+
+def launched(case: Case, arch: str, call: Callable[[], Any]) -> list[Unit]:
+    """Return what a call launches by Triton on an architecture, each once."""
+    target = divmod(capability(arch), 10)
+    with torch.no_grad(), backend.forced("triton"), backend.recorded(target) as launches:
+        call()
+    found = [specialised(case, launch) for launch in launches]
+    return [*{unit.key: unit for unit in found}.values()]
 
 
 def specialised(case: Case, launch: backend.Launch) -> Unit:
@@ -189,21 +197,22 @@ def compiled(unit: Unit, arch: str) -> Row:
         text = f"{type(error).__name__}: {str(error).strip().splitlines()[-1] if str(error).strip() else ''}"
         return Row(unit.operation, unit.case, unit.kernel, arch, error=text)
     seconds = time.perf_counter() - began
-    (used,) = resources(kernel.asm["cubin"]).values()
+    ((used, code),) = inspected(kernel.asm["cubin"]).values()
     shared, warps = kernel.metadata.shared, kernel.metadata.num_warps
     return Row(
         unit.operation, unit.case, unit.kernel, arch, warps, used["REG"], used["STACK"] + used["LOCAL"], shared,
-        CHIPS[arch].occupancy(used["REG"], shared, warps), seconds,
+        CHIPS[arch].occupancy(used["REG"], shared, warps), seconds, code=code,
     )  # fmt: skip
 
 
-def resources(cubin: bytes) -> dict[str, dict[str, int]]:
-    """Return REG, STACK, SHARED and LOCAL of each kernel in a cubin."""
+def inspected(cubin: bytes) -> dict[str, tuple[dict[str, int], Code]]:
+    """Return of each kernel in a cubin REG, STACK, SHARED and LOCAL, and what its machine code shows."""
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "kernel.cubin"
         file.write_bytes(cubin)
-        text = _output([cuobjdump(), "--dump-resource-usage", str(file)])
-    return parse_resources(text)
+        text = _output([cuobjdump(), "--dump-resource-usage", "--dump-sass", str(file)])
+    codes = read_sass(text)
+    return {name: (used, codes[name]) for name, used in parse_resources(text).items()}
 
 
 def parse_resources(text: str) -> dict[str, dict[str, int]]:
@@ -250,10 +259,10 @@ def csrc_rows(arch: str, operations: Collection[str]) -> Iterator[Row]:
                 yield Row(source.stem, "csrc", source.name, arch, error=error)
                 continue
             reserved = KIB if capability(arch) >= 90 else 0  # counted in wherever a kernel has shared memory
-            for name, used in resources(cubin.read_bytes()).items():
+            for name, (used, code) in inspected(cubin.read_bytes()).items():
                 yield Row(
                     source.stem, "csrc", readable(name), arch, 0, used["REG"], used["STACK"] + used["LOCAL"],
-                    max(used["SHARED"] - reserved, 0), 0.0, seconds,
+                    max(used["SHARED"] - reserved, 0), 0.0, seconds, code=code,
                 )  # fmt: skip
 
 

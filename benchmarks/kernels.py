@@ -22,7 +22,7 @@ from typing import Any
 
 import torch
 
-from benchmarks import compile_report
+from benchmarks import compile_report, misses, pairs
 from benchmarks.baselines import BARS, Baseline, baselines
 from benchmarks.machine import describe, keep, results_file
 from benchmarks.measure import Refused
@@ -45,8 +45,10 @@ from runtime.kernels.verdicts import (
 BANDWIDTH, HALF_RATE, FP8_RATE = 4.3e12, 790e12, 1580e12
 FLUSH = 2**30  # bytes: many times any L2, and long enough to write that the next call is launched meanwhile
 RUNS = (7, 200)  # fewest and most samples of a version
+WHY = 60.0  # seconds kept for telling why bars are missed; at most twice that is taken
 SECONDS = 1.0  # for the samples of one case, all versions together
 FIRST = ("wan-14b 480p", "wan-vae 480p 96 ")  # the bars' cases, measured first
+TIMED = (*CASES, pairs.PAIR)
 REFERENCE, COMPILED, PICKED = "reference", "torch.compile", "picked"
 
 
@@ -79,7 +81,7 @@ def add_command(commands: Any) -> None:
     mode.add_argument("--show", type=Path, metavar="FILE", help="print the table of a file of speeds")
     mode.add_argument("--compile-report", action="store_true", help="registers, spills, shared memory and occupancy of "
                       "every kernel; needs no GPU; exit status 1 where one spills or does not fit")  # fmt: skip
-    parser.add_argument("--only", type=_operations, default=tuple(CASES), help=f"some of {','.join(CASES)}")
+    parser.add_argument("--only", type=_operations, default=TIMED, help=f"some of {','.join(TIMED)}")
     parser.add_argument("--case", default="", help="only cases whose name contains this, such as 'wan-14b 480p'; csrc, "
                         "which has no cases, is then left out of the compile report")  # fmt: skip
     parser.add_argument("--arch", nargs="+", choices=list(compile_report.CHIPS), default=list(compile_report.CHIPS),
@@ -102,7 +104,9 @@ def main(args: argparse.Namespace) -> int:
         print(roofline_table(chosen))
         save({"roofline": [roofline(case) for case in chosen]}, args.json)
     elif args.compile_report:
-        files = () if args.case else {module_of(name).__name__.rpartition(".")[2] for name in args.only}
+        single = [name for name in args.only if name in CASES]  # a pair launches what they do
+        chosen = [case for case in chosen if case.operation in single]
+        files = () if args.case else {module_of(name).__name__.rpartition(".")[2] for name in single}
         rows = []
         print(compile_report.HEADER)
         for row in compile_report.report(chosen, args.arch, args.jobs, files):
@@ -120,8 +124,11 @@ def main(args: argparse.Namespace) -> int:
 def in_order(operations: Sequence[str]) -> list[Case]:
     """Return the real cases, the first of each operation before the second of any, so that a cut leaves most."""
     found = []
-    for operation in operations:
-        ranked = sorted(cases(operation, real=True), key=lambda case: not case.name.startswith(FIRST))
+    real = {name: cases(name, real=True) for name in operations if name != pairs.PAIR}
+    if pairs.PAIR in operations:
+        real[pairs.PAIR] = pairs.pair_cases()
+    for each in real.values():
+        ranked = sorted(each, key=lambda case: not case.name.startswith(FIRST))
         found += [(place, case) for place, case in enumerate(ranked)]
     return [case for _, case in sorted(found, key=lambda pair: pair[0])]
 
@@ -156,14 +163,16 @@ def speeds(chosen: Sequence[Case], budget: float, file: Path | None) -> None:
     if triton is not None:
         machine["versions"]["triton"] = triton.__version__
     file = file or results_file(machine)
-    record: dict[str, Any] = {"benchmark": "kernels", "machine": machine, "kernels": [], "left_out": []}
+    record: dict[str, Any] = {"benchmark": "kernels", "machine": machine, "kernels": [], "left_out": [], "misses": []}
     for case in chosen:
-        if time.monotonic() > end:
+        if time.monotonic() > end - WHY:
             record["left_out"].append(f"{case.operation} {case.name}")
             continue
         print(f"{case.operation} {case.name}", flush=True)
         record["kernels"].append(measure(case, torch.device("cuda")))
         save(record, file)
+    save(record, file)
+    record["misses"] = misses.explain(record, min(end, time.monotonic() + 2 * WHY))
     save(record, file)
     print(f"\n{table(record)}\n\n{file}")
     if wrong := [f"{found['operation']} {found['case']}" for found in record["kernels"] if found["wrong"]]:
@@ -173,6 +182,8 @@ def speeds(chosen: Sequence[Case], budget: float, file: Path | None) -> None:
 def measure(case: Case, device: torch.device) -> dict[str, Any]:
     """Judge every version of a case; time them only if all of ours are correct."""
     operation = case.operation
+    if operation == pairs.PAIR:
+        return roofline(case) | pairs.measure(case, device, timed)
     found: dict[str, Any] = roofline(case) | {"verdicts": {}, "wrong": [], "seconds": {}, "skipped": {}, "parts": []}
     try:
         standard = Standard(case, torch.bfloat16, device)
@@ -291,6 +302,8 @@ def table(record: dict[str, Any]) -> str:
         f"Median, L2 emptied before each run, versions in turns. The limit is {BANDWIDTH / 1e12:g} TB/s or "
         f'{HALF_RATE / 1e12:g} TFLOP/s ({FP8_RATE / 1e12:g} in 8 bits); "vs" is their time / ours, of our fastest.',
     ]
+    if record.get("misses"):
+        lines += ["", "Missed bars, and what their profiles show:", "", misses.table(record["misses"])]
     return "\n".join(lines)
 
 
@@ -346,6 +359,6 @@ def first_line(error: BaseException) -> str:
 
 def _operations(given: str) -> tuple[str, ...]:
     names = tuple(given.split(","))
-    if unknown := [name for name in names if name not in CASES]:
-        raise argparse.ArgumentTypeError(f"{', '.join(unknown)}: legal are {', '.join(CASES)}, joined by commas")
+    if unknown := [name for name in names if name not in TIMED]:
+        raise argparse.ArgumentTypeError(f"{', '.join(unknown)}: legal are {', '.join(TIMED)}, joined by commas")
     return names

@@ -44,6 +44,21 @@ def test_one_case(tmp_path: Path) -> None:
         assert 16 <= row["registers"] <= 255 and 0 < row["occupancy"] <= 1
 
 
+def test_hopper_code(tmp_path: Path) -> None:
+    """Attention multiplies by warp groups while its next tiles come in; rows are read 16 bytes a thread, in 8 bits too.
+
+    The latter never leave their threads: shared memory is for the sums over a row alone.
+    """
+    options = ("--arch", "sm_90", "--only", "attention,modulate_fp8", "--case", "wan-14b 480p over itself")
+    (attention,) = report(tmp_path / "a.json", *options)
+    assert attention["code"]["loop_counts"]["HGMMA"] >= 8
+    assert {name for name in attention["code"]["loop_counts"] if name.startswith(("LDG", "HMMA"))} == {"LDGSTS.128"}
+    (rows,) = report(tmp_path / "b.json", *options[:-1], "wan-14b 480p rms")
+    counts = rows["code"]["counts"]
+    assert {name for name in counts if name.startswith(("LDG", "ST"))} == {"LDG.128", "STG.64", "STG.32", "STS"}
+    assert counts["STS"] <= 4
+
+
 @pytest.mark.slow
 def test_every_kernel_on_every_chip(tmp_path: Path) -> None:
     rows = report(tmp_path / "r.json")

@@ -152,16 +152,8 @@ def own_times(events: list[dict[str, Any]]) -> dict[str, list[float]]:
 
 
 def read_ncu(text: str) -> list[Counted]:
-    """Read page raw of Nsight Compute as CSV; lines before the header are its own messages.
-
-    Raises ValueError where a counter is missing.
-    """
-    lines = text.splitlines()
-    head = next((i for i, line in enumerate(lines) if line.startswith('"ID"')), None)
-    if head is None:
-        raise ValueError("Nsight Compute's table has no header line that begins with ID; it counted no kernel")
-    rows = csv.DictReader(io.StringIO("\n".join(lines[head:])))
-    units = next(rows)
+    """Read page raw of Nsight Compute as CSV; ValueError where a counter is missing."""
+    units, rows = rows_of_ncu(text)
     if missing := [name for name in (DURATION, COMPUTE, MEMORY) if name not in units]:
         raise ValueError(f"Nsight Compute's table lacks {', '.join(missing)}; this version names them otherwise")
     scale = UNITS[units[DURATION]]
@@ -169,6 +161,19 @@ def read_ncu(text: str) -> list[Counted]:
         Counted(row["Kernel Name"], number(row[DURATION]) * scale, number(row[COMPUTE]), number(row[MEMORY]))
         for row in rows
     ]
+
+
+def rows_of_ncu(text: str) -> tuple[dict[str, str], list[dict[str, str]]]:
+    """Return units by column and the launches of page raw as CSV; lines before the header are messages.
+
+    Raises ValueError where no kernel was counted.
+    """
+    lines = text.splitlines()
+    head = next((i for i, line in enumerate(lines) if line.startswith('"ID"')), None)
+    if head is None:
+        raise ValueError("Nsight Compute's table has no header line that begins with ID; it counted no kernel")
+    units, *rows = csv.DictReader(io.StringIO("\n".join(lines[head:])))
+    return units, rows
 
 
 def number(text: str) -> float:
