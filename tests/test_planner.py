@@ -303,6 +303,13 @@ def test_predicted_steps_and_weights_in_8_bits_count_less() -> None:
     rows = 40 * (7 * 5120 + 13824)
     assert full.weights_bytes["transformer"] - narrow.weights_bytes["transformer"] == layers - 4 * rows
     assert full.peak_bytes["denoise"] - narrow.peak_bytes["denoise"] == layers - 4 * rows
+    spared = 2 * 2 * layers * 32760 / 2 / GPUS["h200"].flops  # both prompts, at half the time
+    assert full.seconds["step"] - narrow.seconds["step"] == pytest.approx(spared)
+    assert narrow.flops == full.flops and not full.notes and "not measured" in narrow.notes[0]
+    older = predict(spec, costs, asked, GPUS["a100"], replace(setting, fp8=True))
+    assert (
+        older.seconds == predict(spec, costs, asked, GPUS["a100"], setting).seconds and "not foreseen" in older.notes[0]
+    )
     small = replace(setting, memory=24 * GIB)
     assert predict(spec, costs, asked, GPUS["4090"], small).choices["offload"]["transformer"] == "streamed"
     found = predict(spec, costs, asked, GPUS["4090"], replace(small, fp8=True))
