@@ -20,6 +20,7 @@ from benchmarks import savings
 from benchmarks.measure import PSNR_LIMIT
 from benchmarks.operation_bars import BARS as OPERATIONS
 from benchmarks.operation_bars import Bar, Measured, duration, measured_of, missed_by
+from benchmarks.warm import first_to_tenth
 
 REPORTS = {
     "kernels": "kernels",
@@ -53,7 +54,7 @@ def saved_of(quality: str, record: dict[str, Any]) -> float | None:
 def first_of(record: dict[str, Any]) -> float | None:
     """Return how many times the tenth request's seconds the first takes after a warm start."""
     runs = record["seconds"]["warm"]
-    return statistics.median(run[0] / run[-1] for run in runs) if runs else None
+    return first_to_tenth(runs) if runs else None
 
 
 @dataclass(frozen=True)

@@ -138,6 +138,10 @@ def parser() -> Parser:
     make.add_argument("--engine", default="tensorrt", help="tensorrt (default), inductor")
     make.add_argument("--gpu", metavar="ARCH", help="such as sm89 (default: the machine's GPU)")
     make.add_argument("--dtype", default="auto", help="auto, float32, bfloat16, float16 (default: auto)")
+    make.add_argument(
+        "--lora", action="append", default=[], metavar="[high=|low=]FILE[:STRENGTH]",
+        help="a LoRA that the weights have, as generate will ask for it; may be given again",
+    )  # fmt: skip
     make.add_argument("--refit", action="store_true", help="take the weights from the model when it is loaded")
     make.add_argument("--stream", action="store_true", help="weights may stay in the host's memory")
     make.add_argument(
@@ -230,6 +234,7 @@ def build(options: argparse.Namespace) -> None:
     """Make engines ahead of time, or look after the store."""
     from runtime import builds
     from runtime.engines.builder import Options
+    from runtime.lora import Lora
 
     if options.list:
         lines = builds.listing()
@@ -239,8 +244,9 @@ def build(options: argparse.Namespace) -> None:
         lines = builds.prune(options.keep)
     else:
         lines = builds.build(
-            options.model, options.size, options.frames, engine=options.engine, gpu=options.gpu, dtype=options.dtype,
+            options.model, options.size, options.frames, engine=options.engine, gpu=options.gpu,
             options=Options(refit=options.refit, stream=options.stream), package=options.package,
+            how={"dtype": options.dtype, "loras": [Lora.parse(text) for text in options.lora]},
         )  # fmt: skip
     print("\n".join(lines))
 

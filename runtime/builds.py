@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import cast
 
@@ -13,7 +14,7 @@ from torch import nn
 from runtime.denoising import prepare_context
 from runtime.engines import builder, inductor, packages
 from runtime.engines.store import Entry, Store, architecture
-from runtime.model import Model, load
+from runtime.model import Loading, Model, load
 from runtime.models.spec import ModelSpec
 from runtime.request import Request
 
@@ -22,26 +23,30 @@ BUILDABLE = ("inductor", "tensorrt")
 
 def build(
     name: str, sizes: Sequence[tuple[int, int]], frames: int | None, *,
-    engine: str, gpu: str | None, dtype: str, options: builder.Options, package: str | None = None,
+    engine: str, gpu: str | None, options: builder.Options, how: Loading, package: str | None = None,
 ) -> list[str]:  # fmt: skip
     """Make the engines of a model for sizes (width, height) in pixels and up to `frames` frames; return what was made.
 
     Sizes and frames are the model's defaults where they are not given. `package` is a folder for what programs without
-    Python run. Raises ValueError for what is not legal.
+    Python run, `how` says dtype and LoRAs of the model. Raises ValueError for what is not legal.
     """
     if engine not in BUILDABLE:
         raise ValueError(f"engine is {engine!r}; what can be built ahead: {', '.join(BUILDABLE)}")
     if package is not None:
         if engine != "inductor":
             raise ValueError(f"engine is {engine!r}; packages for programs without Python are written by inductor")
-        return write_packages(load(name, dtype=dtype), sizes, frames, Path(package))
+        return write_packages(load(name, **how), sizes, frames, Path(package))
     if engine == "inductor":
         if gpu is not None:
             raise ValueError("engine 'inductor' compiles for the device that the model is on; leave --gpu out")
-        return [f"compiled for {compile_blocks(load(name, dtype=dtype))}"]
+        return [f"compiled for {compile_blocks(load(name, **how))}"]
     gpu = gpu or this_gpu()
     builder.library(gpu)  # before any weights are read
-    model = load(name, dtype="bfloat16" if dtype == "auto" else dtype)
+    if how.get("dtype", "auto") == "auto":
+        how = {**how, "dtype": "bfloat16"}
+    model = load(name, **how)
+    if not options.stream and outgrown(model):
+        options = replace(options, stream=True)
     own = model.spec.defaults
     profiles = [profile_of(model.spec, size, frames) for size in sizes or [(own.width, own.height)]]
     made = []
@@ -53,6 +58,14 @@ def build(
         size = (folder / builder.ENGINE).stat().st_size
         made.append(f"{folder}: {size / 2**20:.0f} MiB for {gpu} in {time.perf_counter() - began:.0f} s")
     return made
+
+
+def outgrown(model: Model) -> bool:
+    """Tell whether an expert's weights are more than the GPU of this machine has room for, so that they must stream."""
+    if not torch.cuda.is_available():
+        return False
+    _, total = torch.cuda.mem_get_info()
+    return model.costs.transformer.bytes(model.dtype.itemsize) > builder.SPARE * total
 
 
 def write_packages(model: Model, sizes: Sequence[tuple[int, int]], frames: int | None, folder: Path) -> list[str]:

@@ -71,7 +71,7 @@ def test_bars_that_are_no_times(tmp_path: Path, capsys: pytest.CaptureFixture[st
     decode = {"name": "decode-480p", "psnr": 49.5, "peaks": {"17": 100, "81": 104, "321": 102}}
     times = {"exact": [4.0, 6.0], "high": [2.0, 3.0], "fast": [1.0, 1.5]}
     saved = {"name": "qualities-1.3b-480p", "seconds": times, "cpu": {"faster": {"high": 2.5, "fast": 4.0}}}
-    warm = {"benchmark": "warm", "machine": MACHINE, "seconds": {"warm": [[1.0] * 9 + [0.8], [1.0] * 10]}}
+    warm = {"benchmark": "warm", "machine": MACHINE, "seconds": {"warm": [[1.0] * 5 + [0.8] * 5, [1.0] * 10]}}
     files = [tmp_path / "a.json", tmp_path / "b.json"]
     files[0].write_text(json.dumps({"benchmark": "published", "machine": MACHINE, "parts": [decode, saved]}))
     files[1].write_text(json.dumps(warm))

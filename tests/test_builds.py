@@ -5,10 +5,15 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import save_file
 
+import runtime
+from runtime import builds
 from runtime.__main__ import main
-from runtime.engines import inductor
+from runtime.engines import inductor, tensorrt
 from runtime.engines.store import MANIFEST, Key, Store
+from runtime.lora import Lora
 from tests.published import Tiny, write
 
 TINY = Tiny(layers=1, head_dim=16, experts=2, boundary=0.9, seed=90)
@@ -44,6 +49,38 @@ def test_build_for_a_gpu_that_is_not_here(folder: Path, capsys: pytest.CaptureFi
     assert listed.count("sm89, bfloat16, tensorrt_rtx ") == 2
     assert main(["build", "--check"]) == 0
     assert capsys.readouterr().out.count(": whole") == 2
+
+
+def test_an_engine_with_loras_is_the_one_that_such_a_model_takes(folder: Path, tmp_path: Path) -> None:
+    """At their strengths; another strength, or none, is another engine, which is said."""
+    trt = pytest.importorskip("tensorrt_rtx", reason="the extra [tensorrt-rtx] is not installed")
+    pytest.importorskip("onnxscript", reason="the extra [tensorrt-rtx] is not installed whole")
+    name = "transformer.blocks.0.attn1.to_q"
+    low = {f"{name}.lora_A.weight": torch.randn(2, 32), f"{name}.lora_B.weight": torch.randn(32, 2)}
+    save_file(low, tmp_path / "style.safetensors")
+    command = ["build", "--model", str(folder), "--size", "64x64", "--frames", "5", "--gpu", "sm89"]
+    assert main([*command, "--lora", f"{tmp_path / 'style.safetensors'}:0.5"]) == 0
+    for strength, found in ((0.5, True), (0.6, False), (None, False)):
+        loras = [] if strength is None else [Lora(tmp_path / "style.safetensors", strength)]
+        model = runtime.load(folder, dtype="bfloat16", loras=loras)
+        asked = trt, model.transformers[0], "sm89", f"{model.fingerprint} expert 0", "bfloat16", 32, 8
+        if found:
+            assert tensorrt.choose(*asked)[1] == 0
+        else:
+            with pytest.raises(ValueError, match="Profiles there are: none. .* with each --lora that is asked for"):
+                tensorrt.choose(*asked)
+    assert main([*command, "--lora", str(tmp_path / "gone.safetensors")]) == 2
+
+
+def test_weights_stream_where_the_gpu_has_no_room_for_them(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is a property of the engine, so it is chosen when that is built; each expert has the GPU's memory alone."""
+    model = runtime.load(folder)
+    size = model.costs.transformer.bytes(4)
+    assert not builds.outgrown(model)
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    for total, outgrown in ((size * 2, False), (size, True)):
+        monkeypatch.setattr("torch.cuda.mem_get_info", lambda total=total: (total, total))
+        assert builds.outgrown(model) == outgrown
 
 
 @pytest.mark.parametrize(

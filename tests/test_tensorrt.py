@@ -102,6 +102,14 @@ def test_float32_attention_may_be_decomposed(tmp_path: Path) -> None:
     assert len(engine) > 100_000
 
 
+def test_no_operation_of_ours_is_a_plugin_where_the_library_takes_none(graph: Path) -> None:
+    """tensorrt_rtx has no way to put one into a network; all of it is decomposed, and standard layers."""
+    parsed = builder.Parsed(trt, graph)
+    assert not [name for name in dir(parsed.network) if "plugin" in name]
+    kinds = {parsed.network.get_layer(i).type for i in range(parsed.network.num_layers)}
+    assert not {kind for kind in kinds if "PLUGIN" in kind.name}
+
+
 def test_what_has_no_library(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     with pytest.raises(ValueError, match=r"no TensorRT here builds for 'sm90'; legal: tensorrt_rtx .* sm75, .* sm120"):

@@ -27,6 +27,7 @@ ENGINE, TIMINGS = "engine.plan", "timings.cache"
 ANY_WEIGHTS = "any, refitted when loaded"
 FOLDS = 8  # keys that stand for padding, at most
 USUAL_KEYS = 128  # text keys that the library tunes for
+SPARE = 0.7  # of a GPU's memory that weights may take; the rest is for activations
 HALF_TOKENS = 65535  # the libraries' float16 attention overflows beyond
 
 

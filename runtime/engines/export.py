@@ -6,8 +6,10 @@ Our fused operations are decomposed to their definitions, in real arithmetic.
 
 from __future__ import annotations
 
+import logging
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import fields
 from importlib import import_module
 from pathlib import Path
@@ -99,7 +101,7 @@ def write_onnx(network: Transformer, inputs: Mapping[str, torch.Tensor], file: P
     onnx = required("onnx", "onnx")
     required("onnxscript", "onnx")
     exported = export(network, inputs)
-    with warnings.catch_warnings():
+    with warnings.catch_warnings(), unlogged("torch.onnx._internal.exporter._registration"):
         warnings.simplefilter("ignore")  # of names that it chose; ours are checked by the tests
         # Not optimised: the libraries do that themselves, and every weight keeps its name, by which it is refitted.
         program = torch.onnx.export(
@@ -109,6 +111,18 @@ def write_onnx(network: Transformer, inputs: Mapping[str, torch.Tensor], file: P
     assert program is not None
     program.save(file, external_data=True)
     onnx.checker.check_model(str(file))
+
+
+@contextmanager
+def unlogged(name: str) -> Iterator[None]:
+    """Let a library's log be silent below errors: this one tells of packages that it could make use of."""
+    log = logging.getLogger(name)
+    level = log.level
+    log.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        log.setLevel(level)
 
 
 def example(network: Transformer, spec: ModelSpec) -> dict[str, torch.Tensor]:

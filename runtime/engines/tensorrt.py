@@ -17,6 +17,7 @@ from torch import nn
 from runtime.engines.builder import (
     ANY_WEIGHTS,
     ENGINE,
+    SPARE,
     Profile,
     ahead_of_time,
     dtype_name,
@@ -31,7 +32,6 @@ from runtime.models.spec import Context, Denoiser, Projected, Transformer
 from runtime.trace import note, span
 
 KERNELS = "runtime.cache"  # what tensorrt_rtx compiled for this very GPU at first use
-SPARE = 0.7  # of the free memory that weights may take; the rest is for activations
 KEPT_RUNS = 4  # sizes whose buffers and graphs stay
 ROUND_KEYS = 64  # text keys are filled up to a multiple, so that prompts of many lengths share a graph
 
@@ -107,7 +107,7 @@ def choose(
     raise ValueError(
         f"no TensorRT engine of this model in {dtype} for {gpu} takes {tokens} video tokens and {keys} text keys. "
         f"Profiles there are: {there}. Build one with: python -m runtime build --model MODEL --size WIDTHxHEIGHT "
-        f"--frames N --engine tensorrt --gpu {gpu} --dtype {dtype}"
+        f"--frames N --engine tensorrt --gpu {gpu} --dtype {dtype}, with each --lora that is asked for"
     )
 
 
@@ -128,8 +128,15 @@ class Session:
         self.trt, self.device, self.name = trt, device, folder.name
         self.log = make_log(trt)
         self.runtime = trt.Runtime(self.log)
-        self.engine = self.runtime.deserialize_cuda_engine((folder / ENGINE).read_bytes())
+        plan = (folder / ENGINE).read_bytes()
+        self.engine = self.runtime.deserialize_cuda_engine(plan)
         if self.engine is None:
+            free, _ = torch.cuda.mem_get_info(device)
+            if len(plan) > free:
+                raise ValueError(
+                    f"the engine {folder.name} has {len(plan) >> 20} MiB, and {free >> 20} MiB are free on the GPU; "
+                    "build it with --stream, so that weights may stay in the host's memory, or give some free"
+                )
             raise Damaged(f"is refused by {trt.__name__} ({self.log.last})")
         self._stream_weights()
         self.memory = torch.empty(self.engine.device_memory_size_v2, dtype=torch.uint8, device=device)
