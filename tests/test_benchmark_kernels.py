@@ -11,6 +11,7 @@ import sys
 import tarfile
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -19,9 +20,10 @@ import pytest
 import torch
 
 from benchmarks import __main__ as command
-from benchmarks import kernels
+from benchmarks import kernels, pairs
 from benchmarks.baselines import Bar, baselines
 from benchmarks.kernels import limit, measure, table
+from benchmarks.pairs import paired
 from runtime.kernels.cases import CASES, Case, cases
 from runtime.kernels.verdicts import made
 
@@ -74,6 +76,30 @@ def test_wrong_results_have_no_speed(off_gpu: None, monkeypatch: pytest.MonkeyPa
     assert found["wrong"] == ["triton"] and not found["seconds"]
     text = table({"machine": MACHINE, "kernels": [found], "left_out": []})
     assert "no speeds: triton: " in text and " us" not in text
+
+
+def test_a_pair_is_judged_and_timed_as_one(off_gpu: None) -> None:
+    """On the CPU: cuDNN's name stands for PyTorch's own convolution, after its own norm; both are judged as ours is."""
+    case = paired(next(case for case in cases("causal_conv3d", real=False) if "residual True" in case.name))
+    found = measure(replace(case, bytes=10**9), CPU)
+    assert list(found["seconds"]) == ["picked", "cuDNN", "cuDNN channels_last"]
+    assert not found["wrong"] and not found["skipped"] and found["verdicts"]["picked"]
+    assert "| picked | 1000 us |" in table({"machine": MACHINE, "kernels": [found], "left_out": []})
+
+
+def test_a_wrong_pair_has_no_speed(off_gpu: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    real = pairs.pair
+    monkeypatch.setattr(pairs, "run", lambda version, given: real(**given) + (version == "picked"))
+    found = measure(paired(cases("causal_conv3d", real=False)[0]), CPU)
+    assert found["wrong"] == ["picked"] and not found["seconds"]
+
+
+def test_pairs_are_the_decoders() -> None:
+    """Each convolution of Wan 2.1's decoder that reads a norm's output, once; their limit is the convolution's."""
+    names = [case.name for case in pairs.pair_cases()]
+    assert len(names) == len(set(names)) == 6 and all("wan-vae 480p" in name for name in names)
+    conv = {case.name: case for case in cases("causal_conv3d", real=True)}
+    assert all(limit(case) == limit(conv[case.name]) for case in pairs.pair_cases())
 
 
 @pytest.mark.parametrize("operation", CASES)
