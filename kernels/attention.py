@@ -39,13 +39,19 @@ def attention_ref(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, bias: torch
 
 
 @jit
-def absorb(queries, keys, values, bias, inside, scale, acc, total, top):
-    """Take one tile of keys and values into acc [BLOCK_L, K], its weights' total and the top score so far.
+def scores_of(queries, k):
+    """The scores [BLOCK_L, BLOCK_S] of the tile of keys that k points to, not scaled yet."""
+    return tl.dot(queries, tl.trans(tl.load(k)), input_precision="ieee")
 
-    `scale` carries log2(e) for exp2; bias points to the keys' own [BLOCK_S], `inside` tells which keys there are; each
-    may be None.
+
+@jit
+def absorb(scores, v, bias, inside, scale, acc, total, top):
+    """Take one tile's scores and values into acc [BLOCK_L, K], its weights' total and the top score so far.
+
+    `scale` carries log2(e) for exp2; v and bias point to the tile's, `inside` tells which keys there are; bias and
+    `inside` may be None.
     """
-    scores = tl.dot(queries, tl.trans(keys), input_precision="ieee")
+    values = tl.load(v)
     unit = scale
     if bias is not None:
         scores = scores * scale + (tl.load(bias, mask=inside).to(tl.float32) * 1.4426950408889634)[None, :]
@@ -67,9 +73,12 @@ def attention_kernel(
     q, k, v, bias, out,
     q_row, q_token, q_head, k_row, k_token, k_head, v_row, v_token, v_head, bias_row,
     length, keys, heads, scale,
-    K: tl.constexpr, BLOCK_L: tl.constexpr, BLOCK_S: tl.constexpr,
+    K: tl.constexpr, BLOCK_L: tl.constexpr, BLOCK_S: tl.constexpr, AHEAD: tl.constexpr,
 ):  # fmt: skip
-    """One program per head and BLOCK_L queries, neighbours on the same keys; `scale` carries log2(e) for exp2."""
+    """One program per head and BLOCK_L queries, neighbours on the same keys; `scale` carries log2(e) for exp2.
+
+    With AHEAD the next tile's scores are under way while this tile's become weights; one tile of them is never used.
+    """
     blocks = tl.cdiv(length, BLOCK_L)
     program = tl.program_id(0)
     pair = (program // blocks).to(tl.int64)
@@ -90,10 +99,18 @@ def attention_kernel(
     total = tl.zeros((BLOCK_L,), tl.float32)
     top = tl.full((BLOCK_L,), float("-inf"), tl.float32)
     whole = keys // BLOCK_S * BLOCK_S
-    for _ in range(0, whole, BLOCK_S):  # without masks, which every score would pay for
-        keys_tile = tl.load(k + lanes[:, None] * k_token + sizes)
-        values_tile = tl.load(v + lanes[:, None] * v_token + sizes)
-        acc, total, top = absorb(queries, keys_tile, values_tile, bias, None, scale, acc, total, top)
+    if AHEAD:
+        scores = scores_of(queries, k + tl.minimum(lanes, keys - 1)[:, None] * k_token + sizes)
+    for first in range(0, whole, BLOCK_S):  # without masks, which every score would pay for
+        if AHEAD:
+            step = tl.where(first + BLOCK_S < whole, BLOCK_S, 0) * k_token
+            following = scores_of(queries, k + step + lanes[:, None] * k_token + sizes)
+        else:
+            scores = scores_of(queries, k + lanes[:, None] * k_token + sizes)
+        v_tile = v + lanes[:, None] * v_token + sizes
+        acc, total, top = absorb(scores, v_tile, bias, None, scale, acc, total, top)
+        if AHEAD:
+            scores = following
         k += BLOCK_S * k_token
         v += BLOCK_S * v_token
         if bias is not None:
@@ -101,8 +118,8 @@ def attention_kernel(
     if whole < keys:
         inside = lanes < keys - whole
         rows = tl.minimum(lanes, keys - whole - 1)[:, None]  # beyond the end: the last key again, masked
-        keys_tile, values_tile = tl.load(k + rows * k_token + sizes), tl.load(v + rows * v_token + sizes)
-        acc, total, top = absorb(queries, keys_tile, values_tile, bias, inside, scale, acc, total, top)
+        scores = scores_of(queries, k + rows * k_token + sizes)
+        acc, total, top = absorb(scores, v + rows * v_token + sizes, bias, inside, scale, acc, total, top)
     acc = acc / tl.where(total == 0.0, 1.0, total)[:, None]
     tl.store(out + tokens * heads * K + sizes, acc.to(out.dtype.element_ty), mask=start + tokens < length)
 
@@ -136,7 +153,7 @@ def attention_triton(
             "bias_row": 0 if bias is None or bias.shape[0] == 1 else bias.stride(0),
             "length": length, "keys": k.shape[1], "heads": heads, "scale": size**-0.5 * math.log2(math.e),
         },
-        {"K": size, "BLOCK_L": block_l, "BLOCK_S": block_s},
+        {"K": size, "BLOCK_L": block_l, "BLOCK_S": block_s, "AHEAD": found.get("ahead", False)},
         num_warps=found.get("num_warps", 8),
         num_stages=found.get("num_stages", 3),
     )  # fmt: skip

@@ -60,6 +60,16 @@ def test_kernel_is_its_reference(case: Case, dtype: torch.dtype) -> None:
     assert verdict.correct, str(verdict)
 
 
+@pytest.mark.usefixtures("_poisoned")
+@pytest.mark.parametrize("case", [case for case in SMALL if case.operation == "attention"], ids=lambda case: case.name)
+def test_attention_with_scores_ahead(case: Case) -> None:
+    """Fewer keys than a tile, whole tiles alone, and both."""
+    with tuning.trial("attention_triton", {"ahead": True, "block_s": 32}):
+        ours = run(case, "triton", torch.float32)
+    verdict = judge(ours, run(case, "ref", torch.float32))
+    assert verdict.correct, str(verdict)
+
+
 # 8 bits.
 
 

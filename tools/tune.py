@@ -82,9 +82,11 @@ CHOICES: dict[str, tuple[str, list[Settings]]] = {
     "attention_triton": (
         "attention",
         [
-            {"block_l": length, "block_s": keys, "num_warps": warps, "num_stages": stages}
-            for length, keys, warps, stages in ((128, 64, 8, 2), (128, 128, 8, 2), (128, 128, 8, 3), (128, 64, 4, 3),
-                                                (64, 128, 4, 3), (256, 64, 8, 3))
+            *grid(ahead=(True,), num_stages=(2, 3, 4)),
+            *grid(ahead=(True,), block_l=(64,), num_warps=(4,), num_stages=(2, 3)),
+            *({"block_l": length, "block_s": keys, "num_warps": warps, "num_stages": stages}
+              for length, keys, warps, stages in ((128, 64, 8, 2), (128, 128, 8, 2), (128, 128, 8, 3), (64, 64, 4, 2),
+                                                  (64, 64, 4, 3), (64, 128, 4, 2), (64, 128, 4, 3))),
         ],
     ),
 }  # fmt: skip
