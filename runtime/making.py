@@ -36,6 +36,11 @@ def make(options: Options) -> None:
 
     if options.measure and (request.clips or request.storyboard):
         raise ValueError("--measure is given, and the video is made of clips; legal: for videos of a prompt alone")
+    if options.measure and options.precision == "fp8":
+        raise ValueError(
+            "--measure is given, and the weights are to be in 8 bits alone, with which no exact twin can be made; "
+            "legal: --precision full, where --quality takes layers in 8 bits if they save time"
+        )
     model = open_model(options, request)
     resolved = request.resolved(model.spec)
     if getattr(options, "draft", False):

@@ -124,7 +124,7 @@ def final_request(
 def compare_exact(model: Model, video: Video) -> None:
     """Make the exact twin of a video and put on its receipt how near the two are: PSNR (dB) and SSIM per frame.
 
-    ValueError for a video of clips, whose files the receipt may not name.
+    ValueError for a video of clips, whose files the receipt may not name, and for a model with weights in 8 bits alone.
     """
     assert video.receipt is not None
     asked = video.receipt.request

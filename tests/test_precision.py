@@ -307,5 +307,7 @@ def test_from_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str
     made += ["-o", str(tmp_path / "ball.gif"), "--precision", "fp8", "--quiet"]
     assert main(made) == 2
     assert "ask for another: --quality high" in capsys.readouterr().err
+    assert main([*made, "--quality", "fast", "--measure"]) == 2
+    assert "no exact twin can be made; legal: --precision full" in capsys.readouterr().err
     assert main([*made, "--quality", "fast"]) == 0
     assert (tmp_path / "ball.gif").stat().st_size > 0
