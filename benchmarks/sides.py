@@ -297,11 +297,13 @@ def random_pipeline(case: Case, device: torch.device, loaded: runtime.Model | No
     """Return diffusers' pipeline of a folder of configs, with the weights that this runtime has there."""
     from accelerate import init_empty_weights
     from diffusers import AutoencoderKLWan, UniPCMultistepScheduler, WanPipeline, WanTransformer3DModel
-    from transformers import AutoTokenizer
+    from transformers import AutoTokenizer, UMT5Config, UMT5EncoderModel
 
     def build(name: str) -> Any:
         config = read_json(case.folder / name / "config.json")
         with init_empty_weights(include_buffers=False):  # 14B in float32 would take 57 GB only to be replaced
+            if name == "text_encoder":
+                return UMT5EncoderModel(UMT5Config(**config))
             return AutoencoderKLWan(**config) if name == "vae" else WanTransformer3DModel(**config)
 
     networks = true_size.fill_peer(case.folder, device, case.dtype, build, loaded)

@@ -119,7 +119,7 @@ def made(component: Component, device: torch.device, dtype: torch.dtype) -> nn.M
 def fill_peer(
     folder: Path, device: torch.device, dtype: str, build: Callable[[str], Any], loaded: Model | None = None
 ) -> dict[str, Any]:
-    """Return a pipeline's networks, most made by `build(name)`, with our weights under their published names.
+    """Return a pipeline's networks, made by `build(name)`, with our weights under their published names.
 
     Those of a loaded model are shared as far as they are still as published, so that both fit into the memory.
     """
@@ -133,8 +133,8 @@ def fill_peer(
         ours = there.get(component.name)
         if ours is None:
             ours = made(component, device, torch.float32 if component.name == "vae" else kind)
-        if component.name == "text_encoder":  # of one library, transformers
-            found[component.name] = ours
+        if component.name == "text_encoder":  # under the published names here too
+            found[component.name] = text_encoder_of(ours, build(component.name)).to(device)
             continue
         places, theirs = dict(ours.named_parameters(remove_duplicate=False)), build(component.name)
         kept = set(getattr(theirs, "_keep_in_fp32_modules", None) or ())  # its own choice, not the same as ours
@@ -146,3 +146,11 @@ def fill_peer(
         theirs.load_state_dict(tensors, assign=True)
         found[component.name] = theirs.to(device).requires_grad_(False).eval()
     return found
+
+
+def text_encoder_of(ours: nn.Module, theirs: Any) -> Any:
+    """Return a peer's empty text encoder with the weights of ours, which both hold then."""
+    tensors = dict(ours.state_dict())
+    tensors["encoder.embed_tokens.weight"] = tensors["shared.weight"]
+    theirs.load_state_dict(tensors, assign=True)
+    return theirs.requires_grad_(False).eval()
