@@ -1,21 +1,20 @@
 """Latents -> frames, streamed as each latent frame is decoded; and frames -> latents, the way back.
 
-A decode that runs out of memory steps down a ladder by itself: whole frames, tiles, smaller tiles, the CPU. All rungs
-give the same numbers, so frames that are out stay, and the clip goes on where it was.
+What runs out of memory steps down a ladder by itself: whole frames, tiles, smaller tiles, the CPU. All rungs give the
+same numbers, so frames that are out stay, and a decode goes on where it was; an encode begins anew.
 """
 
 from __future__ import annotations
 
 import contextvars
-import gc
 import queue
 import threading
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from itertools import count
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -25,12 +24,15 @@ from runtime.machine import SLACK, free_memory
 from runtime.model import Model, choose_dtype
 from runtime.models.spec import nearest_counts, nearest_multiples
 from runtime.models.tiles import finer
+from runtime.offload import give_back_memory
 from runtime.receipt import Receipt
-from runtime.trace import Stages, mark, recording, span
+from runtime.trace import Stages, mark, note, recording, span
 from runtime.video import Video
 
 Tile = tuple[int, int]  # (height, width) in pixels
 ROUNDED = "decoded in 16 bits; the dtype float32 decodes in float32"
+# Of PyTorch's errors without a class of their own: its host allocator, oneDNN's or the C++ library's, cuDNN and cuBLAS.
+NO_MEMORY = ("DefaultCPUAllocator", "bad_alloc", "could not allocate", "ALLOC_FAILED", "out of memory")
 AHEAD = 2  # chunks decoded before the writer asks: the device does not wait for the encoder, and memory is bounded
 
 
@@ -48,7 +50,7 @@ def decode(
     `tile` bounds what is decoded at once, halo included (None: as much as fits); the numbers are the same. `dtype` is
     the decoder's (None: bfloat16 where a GPU runs the model in 16 bits, else float32, as published). `fps` is frames
     per second (the model's own where None). Raises ValueError for latents of another shape or type, or with NaN or
-    infinity, and for a tile that holds nothing but halo.
+    infinity, and for a tile that holds nothing but halo; iterating raises it for numbers that a dtype cannot hold.
     """
     spec = model.spec
     latents = check_latents(latents, (spec.latent_channels, None, None, None), "latents")
@@ -56,7 +58,7 @@ def decode(
     kind = model.vae_dtype if dtype is None else choose_dtype(dtype, model.device)
     if receipt is not None and kind != torch.float32 and ROUNDED not in receipt.approximations:
         receipt.approximations.append(ROUNDED)
-    model.vae.decode_stream(latents, tile)  # refuses a bad tile now, not at the first frame
+    model.vae.decode_stream(latents, checked(tile))  # refuses a bad tile now, not at the first frame
     stages: Stages = {} if receipt is None else receipt.stages
     notes: list[str] = [] if receipt is None else receipt.notes
     tried: list[str] = [] if receipt is None else receipt.decoding
@@ -91,20 +93,33 @@ def timed(chunks: Iterator[np.ndarray], stages: Stages) -> Iterator[np.ndarray]:
         yield chunk
 
 
-def fitting(model: Model, latents: tuple[int, int, int], dtype: torch.dtype) -> Tile | None:
+def checked(tile: Tile | None) -> Tile | None:
+    """Return a tile; ValueError for what is not two whole numbers."""
+    legal = isinstance(tile, tuple | list) and len(tile) == 2 and all(type(side) is int for side in tile)
+    if tile is not None and not legal:
+        raise ValueError(f"tile is {tile!r}; legal: (height, width) in whole pixels, or None")
+    return tile
+
+
+def fitting(
+    model: Model, latents: tuple[int, int, int], dtype: torch.dtype, stage: Literal["decode", "encode"] = "decode"
+) -> Tile | None:
     """Return the tile to begin with for latents of [T, H, W]: what the model was loaded for, where it has a budget.
 
-    Else whole frames (None) where the memory that they are predicted to take is free now, or the largest tile whose is.
+    Else whole frames (None) where the memory that they are predicted to take is free now, or the largest tile whose is;
+    where none is, what takes least.
     """
     if model.memory is not None:
         return model.tile
     _, down, across = model.spec.stride
     free, parked = free_memory(model.device), model.device.type != "cpu"
-    tiles = [None, *finer(latents[1] * down, latents[2] * across, model.vae.tile_of)]
-    for tile in tiles:
-        if model.costs.decode(latents, tile, dtype.itemsize, parked=parked).live * (1 + SLACK) <= free:
+    weigh = model.costs.decode if stage == "decode" else model.costs.encode
+    needed: dict[Tile | None, float] = {}
+    for tile in (None, *finer(latents[1] * down, latents[2] * across, model.vae.tile_of)):
+        needed[tile] = weigh(latents, tile, dtype.itemsize, parked=parked).live * (1 + SLACK)
+        if needed[tile] <= free:
             return tile
-    return tiles[-1]
+    return min(needed, key=needed.__getitem__)
 
 
 @dataclass(frozen=True)
@@ -150,9 +165,7 @@ def decode_chunks(
                 f"decoding {rung.name} ran out of memory at latent frame {done} of {latents.shape[2]}; went on with "
                 f"{below.name}"
             )
-        gc.collect()
-        if model.device.type == "cuda":
-            torch.cuda.empty_cache()
+        give_back_memory()  # in pieces, what is free may be of no use
 
 
 @torch.inference_mode()
@@ -161,8 +174,8 @@ def _decode_on(model: Model, latents: torch.Tensor, rung: Rung, dtype: torch.dty
     network = model.autoencoder(device, dtype)
     lag = 0 if device.type == "cpu" else 1  # a GPU works at the next frames while these come over
     coming: deque[Callable[[], np.ndarray]] = deque()
-    for pixels in network.decode_stream(latents.to(device), rung.tile, start):
-        coming.append(bytes_of(pixels[0]))
+    for number, pixels in enumerate(network.decode_stream(latents.to(device), rung.tile, start), start):
+        coming.append(bytes_of(pixels[0], f"latent frame {number}, decoded in {str(dtype).removeprefix('torch.')},"))
         if len(coming) > lag:
             yield coming.popleft()()
     yield from (each() for each in coming)
@@ -170,7 +183,8 @@ def _decode_on(model: Model, latents: torch.Tensor, rung: Rung, dtype: torch.dty
 
 def out_of_memory(error: BaseException) -> bool:
     """Tell whether an error says that memory ran out, on a GPU or in the host's allocator."""
-    return isinstance(error, MemoryError | torch.OutOfMemoryError) or "DefaultCPUAllocator" in str(error)
+    known = isinstance(error, MemoryError | torch.OutOfMemoryError)
+    return known or any(words in str(error) for words in NO_MEMORY)
 
 
 def ahead(make: Callable[[], Iterator[Any]], depth: int = AHEAD) -> Iterator[Any]:
@@ -214,24 +228,30 @@ def ahead(make: Callable[[], Iterator[Any]], depth: int = AHEAD) -> Iterator[Any
 
 
 def to_bytes(pixels: torch.Tensor) -> np.ndarray:
-    """[3, F, H, W] in [-1, 1] -> uint8 [F, H, W, 3], rounded to nearest."""
-    return bytes_of(pixels)()
+    """[3, F, H, W] in [-1, 1] -> uint8 [F, H, W, 3], rounded to nearest; ValueError for NaN."""
+    return bytes_of(pixels, "the picture")()
 
 
-def bytes_of(pixels: torch.Tensor) -> Callable[[], np.ndarray]:
+def bytes_of(pixels: torch.Tensor, what: str) -> Callable[[], np.ndarray]:
     """Begin `to_bytes` and return what waits for it; from a GPU to page-locked memory, so that the host goes on."""
     with mark("decode/bytes"):
-        levels = pixels.float().add(1.0).mul_(127.5).clamp_(0, 255).round_().to(torch.uint8)
-        levels = levels.permute(1, 2, 3, 0).contiguous()
-        if levels.device.type != "cuda":
-            return levels.cpu().numpy
-        there = torch.empty(levels.shape, dtype=torch.uint8, pin_memory=True)
-        there.copy_(levels, non_blocking=True)
-        copied = torch.cuda.current_stream(levels.device).record_event()
+        levels = pixels.float().add(1.0).mul_(127.5).clamp_(0, 255).round_()
+        lost = levels.isnan().any()
+        levels = levels.to(torch.uint8).permute(1, 2, 3, 0).contiguous()
+        there, copied = [levels, lost], None
+        if levels.device.type == "cuda":
+            there = [torch.empty(each.shape, dtype=each.dtype, pin_memory=True) for each in (levels, lost)]
+            for each, place in zip((levels, lost), there, strict=True):
+                place.copy_(each, non_blocking=True)
+            copied = torch.cuda.current_stream(levels.device).record_event()
 
     def wait() -> np.ndarray:
-        copied.synchronize()
-        return np.array(there.numpy())  # page-locked memory is scarce, and frames may be kept
+        if copied is not None:
+            copied.synchronize()
+        if there[1]:
+            raise ValueError(f"{what} holds NaN; legal: latents and a dtype whose numbers hold it, such as float32")
+        # page-locked memory is scarce, and frames may be kept
+        return there[0].cpu().numpy() if copied is None else np.array(there[0].numpy())
 
     return wait
 
@@ -241,8 +261,8 @@ def encode(
 ) -> torch.Tensor:
     """Return the latents [C, T, H, W] float32, normalised as the sampler sees them, of uint8 frames [F, H, W, 3].
 
-    A Video is taken frame by frame, so memory does not grow with its length. `tile` and `dtype` as in `decode`. Raises
-    ValueError for frames whose size or number the model cannot take.
+    A Video is taken frame by frame, so memory does not grow with its length; where memory runs out, from its beginning
+    again. `tile` and `dtype` as in `decode`. Raises ValueError for frames whose size or number the model cannot take.
     """
     if isinstance(frames, np.ndarray):
         if frames.dtype != np.uint8 or frames.ndim != 4 or frames.shape[3] != 3:
@@ -255,11 +275,37 @@ def encode(
         raise ValueError(f"frames are {type(frames).__name__}; legal: a Video, or a numpy array of uint8")
     _check_clip(model, count, height, width)
     kind = model.vae_dtype if dtype is None else choose_dtype(dtype, model.device)
+    time, down, across = model.spec.stride
+    latents = (count + time - 1) // time, height // down, width // across
     with torch.inference_mode():
-        chunks = _pixel_chunks(iter(frames), model.spec.stride[0], model.device)
-        latents = list(model.autoencoder(model.device, kind).encode_stream(chunks, tile))
-        joined = torch.cat(latents, dim=2)[0].float().cpu()
+        found = encode_chunks(
+            model, lambda: _pixel_chunks(iter(frames), time, model.device), latents, checked(tile), kind
+        )
+        joined = found[0].float().cpu()
     return joined.clone()
+
+
+def encode_chunks(
+    model: Model, chunks: Callable[[], Iterable[torch.Tensor]], latents: tuple[int, int, int], tile: Tile | None,
+    dtype: torch.dtype,
+) -> torch.Tensor:  # fmt: skip
+    """Return latents [1, C, *latents] of chunks [1, 3, F, H, W] in [-1, 1], which `chunks()` yields, on some device.
+
+    `latents` is [T, H, W]. Without a tile, what fits; where memory runs out, anew on the next rung, which is noted.
+    """
+    _, down, across = model.spec.stride
+    first = fitting(model, latents, dtype, "encode") if tile is None else tile
+    rungs = ladder(model, latents[1] * down, latents[2] * across, first)
+    for rung, below in zip(rungs, [*rungs[1:], None], strict=True):
+        device = torch.device("cpu") if rung.on_cpu else model.device
+        try:
+            return torch.cat(list(model.autoencoder(device, dtype).encode_stream(chunks(), rung.tile)), dim=2)
+        except (RuntimeError, MemoryError) as error:
+            if below is None or not out_of_memory(error):
+                raise
+            note(f"encoding {rung.name} ran out of memory; began anew with {below.name}")
+        give_back_memory()
+    raise AssertionError("the last rung returns or raises")
 
 
 def _check_clip(model: Model, count: int, height: int, width: int) -> None:

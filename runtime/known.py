@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
 import numpy as np
 import torch
 
 from runtime.canvas import on_canvas
 from runtime.clips import part_of
-from runtime.decoding import encode
+from runtime.decoding import encode, encode_chunks
 from runtime.denoising import Known
 from runtime.model import Model
 from runtime.models.spec import Shown
@@ -97,8 +97,8 @@ def encode_channels(
     step, time = model.spec.stride[0], window.shape[1]
     height, width = canvas_of(model, window)
 
-    def encode_chunks(chunks: Iterable[torch.Tensor]) -> torch.Tensor:
-        return torch.cat(list(model.vae.encode_stream(chunks)), dim=2)
+    def encoded(chunks: Callable[[], Iterable[torch.Tensor]]) -> torch.Tensor:
+        return encode_chunks(model, chunks, window.shape[1:], None, model.vae_dtype).to(model.device)
 
     def chunks() -> Iterator[Shown]:
         for t in range(time):
@@ -114,7 +114,7 @@ def encode_channels(
             yield Shown(pixels, known)
 
     pictures = [as_pixels(on_canvas(picture, height, width))[None, :, None] for picture in references]
-    return make(encode_chunks, chunks, [picture.to(model.device) for picture in pictures])
+    return make(encoded, chunks, [picture.to(model.device) for picture in pictures])
 
 
 def canvas_of(model: Model, window: Window) -> tuple[int, int]:

@@ -32,10 +32,11 @@ def check_latents(
     if latents.dim() != 4 or any(w is not None and g != w for g, w in zip(latents.shape, shape, strict=True)):
         wanted = ", ".join("any" if n is None else str(n) for n in shape)
         raise ValueError(f"{what} has shape {list(given)}; legal: [{wanted}] in channels, time, height, width")
-    bad = (~torch.isfinite(latents)).flatten(2).any(2).any(0).nonzero().flatten().tolist()
+    found = latents.detach().float()  # of float64 the largest are infinity then
+    bad = (~torch.isfinite(found)).flatten(2).any(2).any(0).nonzero().flatten().tolist()
     if bad:
-        raise ValueError(f"{what} holds NaN or infinity in latent frame {bad[0]}; legal: finite numbers")
-    return latents.detach().float().unsqueeze(0)
+        raise ValueError(f"{what} holds NaN or infinity in latent frame {bad[0]}; legal: finite numbers of float32")
+    return found.unsqueeze(0)
 
 
 def save_latents(path: str | Path, latents: torch.Tensor, notes: Mapping[str, str]) -> Path:

@@ -275,22 +275,22 @@ def test_encoding_a_video_takes_frames_as_they_come(model: runtime.Model) -> Non
     assert taken == list(range(9))
 
 
-def test_a_decode_begins_with_what_fits(
-    model: runtime.Model, whole: np.ndarray, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Whole frames, tiles where memory is short, the smallest where nothing fits; a budget's own tile goes before."""
-    shape = (3, 30, 48)
-    needed = model.costs.decode(shape, None, 4, parked=False).live
-    begun = {}
-    for free in (2 * needed, needed, 0):
+def test_a_decode_begins_with_what_fits(model: runtime.Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whole frames, tiles where memory is short, what takes least where nothing fits; a budget's own tile before."""
+    latents = torch.randn(4, 2, 60, 104, generator=torch.Generator().manual_seed(0))
+    shape = (2, 60, 104)
+    needed = {
+        rung.name: model.costs.decode(shape, rung.tile, 4, parked=False).live for rung in ladder(model, 480, 832, None)
+    }
+    whole, tiles, *_ = needed
+    least = min(needed, key=needed.__getitem__)
+    assert needed[least] < needed[tiles] < needed[whole] < needed[list(needed)[-1]]
+    expected = runtime.decode(model, latents).frames
+    for free, begun in ((2 * needed[whole], whole), (1.1 * needed[tiles], tiles), (0, least)):
         monkeypatch.setattr("runtime.decoding.free_memory", lambda _, free=free: free)
         receipt = cast(Receipt, SimpleNamespace(approximations=[], stages={}, notes=[], decoding=[]))
-        frames = np.stack(list(runtime.decode(model, LATENTS, receipt=receipt)))
-        assert np.abs(frames.astype(int) - whole.astype(int)).max() <= 1
+        frames = np.stack(list(runtime.decode(model, latents, receipt=receipt)))
+        assert np.abs(frames.astype(int) - expected.astype(int)).max() <= 1
         assert not receipt.notes
-        (begun[free],) = receipt.decoding
-    assert begun[2 * needed] == "whole frames"
-    tiles = [rung.name for rung in ladder(model, *whole.shape[1:3], None)]
-    assert tiles.index(begun[needed]) >= 1
-    assert begun[0] == tiles[-1] != begun[2 * needed]
+        assert receipt.decoding == [begun]
     assert fitting(replace(model, memory=1, tile=(96, 112)), shape, torch.float32) == (96, 112)

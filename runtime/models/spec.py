@@ -127,7 +127,7 @@ class Channels(Protocol):
 
     def __call__(
         self,
-        encode: Callable[[Iterable[torch.Tensor]], torch.Tensor],
+        encode: Callable[[Callable[[], Iterable[torch.Tensor]]], torch.Tensor],
         chunks: Callable[[], Iterable[Shown]],
         references: Sequence[torch.Tensor],
         /,

@@ -123,7 +123,7 @@ class WanVAE(nn.Module):
 
     def tile_of(self, height: int, width: int, parts: tuple[int, int]) -> tuple[int, int]:
         """Return the tile (height, width) in pixels, halo included, that cuts a frame into parts (rows, columns)."""
-        halo = self.decoder.reach()
+        halo = max(self.decoder.reach(), self.encoder.reach())
         down, across = (
             max(-(-(side // self.stride[1]) // count) + halo * min(count - 1, 2), 2 * halo + 1) * self.stride[1]
             for side, count in zip((height, width), parts, strict=True)
