@@ -127,16 +127,20 @@ class Model:
 
     @cached_property
     def tokenizer(self) -> Tokenizer:
-        """The tokenizer that the checkpoint brings."""
+        """The tokenizer that the checkpoint brings; it neither pads nor cuts, whatever it did when it was saved."""
         folder = self.checkpoint.tokenizer
         try:
             if (whole := folder / "tokenizer.json").is_file():
-                return Tokenizer.from_file(str(whole))
-            if not (folder / "spiece.model").is_file():
-                raise FileNotFoundError("it has neither tokenizer.json nor spiece.model")
-            from transformers import AutoTokenizer  # which takes seconds to load
+                found = Tokenizer.from_file(str(whole))
+            elif (folder / "spiece.model").is_file():
+                from transformers import AutoTokenizer  # which takes seconds to load
 
-            return AutoTokenizer.from_pretrained(folder, local_files_only=True).backend_tokenizer
+                found = AutoTokenizer.from_pretrained(folder, local_files_only=True).backend_tokenizer
+            else:
+                raise FileNotFoundError("it has neither tokenizer.json nor spiece.model")
+            found.no_padding()
+            found.no_truncation()
+            return found
         except Exception as error:  # both libraries fail with many kinds on an empty or damaged folder
             reason = (str(error).splitlines() or [type(error).__name__])[0]
             raise ValueError(f"the tokenizer in {folder} cannot be read ({reason}); fetch the model again") from error

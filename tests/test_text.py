@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from tokenizers import Tokenizer
 from transformers import UMT5Config, UMT5EncoderModel
 
 import runtime
@@ -93,6 +94,12 @@ def test_the_tokenizer_is_the_published_one_and_none_is_made_up(folder: Path, tm
     prompt = "a red ball rolls over 日本 grass </s> and <extra_id_0>"
     own = model.tokenizer.encode(prompt).ids
     assert own == pipeline(TINY).tokenizer(prompt).input_ids
+    shutil.copytree(folder, tmp_path / "used")
+    used = Tokenizer.from_file(str(folder / "tokenizer" / "tokenizer.json"))
+    used.enable_padding(length=40)  # as it is saved after a pipeline has run
+    used.enable_truncation(3)
+    used.save(str(tmp_path / "used" / "tokenizer" / "tokenizer.json"))
+    assert runtime.load(tmp_path / "used").tokenizer.encode(prompt).ids == own
     shutil.copytree(folder, tmp_path / "model")
     (tmp_path / "model" / "tokenizer" / "tokenizer.json").unlink()
     with pytest.raises(ValueError, match="neither tokenizer.json nor spiece.model.*; fetch the model again"):
