@@ -12,10 +12,11 @@ that dtype. A scale for each head is enough: codes have an exponent of their own
 of the largest number. Levels are whole powers of 2, so that a p rounded against the largest score of some keys has the
 bits that it has against that of all: the numbers do not depend on tiles, down to 2^-14 of the largest p.
 
-Sums are float32. Tensor cores of sm_89 and sm_90 keep only some 13 bits of a sum in 8 bits; the Triton kernel takes
-such a sum over one tile of keys at most, and adds it to a float32 one.
-Sources: centred keys, https://arxiv.org/abs/2410.02367; sums in two levels, https://arxiv.org/abs/2411.10958 (section
-3.2) and https://arxiv.org/abs/2412.19437 (section 3.3.2); p up to 256, https://arxiv.org/abs/2407.08608.
+Sums are float32. Tensor cores of sm_89 and sm_90 keep only 13 or 14 bits of a sum in 8 bits; the Triton kernel takes
+such a sum over one tile of keys at most, and adds it to a float32 one. An implementation is judged beside the
+definition by the tolerance for 8 bits, as it may round a p otherwise whose score it has otherwise in its last bits.
+Sources: centred keys, https://arxiv.org/abs/2410.02367; sums in two levels, https://arxiv.org/abs/2411.10958 and
+https://arxiv.org/abs/2412.19437 (section 3.3.2); p up to 256, https://arxiv.org/abs/2407.08608.
 """
 
 from __future__ import annotations
@@ -56,7 +57,7 @@ def attention_fp8_ref(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torc
     """The definition: the very numbers of the 8-bit products, multiplied in float32; some queries at a time."""
     rows, length, heads, size = q.shape
     k = k.float() - k.float().mean(1, keepdim=True)
-    (q8, q_scale), (k8, k_scale), (v8, v_scale) = (codes_ref(x) for x in (q, k, v))
+    (q8, q_scale), (k8, k_scale), (v8, v_scale) = (quantise_heads_ref(x) for x in (q, k, v))
     factor = (q_scale * k_scale * softmax_scale(size))[..., None, None]  # [B, N, 1, 1]
     keys, values = k8.float().permute(0, 2, 3, 1), v8.float().transpose(1, 2)
     out = torch.empty(rows, length, heads, size, dtype=q.dtype, device=q.device)
@@ -69,7 +70,7 @@ def attention_fp8_ref(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torc
     return out.flatten(2)
 
 
-def codes_ref(x: torch.Tensor) -> Codes:
+def quantise_heads_ref(x: torch.Tensor) -> Codes:
     """[B, L, N, K] in 8 bits, with a scale for each head."""
     scale = x.float().abs().amax((1, 3)).clamp(min=SMALLEST) * (1.0 / LARGEST)
     return (x.float() * (1.0 / scale)[:, None, :, None]).clamp(-LARGEST, LARGEST).to(E4M3), scale
@@ -81,7 +82,7 @@ def softmax_scale(size: int) -> float:
 
 
 @jit
-def range_kernel(
+def quantise_heads_range_kernel(
     x, found, x_row, x_token, x_head, length,
     K: tl.constexpr, BLOCK: tl.constexpr, STEP: tl.constexpr,
 ):  # fmt: skip
@@ -105,7 +106,7 @@ def range_kernel(
 
 
 @jit
-def codes_kernel(
+def quantise_heads_kernel(
     x, centre, scale, out, x_row, x_token, x_head, length, padded,
     K: tl.constexpr, BLOCK: tl.constexpr, TRANSPOSED: tl.constexpr,
 ):  # fmt: skip
@@ -185,7 +186,7 @@ def attention_fp8_kernel(
     tl.store(out + places, acc.to(out.dtype.element_ty), mask=(start + tokens < length)[:, None])
 
 
-def codes_triton(x: torch.Tensor, *, centred: bool = False, transposed: bool = False) -> Codes:
+def quantise_heads_triton(x: torch.Tensor, *, centred: bool = False, transposed: bool = False) -> Codes:
     """Two passes over x [B, L, N, K], because a scale is known when all of its head was seen.
 
     Codes are [B, N, L', K], or [B, N, K, L'] if transposed, L' whole tiles; zeros beyond L.
@@ -196,7 +197,7 @@ def codes_triton(x: torch.Tensor, *, centred: bool = False, transposed: bool = F
     blocks, tiles = -(-length // WATCHED), -(-length // TILE)
     ranges = torch.empty(rows, heads, blocks, 3, size, dtype=torch.float32, device=x.device)
     launch(
-        range_kernel,
+        quantise_heads_range_kernel,
         (blocks, heads, rows),
         {"x": x, "found": ranges, **strides},
         {"K": size, "BLOCK": WATCHED, "STEP": 32},
@@ -211,7 +212,7 @@ def codes_triton(x: torch.Tensor, *, centred: bool = False, transposed: bool = F
     shape = (size, tiles * TILE) if transposed else (tiles * TILE, size)
     out = torch.empty(rows, heads, *shape, dtype=E4M3, device=x.device)
     launch(
-        codes_kernel,
+        quantise_heads_kernel,
         (tiles, heads, rows),
         {"x": x, "centre": centre, "scale": scale, "out": out, **strides, "padded": tiles * TILE},
         {"K": size, "BLOCK": TILE, "TRANSPOSED": transposed},
@@ -225,8 +226,8 @@ def attention_fp8_triton(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> t
     rows, length, heads, size = q.shape
     if size not in SIZES:
         raise ValueError(f"q has head size {size}; the Triton version takes 64 and 128")
-    (q8, q_scale), (k8, k_scale) = codes_triton(q), codes_triton(k, centred=True)
-    v8, v_scale = codes_triton(v, transposed=True)
+    (q8, q_scale), (k8, k_scale) = quantise_heads_triton(q), quantise_heads_triton(k, centred=True)
+    v8, v_scale = quantise_heads_triton(v, transposed=True)
     out = torch.empty(rows, length, heads, size, dtype=q.dtype, device=q.device)
     found = tuned("attention_fp8", key_of(q, k), q.device)
     block_l, block_s = found.get("block_l", 128), found.get("block_s", 64)
@@ -254,7 +255,8 @@ def attention_fp8_fa3(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torc
     It goes on with the tensor cores' coarse sums over all keys (flash-attention pull request 2250), so it is taken only
     where `python -m tools.tune` found it near the definition, and faster.
     """
-    (q8, q_scale), (k8, k_scale), (v8, v_scale) = codes_triton(q), codes_triton(k, centred=True), codes_triton(v)
+    (q8, q_scale), (k8, k_scale) = quantise_heads_triton(q), quantise_heads_triton(k, centred=True)
+    v8, v_scale = quantise_heads_triton(v)
     q8, k8, v8 = (x8[:, :, : x.shape[1]].transpose(1, 2) for x8, x in ((q8, q), (k8, k), (v8, v)))
     out = import_module(FA3).flash_attn_func(q8, k8, v8, q_descale=q_scale, k_descale=k_scale, v_descale=v_scale)
     return (out[0] if isinstance(out, tuple) else out).flatten(2).to(q.dtype)

@@ -77,8 +77,8 @@ def test_layers_in_8_bits(tmp_path: Path) -> None:
         layers = len(network.blocks)
         assert counted(launches) == {  # rows are quantised where they are made, but for attention's and the inner ones
             "modulate_kernel": 2 * layers + 1, "gate_residual_kernel": 3 * layers, "qk_norm_rope_kernel": layers,
-            "quantise_rows_kernel": 3 * layers, "range_kernel": 3 * layers, "codes_kernel": 3 * layers,
-            "attention_fp8_kernel": layers,
+            "quantise_rows_kernel": 3 * layers, "attention_fp8_kernel": layers,
+            "quantise_heads_range_kernel": 3 * layers, "quantise_heads_kernel": 3 * layers,
         }  # fmt: skip
         assert copies == ["goes on"]  # sigma
         assert sum("row_scale" in launch.arguments for launch in launches) == 3 * layers
