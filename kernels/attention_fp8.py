@@ -213,9 +213,9 @@ def quantise_heads_triton(x: torch.Tensor, *, centred: bool = False, transposed:
     out = torch.empty(rows, heads, *shape, dtype=E4M3, device=x.device)
     launch(
         quantise_heads_kernel,
-        (tiles, heads, rows),
+        (2 * tiles, heads, rows),
         {"x": x, "centre": centre, "scale": scale, "out": out, **strides, "padded": tiles * TILE},
-        {"K": size, "BLOCK": TILE, "TRANSPOSED": transposed},
+        {"K": size, "BLOCK": TILE // 2, "TRANSPOSED": transposed},
         num_warps=8,
     )
     return out, scale
