@@ -135,11 +135,19 @@ class Client:
             time.sleep(seconds)
         return found
 
-    def save(self, video: str | Found, path: str | Path, *, variant: str = "video", format: str | None = None) -> Path:
-        """Write a video's file (as mp4, webm or gif), thumbnail or spritesheet; it appears when all of it is there."""
+    def save(
+        self, video: str | Found, path: str | Path, *, variant: str = "video", format: str | None = None,
+        part: tuple[int, int | None] | None = None,
+    ) -> Path:  # fmt: skip
+        """Write a video's file (as mp4, webm or gif), thumbnail or spritesheet; it appears when all of it is there.
+
+        `part` are the frames of a video that are wanted, from the first number up to before the second (None: the end).
+        """
         path = Path(path)
         partial = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.partial")
-        params = {"variant": variant} | ({} if format is None else {"format": format})
+        params: dict[str, Any] = {"variant": variant} | ({} if format is None else {"format": format})
+        if part is not None:
+            params |= {"from": part[0]} | ({} if part[1] is None else {"to": part[1]})
         try:
             with (
                 self._stream("GET", f"/v1/videos/{_name(video)}/content", params=params) as answer,

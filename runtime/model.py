@@ -174,6 +174,8 @@ def locate(name_or_path: str | Path) -> Path:
     """
     if str(name_or_path) == "demo":
         return DEMO
+    if not str(name_or_path).strip():
+        raise ValueError("the model's name is empty; legal: 'demo', a folder, or a cached repository")
     folder = Path(name_or_path).expanduser()
     if folder.is_dir():
         return folder

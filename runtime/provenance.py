@@ -31,7 +31,7 @@ SEALED = (".mp4", ".png", ".gif")  # webm and folders of pictures can hold no cr
 SOURCE = "http://cv.iptc.org/newscodes/digitalsourcetype/"
 MADE, ALTERED = f"{SOURCE}trainedAlgorithmicMedia", f"{SOURCE}compositeWithTrainedAlgorithmicMedia"
 GENERATION = "dit-runtime.generation"  # the assertion with what only we say
-TRANSCODE = "transcode"  # the task of a file that shows another one in another format
+TRANSCODE, CUT = "transcode", "cut"  # the tasks of a file that shows another one in another format, or a part of it
 PLACES = ("frames", "clip", "mask")  # of a receipt's request: where its files lay
 PARENTED = ("extend", "prepend", "loop", "edit")  # tasks that go on from one clip
 QUIET = {
@@ -96,10 +96,10 @@ def generation(receipt: Receipt, request: Request) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def transcoding(source: Path) -> tuple[dict[str, Any], list[Input]]:
-    """Return what `seal` takes for a file that shows another one in another format."""
+def derived(source: Path, task: str) -> tuple[dict[str, Any], list[Input]]:
+    """Return what `seal` takes for a file that shows another one in another format (TRANSCODE), or a part (CUT)."""
     now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
-    return (read(source).made or {}) | {"task": TRANSCODE, "created": now}, [Input(source, "parentOf")]
+    return (read(source).made or {}) | {"task": task, "created": now}, [Input(source, "parentOf")]
 
 
 def settings_hash(settings: dict[str, Any]) -> str:
@@ -242,6 +242,8 @@ def _manifest(title: str, made: dict[str, Any], inputs: Sequence[Input]) -> dict
     relations = {each.relation for each in inputs}
     if made["task"] == TRANSCODE:
         actions = [action("opened", "parentOf"), action("transcoded", "")]
+    elif made["task"] == CUT:
+        actions = [action("opened", "parentOf"), action("edited", "")]
     elif "parentOf" in relations:
         actions = [action("opened", "parentOf"), action("edited", "inputTo", digitalSourceType=ALTERED)]
     else:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import platform
+import secrets
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
@@ -48,9 +49,14 @@ class Receipt:
         return json.dumps(asdict(self), indent=2, ensure_ascii=False)
 
     def save(self, path: str | Path) -> Path:
-        """Write the receipt as JSON."""
+        """Write the receipt as JSON; it appears when all of it is there."""
         path = Path(path)
-        path.write_text(self.to_json() + "\n", encoding="utf-8")
+        unfinished = path.with_name(f".{path.name[:32]}.{secrets.token_hex(4)}.partial")
+        try:
+            unfinished.write_text(self.to_json() + "\n", encoding="utf-8")
+            unfinished.replace(path)
+        finally:
+            unfinished.unlink(missing_ok=True)
         return path
 
 

@@ -90,6 +90,8 @@ def add_remote(commands: Any) -> None:
     parser = verb("download", download, "fetch a finished video", "id")
     parser.add_argument("-o", "--output", type=Path, default=Path("video.mp4"), metavar="PATH", help=".mp4 .webm .gif")
     parser.add_argument("--variant", default="video", help="video (default), thumbnail, spritesheet")
+    parser.add_argument("--from", dest="start", type=parse_whole, default=0, metavar="N", help="first frame wanted")
+    parser.add_argument("--to", dest="stop", type=parse_whole, metavar="N", help="frame before which it ends")
     verb("verify", lambda client, options: show(client.verify(clip(options.what))), "say where it comes from", "what")
 
 
@@ -202,7 +204,8 @@ def follow(client: Client, options: Options, video: str) -> None:
 def download(client: Client, options: Options) -> None:
     wanted = format_of(options.output) if options.variant == "video" else None
     check_file(options.output, options.variant)
-    say(options, str(client.save(options.id, options.output, variant=options.variant, format=wanted)))
+    part = (options.start, options.stop) if options.start or options.stop is not None else None
+    say(options, str(client.save(options.id, options.output, variant=options.variant, format=wanted, part=part)))
 
 
 def format_of(path: Path) -> str | None:

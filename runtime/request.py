@@ -100,6 +100,10 @@ class Request:
         for name in ("prompt", "negative_prompt"):
             if not isinstance(given := getattr(self, name), str):
                 raise ValueError(f"{name} is a {type(given).__name__}; legal: text")
+            try:
+                given.encode()
+            except UnicodeEncodeError as error:
+                raise ValueError(f"{name} holds no text at {error.start} (half a character); legal: UTF-8") from error
         if not self.prompt.strip() and not self.clips and not self.storyboard:
             raise ValueError("the prompt is empty; legal: some text, so say what the video shows")
         for name in ("width", "height", "num_frames", "steps", "window", "overlap", "resample"):

@@ -24,6 +24,7 @@ from runtime.weights import publish
 
 MEMORY_ENTRIES = 256
 DISK_ENTRIES = 4096
+SHOWN = 500  # characters of a text that was cut
 
 
 @dataclass(frozen=True)
@@ -44,11 +45,16 @@ def encode_prompt(model: Model, request: Request) -> tuple[list[torch.Tensor], l
     """
     found = {name: embedding(model, clean(text)) for name, text in texts_of(request).items()}
     notes = [
-        f"the {name} is longer than {model.spec.text_length} tokens; this was cut: {entry.cut!r}"
+        f"the {name} is longer than {model.spec.text_length} tokens; this was cut: {shown(entry.cut)}"
         for name, entry in found.items()
         if entry.cut
     ]
     return [entry.tokens for entry in found.values()], notes
+
+
+def shown(text: str) -> str:
+    """Return a text quoted, a long one by its beginning."""
+    return repr(text) if len(text) <= SHOWN else f"{text[:SHOWN]!r} and {len(text) - SHOWN} characters more"
 
 
 def embeddings_known(model: Model, request: Request) -> bool:

@@ -137,6 +137,8 @@ def test_info_names_what_is_missing(tmp_path: Path, capsys: pytest.CaptureFixtur
         (["a", "--frames", "5001", "--window", "5001"], "4093 at most"),
         (["a", "--receipt", "missing/r.json"], "receipt"),
         (["a", "--guidance-2", "3"], "one expert"),
+        (["half a \udc80 character"], "holds no text at 7"),
+        (["a", "--model", ""], "name is empty"),
         (["a", "--steps", "100000000"], "up to 10000"),
         (["a", "--fps", "1e9"], "up to 1000"),
         (["a", "-o", "x.gif", "--fps", "60"], "at most 50"),
@@ -244,13 +246,15 @@ def test_nobody_reads_what_is_printed() -> None:
     assert "No space left on device" in done.stderr and done.stderr.count("\n") == 1
 
 
-def test_what_is_no_text_or_no_certificate(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_what_is_no_text_no_certificate_no_tile(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     file = tmp_path / "x"
     file.write_bytes(b"\x82\xff")
     assert main(["calibrate", "--prompts", str(file)]) == 2
     assert "a prompt in each line" in capsys.readouterr().err
     assert main(["verify", str(file), "--trust", str(file)]) == 2
     assert "no certificate in PEM" in capsys.readouterr().err
+    assert main(["plan", "--tile", "8x8"]) == 2
+    assert "legal: at least 72x72" in capsys.readouterr().err
 
 
 def test_a_full_disk(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

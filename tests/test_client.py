@@ -66,6 +66,8 @@ def test_the_command_line(
         remote(server, capsys, "watch", video, "--quiet")
         assert json.loads(remote(server, capsys, "get", video))["num_frames"] == count
     remote(server, capsys, "download", made[9].strip(), "-o", "b.webm")
+    remote(server, capsys, "download", made[9].strip(), "-o", "c.gif", "--from", "3")
+    assert read_video("c.gif").num_frames == 6
     remote(server, capsys, "download", made[9].strip(), "-o", "b.webp", "--variant", "thumbnail")
     assert read_video("b.webm").num_frames == 9 and Path("b.webp").read_bytes()[:4] == b"RIFF"
     told = json.loads(remote(server, capsys, "verify", "a.mp4"))

@@ -17,6 +17,7 @@ from PIL import Image
 
 pytest.importorskip("fastapi")
 
+from runtime.reading import read_video
 from tests.browsing import Visit, browser, plays
 from tests.serving import TINY, Server
 
@@ -261,6 +262,10 @@ def test_from_the_library(visit: Visit, server: Server, videos: list[dict[str, A
     visit.go(f"clip/{one}")
     page.get_by_role("button", name="Re-cut").click()
     page.get_by_role("slider", name="First frame of the part").press("ArrowRight")
+    with page.expect_download() as saved:
+        page.get_by_role("button", name="Save the part").click()
+    assert saved.value.suggested_filename.endswith("-1-5.mp4")
+    assert read_video(saved.value.path()).num_frames == 4
     page.get_by_role("button", name="Loop the part").click()
     page.locator("form").get_by_role("button", name="Loop").click()
     sent("loop")

@@ -54,9 +54,13 @@ def video(server: Server) -> dict[str, Any]:
     return server.done(server.create()["id"])
 
 
-def frames_in(content: bytes) -> int:
+def pictures_in(content: bytes) -> np.ndarray:
     with av.open(io.BytesIO(content)) as container:
-        return sum(1 for _ in container.decode(video=0))
+        return np.stack([frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)])
+
+
+def frames_in(content: bytes) -> int:
+    return len(pictures_in(content))
 
 
 def test_a_plan(server: Server, video: dict[str, Any]) -> None:
@@ -101,6 +105,22 @@ def test_formats(server: Server, video: dict[str, Any]) -> None:
     told = server.video(video["id"])["spritesheet"]
     assert (sheet.width, sheet.height) == (told["columns"] * told["width"], told["rows"] * told["height"])
     assert told["frames"] == 5
+
+
+def test_a_part_of_a_result(server: Server, video: dict[str, Any]) -> None:
+    path, folder = f"/v1/videos/{video['id']}/content", server.data / "jobs" / video["id"]
+    for place in range(20):
+        (folder / f"output-1-{place}-99.mp4").touch()
+    part = server.http.get(path, params={"from": 1, "to": 4, "format": "mp4"})
+    shown, whole = (pictures_in(content) for content in (part.content, server.http.get(path).content))
+    assert len(shown) == 3 and np.abs(shown.astype(int) - whole[1:4]).mean() < 6
+    assert len(list(folder.glob("output-1-*"))) == 8, "no more than so many parts are kept"
+    said = server.http.post("/v1/provenance", files={"video": part.content}).json()
+    assert said["state"] == "valid" and said["actions"] == ["c2pa.opened", "c2pa.edited"]
+    assert frames_in(server.http.get(path, params={"from": 0, "to": 5}).content) == 5
+    for wrong in ({"from": 4, "to": 4}, {"from": -1}, {"to": 6}, {"from": 1, "variant": "thumbnail"}, {"to": 10**30}):
+        answer = server.http.get(path, params=wrong)
+        assert answer.status_code == 400 and answer.json()["error"]["param"] in ("from", "to"), answer.text
 
 
 def test_a_draft_is_finished(server: Server, video: dict[str, Any]) -> None:

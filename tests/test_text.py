@@ -172,6 +172,8 @@ def test_what_is_cut_is_said(folder: Path) -> None:
         assert "the prompt is longer than 16 tokens" in note
         assert note.endswith("sand'")
     assert len(text.embedding(model, prompt).tokens) == 16
+    (note,) = runtime.generate(model, Request(prompt="a red ball " * 1000, steps=1, seed=0)).receipt.notes
+    assert len(note) < 700 and note.endswith("characters more"), "of a long text, the beginning is shown"
     assert not runtime.generate(model, Request(prompt="a red ball", steps=1, seed=0)).receipt.notes
 
 

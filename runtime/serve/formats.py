@@ -1,4 +1,5 @@
-"""Videos in other formats, made in a process of their own when somebody first asks, and kept beside the first."""
+"""Videos in other formats, and parts of them, made in a process of their own when somebody first asks, and kept
+beside the first."""
 
 from __future__ import annotations
 
@@ -9,20 +10,29 @@ import sys
 from pathlib import Path
 
 from runtime.certificates import read_signer
-from runtime.provenance import SEALED, seal, transcoding
+from runtime.clips import cut_clip
+from runtime.provenance import CUT, SEALED, TRANSCODE, derived, seal
 from runtime.reading import read_video
 
 FORMATS = ("mp4", "webm", "gif")
 SECONDS = 3600
+KEPT_PARTS = 8  # of a video; beyond that the oldest goes
+
+Part = tuple[int, int]  # frames, from the first up to before the second
 
 
-def converted(path: Path, kind: str, signer: tuple[Path, Path] | None) -> Path:
-    """Return the file of a video in a format of `FORMATS`, signed where it can be (`signer`: certificate and key);
-    ValueError or OSError where it cannot be written."""
-    target = path.with_suffix(f".{kind}")
+def converted(path: Path, kind: str, part: Part | None, signer: tuple[Path, Path] | None) -> Path:
+    """Return the file of a video, or of a part, in a format of `FORMATS`, signed where it can be (`signer`: certificate
+    and key); ValueError or OSError where it cannot be written."""
+    places = "" if part is None else f"{part[0]}-{part[1]}"
+    target = path.with_name(f"{path.stem}{places and '-'}{places}.{kind}")
     if target.exists():
         return target
-    command = [sys.executable, "-m", "runtime.serve.formats", str(path), str(target), *map(str, signer or ())]
+    if part is not None:
+        kept = sorted(path.parent.glob(f"{path.stem}-*-*.*"), key=lambda file: file.stat().st_mtime)
+        for oldest in kept[: len(kept) + 1 - KEPT_PARTS]:
+            oldest.unlink(missing_ok=True)
+    command = [sys.executable, "-m", "runtime.serve.formats", str(path), str(target), places, *map(str, signer or ())]
     done = subprocess.run(command, stdout=subprocess.PIPE, text=True, timeout=SECONDS, stdin=subprocess.DEVNULL)
     if done.returncode:
         found = json.loads(done.stdout or '{"message": "the converter died"}')
@@ -31,16 +41,19 @@ def converted(path: Path, kind: str, signer: tuple[Path, Path] | None) -> Path:
 
 
 def main() -> int:
-    """Write one file in the format of another's name; tell what is wrong as JSON."""
+    """Write one file, or a part of it, in the format of another's name; tell what is wrong as JSON."""
     os.nice(10)  # what is being made goes first
-    source, target, *signer = (Path(text) for text in sys.argv[1:])
+    source, target, places, *signer = sys.argv[1:]
 
     def sign(file: Path) -> None:
-        if signer and target.suffix in SEALED:
-            seal(file, target.name, *transcoding(source), read_signer(*signer))
+        if signer and file.suffix in SEALED:
+            made = derived(Path(source), CUT if places else TRANSCODE)
+            seal(file, Path(target).name, *made, read_signer(*map(Path, signer)))
 
     try:
-        read_video(source).save(target, seal=sign)
+        start, _, stop = places.partition("-")
+        video = cut_clip(source, int(start), int(stop)) if places else read_video(source)
+        video.save(target, seal=sign)
     except (ValueError, OSError) as error:
         print(json.dumps({"errno": getattr(error, "errno", None), "message": str(error)}))
         return 1

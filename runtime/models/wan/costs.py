@@ -261,6 +261,5 @@ class WanCosts:
             return [latents[1:]]
         module = self._vae_module
         halo = module.decoder.reach() if up else module.encoder.reach()
-        size = tile[0] // module.stride[1], tile[1] // module.stride[2]
-        cut = tiles(latents[1:], size, halo)
+        cut = tiles(latents[1:], module.cells(tile, halo), halo)
         return [(each.rows.high - each.rows.low, each.columns.high - each.columns.low) for each in cut]

@@ -69,7 +69,7 @@ class WanVAE(nn.Module):
             raise ValueError(f"latents have shape {list(latents.shape)}; expected [B, {self.config.z_dim}, T, H, W]")
         height, width = latents.shape[3:]
         halo = self.decoder.reach()
-        return self._decode_chunks(latents, tiles((height, width), self._cells(tile, halo), halo), start)
+        return self._decode_chunks(latents, tiles((height, width), self.cells(tile, halo), halo), start)
 
     @torch.no_grad()
     def _decode_chunks(self, latents: torch.Tensor, cuts: list[Tile], start: int) -> Iterator[torch.Tensor]:
@@ -130,7 +130,7 @@ class WanVAE(nn.Module):
         )
         return down, across
 
-    def _cells(self, tile: tuple[int, int] | None, halo: int) -> tuple[int, int] | None:
+    def cells(self, tile: tuple[int, int] | None, halo: int) -> tuple[int, int] | None:
         """Return a tile's size in latent cells; ValueError where a halo of so many leaves no core."""
         if tile is None:
             return None
@@ -172,7 +172,7 @@ class WanVAE(nn.Module):
         mean, std = self._statistics(weight.device)
         whole = self.encoder.empty_history()
         halo = self.encoder.reach()
-        size, cells = self._cells(tile, halo), self.stride[1] // (self.config.patch_size or 1)
+        size, cells = self.cells(tile, halo), self.stride[1] // (self.config.patch_size or 1)
         cuts: list[Tile] = []
         histories: list[History] = []
         done, coming = 0, iter(chunks)

@@ -48,7 +48,7 @@ function drawClip(root, video) {
     loop: () => loopForm(video, part),
     finish: () => finishForm(video),
     connect: () => h("div", { class: "stack" }, h("p", { class: "quiet" }, t("connect.with")), pickGrid((other) => connectDialog(video.id, other), video.id)),
-    trim: () => trimDesk(rail, open),
+    trim: () => trimDesk(video, rail, open),
   };
   const symbols = { remix: "remix", extend: "extend", loop: "loop", connect: "connect", trim: "trim", finish: "finish" };
   const buttons = {};
@@ -81,14 +81,16 @@ function lineage(video) {
   return h("a", { class: "chip", href: `#/clip/${video.remixed_from_video_id}` }, t("made.from"));
 }
 
-function trimDesk(rail, open) {
+function trimDesk(video, rail, open) {
   return h("div", { class: "stack" }, h("p", { class: "quiet" }, t("trim.why")), rail.inputs(),
-    h("div", { class: "row" }, ["extend", "loop", "remix"].map((name) => button(t(`trim.${name}`), null, () => open(name)))),
+    h("div", { class: "row" }, ["extend", "loop", "remix"].map((name) => button(t(`trim.${name}`), null, () => open(name))),
+      button(t("trim.save"), "down", () => save(video, "mp4", rail.part()))),
     button(t("trim.all"), "close", () => rail.trim(false), { class: "button plain" }));
 }
 
-async function save(video, format) {
-  await attempt(() => download(`${content(video.id)}?format=${format}`, `${video.id}.${format}`).then(() => true));
+async function save(video, format, part = null) {
+  const [asked, name] = part ? [`&from=${part.from}&to=${part.to}`, `-${part.from}-${part.to}`] : ["", ""];
+  await attempt(() => download(`${content(video.id)}?format=${format}${asked}`, `${video.id}${name}.${format}`).then(() => true));
 }
 
 async function useDialog(video, film) {

@@ -189,6 +189,7 @@ export const TEXTS = {
   "trim.extend": ["Extend the part", "延长所选"],
   "trim.loop": ["Loop the part", "循环所选"],
   "trim.remix": ["Remix the part", "改编所选"],
+  "trim.save": ["Save the part", "保存所选"],
   "trim.all": ["Use the whole clip", "使用整个片段"],
   "frame.n": ["frame {n}", "第 {n} 帧"],
   "finish": ["Finish the draft", "完成草稿"],

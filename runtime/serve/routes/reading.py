@@ -14,7 +14,7 @@ from starlette.routing import Route
 from runtime.serve.api import SHAPE, Api
 from runtime.serve.database import ACTIVE, TERMINAL, Job
 from runtime.serve.errors import ApiError, bad, missing
-from runtime.serve.formats import FORMATS, converted
+from runtime.serve.formats import FORMATS, Part, converted
 from runtime.serve.openapi import DESCRIPTIONS
 from runtime.serve.results import Result
 from runtime.serve.shown import brief
@@ -102,14 +102,17 @@ def add(app: FastAPI, api: Api) -> None:
         video_id: str,
         variant: str = "video",
         kind: str | None = Query(None, alias="format"),
+        first: int | None = Query(None, alias="from"),
+        end: int | None = Query(None, alias="to"),
         download: bool = False,
     ) -> Response:
         job = api.job(request, video_id)
         if variant not in VARIANTS:
             raise bad(f"variant is {variant[:40]!r}; legal: {', '.join(VARIANTS)}", "variant")
         path = api.preview(job) if variant == "preview" else api.output(job, variant)
-        if kind is not None:
-            path = await in_format(path, variant, kind)
+        part = part_of(job, variant, first, end)
+        if kind is not None or part is not None:
+            path = await in_format(path, variant, kind or FORMATS[0], part)
         headers = {"cache-control": "private"}
         return Result(
             path, headers=headers, filename=f"{job.id}{path.suffix}",
@@ -118,13 +121,24 @@ def add(app: FastAPI, api: Api) -> None:
 
     converting = asyncio.Lock()  # one at a time: each takes as many cores as there are
 
-    async def in_format(path: Path, variant: str, kind: str) -> Path:
+    async def in_format(path: Path, variant: str, kind: str, part: Part | None) -> Path:
         if variant != "video" or kind not in FORMATS:
             raise bad(f"format is {kind[:40]!r}; legal for a video: {', '.join(FORMATS)}", "format")
         async with converting:
             try:
-                return await asyncio.to_thread(converted, path, kind, api.settings.signer_files)
+                return await asyncio.to_thread(converted, path, kind, part, api.settings.signer_files)
             except ValueError as error:
                 raise bad(str(error), "format") from error
             except OSError as error:
                 raise ApiError(507, error.strerror or str(error), code="insufficient_storage") from error
+
+
+def part_of(job: Job, variant: str, first: int | None, end: int | None) -> Part | None:
+    """Return the part of a video that `from` and `to` name, None for the whole; ApiError for none of it."""
+    if first is None and end is None:
+        return None
+    frames = job.shown["num_frames"]
+    start, stop = first or 0, frames if end is None else end
+    if variant != "video" or not 0 <= start < stop <= frames:
+        raise bad(f"from is {start} and to is {stop}; legal: onward, within the {frames} frames of a video", "from")
+    return None if (start, stop) == (0, frames) else (start, stop)
