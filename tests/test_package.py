@@ -27,7 +27,8 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "--build-lib",
         str(folder / "lib"),
     ]
-    subprocess.run(command, cwd=ROOT, check=True, capture_output=True)
+    done = subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True)
+    assert "Warning" not in done.stderr, done.stderr
     return folder / "lib"
 
 
@@ -43,6 +44,8 @@ def test_everything_is_in(built: Path) -> None:
         *ROOT.glob("runtime/serve/page/*"),
     ]:
         assert (built / source.relative_to(ROOT)).is_file()
+    for source in ROOT.glob("csrc/embed/**/*.*"):
+        assert (built / "runtime" / source.relative_to(ROOT / "csrc")).is_file()
     for source in ROOT.glob("kernels/*.py"):
         assert (built / "runtime" / source.relative_to(ROOT)).is_file()
 
