@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import re
 import socket
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
@@ -67,6 +68,32 @@ def test_keys_and_a_full_queue(tmp_path: Path) -> None:
         assert "0123456789abcdef" not in server.log()
     finally:
         assert server.stop() == 0
+
+
+@pytest.mark.parametrize(
+    ("told", "sentence"),
+    [
+        ('workers = "two"', "workers is 'two'; legal: a whole number from 1"),
+        ("workers = 0", "workers is 0"),
+        ("port = 99999", "to 65535"),
+        ("grace = nan", "grace is nan"),
+        ("keep = -1", "keep is -1"),
+        ("max_queue = true", "max_queue is True"),
+        ("host = 5", "host is 5; legal: text"),
+        ("data = 5", "data is 5; legal: the name"),
+        ("model = 7", "model is 7; legal: text"),
+        ("model = [7]", "legal: text, or a list"),
+        ('insecure = "no"', "insecure is 'no'; legal: true"),
+        ('log = "loud"', "legal: text, json"),
+        ("moderation = 3", "moderation is 3"),
+        ("port = ", "is no TOML"),
+        ("\xff\xfe", "is no TOML"),
+    ],
+)
+def test_settings_that_mean_nothing(tmp_path: Path, told: str, sentence: str) -> None:
+    (tmp_path / "serve.toml").write_bytes(told.encode("latin-1"))
+    with pytest.raises(ValueError, match=re.escape(sentence)):
+        read_settings(["--config", str(tmp_path / "serve.toml")])
 
 
 def test_settings(tmp_path: Path) -> None:

@@ -68,7 +68,8 @@ def main() -> int:
         store.reclaim()
         listener = listen(settings)
     except (ValueError, OSError, sqlite3.OperationalError) as error:  # the last: the disk is full
-        print(f"error: {error}", file=sys.stderr)
+        told = f"{error.strerror}: {error.filename}" if isinstance(error, OSError) and error.filename else error
+        print(f"error: {told}", file=sys.stderr)
         return 2
     raise_limit()
     supervisor = Supervisor(settings, store)

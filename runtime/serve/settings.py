@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import ipaddress
 import tomllib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
@@ -22,6 +22,13 @@ from runtime.serve.webhooks import read_secret
 
 PATHS = {"data", "api_key", "certificate", "private_key", "webhook_secret"}
 LISTS = {"model", "lora", "fetch_host", "webhook_host"}
+TEXTS = ("host", "device", "engine", "dtype", "precision", "warm", "log", "expand_model", "expand_url")
+SWITCHES = ("insecure", "credentials", "exclusive", "move_damaged")
+RANGES: dict[str, tuple[float, float]] = {  # the least and the most of each number; whole where the least is
+    "port": (0, 65535), "health_port": (0, 65535), "workers": (1, 1024), "max_queue": (0, 10**9),
+    "max_per_key": (0, 10**9), "max_upload": (1, 2**50), "min_free": (0, 2**60), "grace": (0.0, 1e6),
+    "hang": (0.0, 1e9), "max_seconds": (0.0, 1e9), "full_wait": (0.0, 1e9), "keep": (0.0, 1e12),
+}  # fmt: skip
 MAX_FETCH = 20 * 2**20  # bytes of one input
 MAX_WORDS = 2**16  # bytes of what is answered to a webhook
 
@@ -68,6 +75,26 @@ class Settings:
     keys: dict[str, Key] = field(default_factory=dict, repr=False)  # by the digest of each
 
     def __post_init__(self) -> None:
+        for name, (least, most) in RANGES.items():
+            given = getattr(self, name)
+            whole = isinstance(least, int)
+            if given is None:
+                continue
+            if (
+                isinstance(given, bool)
+                or not isinstance(given, int if whole else int | float)
+                or not least <= given <= most
+            ):
+                kind = "a whole number" if whole else "a number"
+                raise ValueError(f"{name} is {given!r}; legal: {kind} from {least:g} to {most:g}")
+        for name in SWITCHES:
+            if not isinstance(given := getattr(self, name), bool):
+                raise ValueError(f"{name} is {given!r}; legal: true, false")
+        for name in TEXTS:
+            if not isinstance(given := getattr(self, name), str | None):
+                raise ValueError(f"{name} is {given!r}; legal: text")
+        if self.log not in ("text", "json"):
+            raise ValueError(f"log is {self.log!r}; legal: text, json")
         Expansion(model=self.expand_model, url=self.expand_url)  # raises for what cannot be
         lora_files(self.lora)
 
@@ -168,17 +195,12 @@ def read_settings(arguments: Sequence[str] | None = None) -> Settings:
     options = {name: value for name, value in vars(parser.parse_args(arguments)).items() if value is not None}
     told: dict[str, Any] = {}
     if (config := options.pop("config", None)) is not None:
-        told = {name.replace("-", "_"): value for name, value in tomllib.loads(config.read_text()).items()}
+        told = read_config(config)
         known = {f.name for f in dataclasses.fields(Settings)} - {"keys"}
         if unknown := sorted(told.keys() - known):
             raise ValueError(f"{config} has keys that are not known: {', '.join(unknown)}; legal: {', '.join(known)}")
     values = told | options
-    for name in PATHS & values.keys():
-        values[name] = Path(values[name])
-    values["moderation"] = tuple(Rule.of(table) for table in values.get("moderation", ()))
-    for name in LISTS & values.keys():
-        values[name] = tuple([values[name]] if isinstance(values[name], str) else values[name])
-    settings = Settings(**values)
+    settings = Settings(**typed(values))
     names = settings.served
     if twice := next((name for name in names if not name or names.count(name) > 1), None):
         raise ValueError(f"model {twice!r} is named twice; legal: each name once, so give NAME=PLACE")
@@ -190,6 +212,33 @@ def read_settings(arguments: Sequence[str] | None = None) -> Settings:
             "--insecure if that is meant"
         )
     return settings
+
+
+def read_config(file: Path) -> dict[str, Any]:
+    """Return what a TOML file says, by our names; ValueError for what is no TOML."""
+    try:
+        return {name.replace("-", "_"): value for name, value in tomllib.loads(file.read_text("utf-8")).items()}
+    except ValueError as error:
+        raise ValueError(f"{file} is no TOML ({error})") from error
+
+
+def typed(told: Mapping[str, Any]) -> dict[str, Any]:
+    """Return settings as their fields take them: paths, tuples, rules; ValueError for what cannot be one."""
+    values = dict(told)
+    for name in PATHS & values.keys():
+        if not isinstance(values[name], str | Path):
+            raise ValueError(f"{name} is {values[name]!r}; legal: the name of a file or folder")
+        values[name] = Path(values[name])
+    tables = values.get("moderation", ())
+    if not isinstance(tables, list | tuple) or not all(isinstance(table, dict) for table in tables):
+        raise ValueError(f"moderation is {tables!r}; legal: [[moderation]] tables")
+    values["moderation"] = tuple(Rule.of(table) for table in tables)
+    for name in LISTS & values.keys():
+        given = [values[name]] if isinstance(values[name], str) else values[name]
+        if not isinstance(given, list | tuple) or not all(isinstance(each, str) for each in given):
+            raise ValueError(f"{name} is {given!r}; legal: text, or a list of texts")
+        values[name] = tuple(given)
+    return values
 
 
 def model_place(text: str) -> tuple[str, str]:
