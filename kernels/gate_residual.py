@@ -221,8 +221,7 @@ def gate_residual_modulate(
     eps: float = 1e-6,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Return (x + gate * y, modulate(x + gate * y, scale, shift)), both [B, L, D]; ValueError as its two parts."""
-    _expect_sum(x, y, gate)
-    expect_modulation(x, scale, shift, weight, bias)
+    _expect_sum(x, y, gate, scale, shift, weight, bias)
     if is_opaque():
         return torch.ops.runtime.gate_residual_modulate(x, y, gate, scale, shift, weight, bias, eps)
     return gate_residual_modulate_picked(x, y, gate, scale, shift, weight, bias, eps)
@@ -240,15 +239,14 @@ def gate_residual_modulate_fp8(
     eps: float = 1e-6,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Return x + gate * y [B, L, D], and `modulate_fp8` of it: codes [B, L, D], scale [B, L]; ValueError likewise."""
-    _expect_sum(x, y, gate)
-    expect_modulation(x, scale, shift, weight, bias)
+    _expect_sum(x, y, gate, scale, shift, weight, bias)
     if is_opaque():
         return torch.ops.runtime.gate_residual_modulate_fp8(x, y, gate, scale, shift, weight, bias, eps)
     return gate_residual_modulate_fp8_picked(x, y, gate, scale, shift, weight, bias, eps)
 
 
-def _expect_sum(x: torch.Tensor, y: torch.Tensor, gate: torch.Tensor | None) -> None:
-    """Raise ValueError unless the three fit together."""
+def _expect_sum(x: torch.Tensor, y: torch.Tensor, gate: torch.Tensor | None, *modulation: torch.Tensor | None) -> None:
+    """Raise ValueError unless the three fit together, and with scale, shift, weight and bias where these are given."""
     expect_floating("x", x)
     expect_shape("x", x, (None, None, None))
     expect_some("x", x, 2)
@@ -257,3 +255,5 @@ def _expect_sum(x: torch.Tensor, y: torch.Tensor, gate: torch.Tensor | None) -> 
     if gate is not None:
         expect_groups("gate", gate, x)
     expect_device(x, y=y, gate=gate)
+    if modulation:
+        expect_modulation(x, *modulation)

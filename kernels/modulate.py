@@ -184,9 +184,7 @@ def modulate(
     norm: str = "layer",
 ) -> torch.Tensor:
     """Return norm(x) * (1 + scale) + shift, [B, L, D]; ValueError for arguments that do not fit together."""
-    expect_modulation(x, scale, shift, weight, bias)
-    if norm not in NORMS:
-        raise ValueError(f"norm is {norm!r}; legal: {', '.join(NORMS)}")
+    expect_modulation(x, scale, shift, weight, bias, norm=norm)
     if is_opaque():
         return torch.ops.runtime.modulate(x, scale, shift, weight, bias, eps, norm)
     return modulate_picked(x, scale, shift, weight, bias, eps, norm)
@@ -203,9 +201,7 @@ def modulate_fp8(
     norm: str = "layer",
 ) -> InFp8:
     """Return `modulate` of the same arguments per token in 8 bits: codes [B, L, D] e4m3, scale [B, L] float32."""
-    expect_modulation(x, scale, shift, weight, bias)
-    if norm not in NORMS:
-        raise ValueError(f"norm is {norm!r}; legal: {', '.join(NORMS)}")
+    expect_modulation(x, scale, shift, weight, bias, norm=norm)
     if is_opaque():
         return torch.ops.runtime.modulate_fp8(x, scale, shift, weight, bias, eps, norm)
     return modulate_fp8_picked(x, scale, shift, weight, bias, eps, norm)
@@ -217,8 +213,12 @@ def expect_modulation(
     shift: torch.Tensor | None,
     weight: torch.Tensor | None,
     bias: torch.Tensor | None,
+    *,
+    norm: str = "layer",
 ) -> None:
     """Raise ValueError unless these are arguments of `modulate` that fit together."""
+    if norm not in NORMS:
+        raise ValueError(f"norm is {norm!r}; legal: {', '.join(NORMS)}")
     expect_floating("x", x)
     expect_shape("x", x, (None, None, None))
     expect_some("x", x, 2)
