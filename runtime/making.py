@@ -150,9 +150,13 @@ def write(options: Options, model: Model, request: Request) -> None:
         )  # fmt: skip
     for note in video.receipt.notes:
         warnings.warn(note, stacklevel=1)
+    unkept = None
     if getattr(options, "latents", None) and video.latents is not None:  # not lost to a decode that fails
         said = {"model": model.spec.name, "fps": video.fps, "width": video.width, "height": video.height}
-        save_latents(options.latents, video.latents, {name: str(value) for name, value in said.items()})
+        try:
+            save_latents(options.latents, video.latents, {name: str(value) for name, value in said.items()})
+        except OSError as error:  # what was made is not lost to that either
+            unkept = error
     with Progress("decoding", "frame", quiet=options.quiet) as progress, recording(video.receipt.stages), span("save"):
         seal = None
         if signer is not None:
@@ -165,6 +169,8 @@ def write(options: Options, model: Model, request: Request) -> None:
         video.receipt.save(options.receipt)
     if not options.quiet:
         report(video, path)
+    if unkept is not None:
+        raise OSError(*unkept.args[:-1], f"{unkept.args[-1]}; the video is in {path}") from unkept
 
 
 def report(video: Video, path: Path) -> None:
