@@ -1,6 +1,6 @@
 # demo: a video from the built-in checkpoint.  test: all tests.  Both create .venv and install at first use.
 # gpu: tests and speeds on an NVIDIA GPU, with PYTHON as it is, nothing installed; BUDGET=530 seconds in all, ONLY=some of
-#      tests,kernels,published,tune,latency,demo. OUT=folder gets results.tar.gz; COMMIT names a copy without git.
+#      tests,kernels,stages,tune,latency,demo. OUT=folder gets results.tar.gz; COMMIT names a copy without git.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin

@@ -209,7 +209,7 @@ def test_gpu_tool_runs_every_part(gpu_tool: ModuleType, tmp_path: Path, monkeypa
         assert "results/tests.log" in archive.getnames()
     asked = [command[3:] for command in commands if command[1:3] == ["-m", "benchmarks"]]
     assert [each[0] for each in asked] == [
-        "kernels", *["published"] * len(gpu_tool.PUBLISHED), "warm", *["latency"] * len(gpu_tool.LATENCY),
+        "kernels", *["published"] * len(gpu_tool.STAGES), "warm", *["latency"] * len(gpu_tool.LATENCY),
     ]  # fmt: skip
     for name, *options in asked:
         parser = argparse.ArgumentParser()

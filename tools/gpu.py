@@ -30,7 +30,7 @@ LINKED = ROOT / "build" / "gpu"
 KEPT = ROOT / "build" / "results"  # where OUT is set: packed into it
 OUT = Path(os.environ.get("OUT", ROOT / "out"))
 # In the order in which they run: name -> share of the time that is left when it begins.
-PARTS = {"tests": 0.5, "kernels": 1.0, "published": 1.0, "tune": 0.3, "latency": 0.9, "demo": 1.0}
+PARTS = {"tests": 0.5, "kernels": 1.0, "stages": 1.0, "tune": 0.3, "latency": 0.9, "demo": 1.0}
 USUAL = ("tests", "kernels")
 TEST_PROCESSES = 8  # compiling takes most of the time, the largest cases 10 GB of memory
 CHECKERS = ("memcheck", "racecheck")
@@ -39,7 +39,7 @@ NEEDED = ("av", "ftfy", "transformers", "safetensors")  # by the runtime; its op
 QUESTION = 120.0  # seconds that a question to another process may take
 LAST = 20.0  # seconds kept for printing the tables
 # What is most wanted first: in each part a later group, or row, is what the time may end before.
-PUBLISHED = (  # parts of one model, share of the time that is left
+STAGES = (  # parts of one model, share of the time that is left
     ("step-1.3b-480p,decode-480p,decode-720p,qualities-1.3b-480p", 0.56),
     ("step-14b-480p", 0.95),
     ("step-5b-704p", 1.0),
@@ -87,7 +87,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     KEPT.mkdir(parents=True)
     notes = [build(end)]
     environment = reachable()
-    steps = {"tests": tests, "kernels": speeds, "tune": tune, "published": published, "demo": demo,
+    steps = {"tests": tests, "kernels": speeds, "tune": tune, "stages": stages, "demo": demo,
              "latency": partial(latency, first=args.row - 1)}  # fmt: skip
     missing = [
         name for name in NEEDED if output(sys.executable, "-c", f"import {name}", environment=environment) is None
@@ -224,10 +224,10 @@ def tune(environment: dict[str, str], end: float) -> str:
     return note
 
 
-def published(environment: dict[str, str], end: float) -> str:
+def stages(environment: dict[str, str], end: float) -> str:
     """Measure steps and decodes of true size beside diffusers, profiled; each group is a process of its own."""
     notes = []
-    for number, (parts, share) in enumerate(PUBLISHED):
+    for number, (parts, share) in enumerate(STAGES):
         until = time.time() + share * (end - time.time())
         budget = f"{max(until - time.time() - 2 * LAST, 0):.0f}"
         command = [*benchmark("published", f"published-{number}"), "--only", parts, "--profile", "--budget", budget]
