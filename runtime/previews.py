@@ -1,7 +1,8 @@
 """A cheap look at latents, at any step: one small matrix makes a colour of each cell, without the decoder.
 
 The matrix is fitted to the model's own autoencoder by ridge regression, from what it makes of a seeded clip of soft
-colours, and kept in the cache; fitting takes two latent frames of 8 x 8 cells through the autoencoder.
+colours. Who writes a checkpoint stores it beside the weights; where it is missing it is fitted at first use and kept in
+the cache, which takes two latent frames of 8 x 8 cells through the autoencoder.
 Source of the idea: latent-to-RGB factors, as image tools have them per published model.
 """
 
@@ -25,6 +26,7 @@ from runtime.request import Request
 from runtime.video import Video
 from runtime.weights import publish
 
+BESIDE = "preview.safetensors"  # in a checkpoint's folder
 CELLS = 8  # of the clip, each way
 RIDGE = 0.1  # of the latents' variance, which is about 1: channels that hardly show colour stay small
 ENLARGE = 4  # pixels per cell in a preview
@@ -82,18 +84,26 @@ class Previewer:
 
 
 def projection(model: Model) -> torch.Tensor:
-    """Return the matrix [C + 1, 3] float32 from latents, and 1, to colours in [-1, 1]; from the cache where it is."""
-    file = cache_root() / "previews" / f"{model.published.replace(':', '-')}.safetensors"
-    kept = _read(file, (model.spec.latent_channels + 1, 3))
-    if kept is not None:
-        return kept
+    """Return the matrix [C + 1, 3] float32 from latents, and 1, to colours in [-1, 1]: stored, in the cache, or new."""
+    kept = cache_root() / "previews" / f"{model.published.replace(':', '-')}.safetensors"
+    for file in (model.checkpoint.folder / BESIDE, kept):
+        found = _read(file, (model.spec.latent_channels + 1, 3))
+        if found is not None:
+            return found
     matrix = fit_projection(model)
     try:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        publish(file, {"projection": matrix}, {"model": model.spec.name})
+        kept.parent.mkdir(parents=True, exist_ok=True)
+        publish(kept, {"projection": matrix}, {"model": model.spec.name})
     except OSError as error:
-        warnings.warn(f"the cache {file.parent} cannot be written ({error}); going on without", stacklevel=2)
+        warnings.warn(f"the cache {kept.parent} cannot be written ({error}); going on without", stacklevel=2)
     return matrix
+
+
+def store_projection(model: Model) -> Path:
+    """Fit the matrix and write it beside the model's weights, as `preview.safetensors`; return the file."""
+    file = model.checkpoint.folder / BESIDE
+    publish(file, {"projection": fit_projection(model)}, {"model": model.spec.name})
+    return file
 
 
 def _read(file: Path, shape: tuple[int, int]) -> torch.Tensor | None:
@@ -103,7 +113,7 @@ def _read(file: Path, shape: tuple[int, int]) -> torch.Tensor | None:
     except (FileNotFoundError, NotADirectoryError, PermissionError):
         return None
     except (SafetensorError, OSError) as error:
-        warnings.warn(f"{file} is damaged ({error}) and is made again", stacklevel=2)
+        warnings.warn(f"{file} is damaged ({error}); the colours of previews are fitted again", stacklevel=2)
         return None
     return found if found.shape == shape else None
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -61,7 +62,22 @@ def test_a_preview_shows_the_frame_and_not_its_canvas(model: runtime.Model) -> N
         runtime.preview(model, video.latents, height=68)
 
 
+def test_the_built_in_model_has_its_fit_beside_its_weights(model: runtime.Model) -> None:
+    assert (previews.projection(model) - previews.fit_projection(model)).abs().max() < 1e-3
+    assert not (cache_root() / "previews").exists()
+
+
+def test_a_fit_is_stored_beside_the_weights(model: runtime.Model, tmp_path: Path) -> None:
+    written = replace(model, checkpoint=replace(model.checkpoint, folder=tmp_path))
+    assert previews.store_projection(written) == tmp_path / "preview.safetensors"
+    (tmp_path / "other").touch()
+    assert (tmp_path / "preview.safetensors").stat().st_mode == (tmp_path / "other").stat().st_mode
+    assert torch.equal(previews.projection(written), previews.fit_projection(model))
+    assert not (cache_root() / "previews").exists()
+
+
 def test_the_fit_is_kept(model: runtime.Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(previews, "BESIDE", "missing.safetensors")
     fitted = previews.projection(model)
     assert fitted.shape == (33, 3)
     (file,) = (cache_root() / "previews").iterdir()
@@ -69,7 +85,7 @@ def test_the_fit_is_kept(model: runtime.Model, monkeypatch: pytest.MonkeyPatch) 
         patched.setattr(previews, "fit_projection", lambda model: pytest.fail("fitted again"))
         assert torch.equal(previews.projection(model), fitted)
     file.write_bytes(b"damaged")
-    with pytest.warns(UserWarning, match="is damaged .* made again"):
+    with pytest.warns(UserWarning, match="is damaged .* fitted again"):
         assert torch.equal(previews.projection(model), fitted)
     assert torch.equal(previews.projection(model), fitted)
 
@@ -77,6 +93,7 @@ def test_the_fit_is_kept(model: runtime.Model, monkeypatch: pytest.MonkeyPatch) 
 def test_a_cache_that_cannot_be_written_costs_only_time(
     model: runtime.Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(previews, "BESIDE", "missing.safetensors")
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("DIT_RUNTIME_CACHE", str(tmp_path / "file"))
     with pytest.warns(UserWarning, match="going on without"):

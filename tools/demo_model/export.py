@@ -10,6 +10,8 @@ import torch
 from diffusers import AutoencoderKLWan, UniPCMultistepScheduler, WanPipeline
 from transformers import AutoTokenizer
 
+import runtime
+from runtime.previews import store_projection
 from tools.demo_model import text
 from tools.demo_model.captions import expansion_rules
 from tools.demo_model.diffusion import Student
@@ -34,3 +36,4 @@ def write(folder: Path, vae: AutoencoderKLWan, student: Student, *, defaults: di
     text.write_tokenizer(folder / "tokenizer")
     settings = {"name": "demo", "defaults": defaults or DEFAULTS, "expansion": expansion_rules()}
     (folder / "runtime.json").write_text(json.dumps(settings, indent=2) + "\n")
+    store_projection(runtime.load(folder))
