@@ -23,7 +23,7 @@ import torch
 from benchmarks import pixels
 from benchmarks.machine import describe, keep, opened
 from benchmarks.verbs_report import plain, save_overview, save_sheet, table
-from runtime.arguments import parse_size
+from runtime.cli.arguments import parse_size
 
 if TYPE_CHECKING:
     from runtime import Model, Request

@@ -1,4 +1,4 @@
-"""The command line: python -m runtime generate | ... | remote | verify | plan | build | info | embed; making: verbs.py.
+"""The command line: python -m runtime generate | ... | remote | verify | plan | build | info | embed; the rest: cli/.
 
 Exit codes: 0 done, 2 the request or its surroundings cannot work (one sentence says what to do), 1 a fault of ours,
 128 + N ended by the signal N (130: Ctrl-C); of verify also 3 no credentials, 4 tampered with, 5 not signed by whom
@@ -20,9 +20,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
 
-from runtime.arguments import Parser, parse_number, parse_size, parse_sizes, parse_whole
-from runtime.remote import add_remote
-from runtime.verbs import add_verbs
+from runtime.cli.arguments import Parser, parse_number, parse_size, parse_sizes, parse_whole
+from runtime.cli.remote import add_remote
+from runtime.cli.verbs import add_verbs
 
 PACKAGE = Path(__file__).parent
 ENDING = (signal.SIGTERM, signal.SIGHUP)
@@ -189,9 +189,9 @@ def parser() -> Parser:
 def decode(options: argparse.Namespace) -> None:
     """Make a video of latents that were kept."""
     from runtime.canvas import framed
+    from runtime.cli.making import check_apart
+    from runtime.cli.progress import Progress
     from runtime.latents import load_latents
-    from runtime.making import check_apart
-    from runtime.progress import Progress
     from runtime.video import check_writable
 
     check_apart([options.output], [options.latents])
@@ -232,7 +232,7 @@ def plan(options: argparse.Namespace) -> None:
 
 def build(options: argparse.Namespace) -> None:
     """Make engines ahead of time, or look after the store."""
-    from runtime import builds
+    from runtime.cli import builds
     from runtime.engines.builder import Options
     from runtime.lora import Lora
 

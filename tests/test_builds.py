@@ -9,8 +9,8 @@ import torch
 from safetensors.torch import save_file
 
 import runtime
-from runtime import builds
 from runtime.__main__ import main
+from runtime.cli import builds
 from runtime.engines import inductor, tensorrt
 from runtime.engines.store import MANIFEST, Key, Store
 from runtime.lora import Lora

@@ -103,7 +103,7 @@ def test_what_the_command_line_refuses(
 
 
 def test_nothing_heavy_is_loaded_for_it() -> None:
-    code = "import sys, runtime.__main__, runtime.remote; runtime.Client(); sys.exit('torch' in sys.modules)"
+    code = "import sys, runtime.__main__, runtime.cli.remote; runtime.Client(); sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
 
 

@@ -6,8 +6,8 @@ import io
 
 import pytest
 
-from runtime import progress
-from runtime.progress import Progress
+from runtime.cli import progress
+from runtime.cli.progress import Progress
 
 
 @pytest.fixture

@@ -11,11 +11,11 @@ import pytest
 from PIL import Image
 
 from runtime.__main__ import main, parser
-from runtime.arguments import parse_ranges
+from runtime.cli.arguments import parse_ranges
+from runtime.cli.verbs import keyframe
 from runtime.clips import runs
 from runtime.reading import read_video
 from runtime.request import Request
-from runtime.verbs import keyframe
 from runtime.video import Video
 
 QUICK = ["--steps", "1", "--guidance", "1", "--seed", "7", "--quiet"]

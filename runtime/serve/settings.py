@@ -11,8 +11,8 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from runtime.arguments import Parser
 from runtime.certificates import Signer, find_signer, signer_files
+from runtime.cli.arguments import Parser
 from runtime.expansion import Expansion
 from runtime.serve.fetching import Access
 from runtime.serve.keys import Key, read_keys

@@ -10,9 +10,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from runtime.arguments import parse_number, parse_whole
+from runtime.cli.arguments import parse_number, parse_whole
+from runtime.cli.making import check_apart, check_file
 from runtime.client import Client, ServerError
-from runtime.making import check_apart, check_file
 
 KEY = "DIT_RUNTIME_API_KEY"
 NUMBERS = {
@@ -190,7 +190,7 @@ def finished(client: Client, options: Options, ask: Callable[[Client, Options], 
 
 def follow(client: Client, options: Options, video: str) -> None:
     """Show progress until a video is done; ServerError where it is not completed."""
-    from runtime.progress import Progress
+    from runtime.cli.progress import Progress
 
     with Progress(video, "percent", quiet=options.quiet) as progress:
         for kind, state in client.events(video):

@@ -11,8 +11,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from runtime.arguments import parse_levels, parse_number, parse_quality, parse_ranges, parse_size, parse_whole
-from runtime.making import finish, make
+from runtime.cli.arguments import parse_levels, parse_number, parse_quality, parse_ranges, parse_size, parse_whole
+from runtime.cli.making import finish, make
 
 if TYPE_CHECKING:
     from runtime.clips import Clip

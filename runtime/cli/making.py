@@ -126,10 +126,10 @@ def foretell(model: Model, request: Request) -> None:
 def write(options: Options, model: Model, request: Request) -> None:
     """Make a resolved request's video with what the options say of output and progress."""
     import runtime
+    from runtime.cli.progress import Progress
     from runtime.latents import save_latents
     from runtime.pipeline import compare_exact
     from runtime.previews import Previewer
-    from runtime.progress import Progress
     from runtime.provenance import generation, inputs_of, sealing
     from runtime.trace import recording, span
     from runtime.video import check_writable
