@@ -77,11 +77,13 @@ def test_every_dependency_is_pinned() -> None:
 def test_every_station_is_held_to_the_rules_of_imports() -> None:
     """A new file falls under them: it is named in each contract that lists its siblings."""
     contracts = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["importlinter"]["contracts"]
-    layers, families, _, server = contracts
+    layers, words, families, _, server = contracts
     files = [path.relative_to(ROOT).with_suffix("") for path in (ROOT / "runtime").rglob("*.py")]
     modules = {".".join(path.parts).removesuffix(".__init__") for path in files}
     stations = {name for name in modules if name.count(".") == 1}
-    serving = {name for name in modules if name.count(".") == 2 and name.startswith("runtime.serve.")}
+    below = {name for name in modules if name.count(".") == 2}
+    serving, cli = ({name for name in below if name.startswith(f"runtime.{part}.")} for part in ("serve", "cli"))
     assert {name for layer in layers["layers"] for name in layer.split(" | ")} == stations
+    assert {name for layer in words["layers"] for name in layer.split(" | ")} == cli
     assert set(families["source_modules"]) == stations - {"runtime.models"}
     assert set(server["source_modules"]) | set(server["forbidden_modules"]) >= serving
