@@ -14,6 +14,7 @@ from typing import Any
 FAILED = ("failed", "cancelled")
 TRIES = 3
 LONGEST_WAIT = 60.0  # seconds that a server may ask to wait before another try
+STARTING = 120.0  # seconds that one is waited for which says that no model is loaded yet
 Found = dict[str, Any]
 Many = list[Found]  # the method `list` hides the type of that name
 Names = list[str]
@@ -216,7 +217,7 @@ class Client:
     def _json(self, method: str, path: str, **more: Any) -> Found:
         import httpx2
 
-        left = TRIES
+        left, starting = TRIES, time.monotonic() + STARTING
         while True:
             left -= 1
             try:
@@ -227,6 +228,8 @@ class Client:
                 time.sleep(0.5)
                 continue
             wait = _wait(answer)
+            if wait is not None and _error(answer)[0] == "not_ready" and time.monotonic() < starting:
+                left = TRIES
             if not left or wait is None:
                 _check(answer)
                 return answer.json()
@@ -265,12 +268,15 @@ def _wait(answer: Any) -> float | None:
 
 def _check(answer: Any) -> None:
     if answer.status_code >= 400:
-        try:
-            error = answer.json()["error"]
-            code, message = error["code"], error["message"]
-        except (ValueError, KeyError, TypeError):
-            code, message = None, f"the server answered {answer.status_code}"
-        raise ServerError(answer.status_code, code, message)
+        raise ServerError(answer.status_code, *_error(answer))
+
+
+def _error(answer: Any) -> tuple[str | None, str]:
+    try:
+        error = answer.json()["error"]
+        return error["code"], error["message"]
+    except (ValueError, KeyError, TypeError):
+        return None, f"the server answered {answer.status_code}"
 
 
 def _events(answer: Any) -> Iterator[tuple[str, Found, str]]:

@@ -132,15 +132,25 @@ def test_the_rest_of_the_surface(server: Server, tmp_path: Path) -> None:
         assert client.verify(framed)["ingredients"][0]["relation"] == "inputTo"
 
 
-def test_a_busy_server_is_asked_again_and_a_lost_answer_makes_nothing_twice() -> None:
-    """429 with Retry-After, then no answer at all, then success: one idempotency key for all of them."""
+LOADING = 7  # answers of a server whose model is being loaded: more than a busy one is asked
+
+
+def test_a_busy_server_is_asked_again_and_a_lost_answer_makes_nothing_twice(monkeypatch: pytest.MonkeyPatch) -> None:
+    """429 with Retry-After, then no answer at all, then success: one idempotency key for all of them.
+
+    A server that still loads its model is waited for, up to an end.
+    """
     seen: list[tuple[str, bytes]] = []
 
     class Site(BaseHTTPRequestHandler):
         def do_POST(self) -> None:
             body = self.rfile.read(int(self.headers["content-length"]))
             seen.append((self.headers["idempotency-key"], body))
-            if self.path.endswith("remix"):
+            if self.path.endswith("finish") and len(seen) <= 4 + LOADING:
+                self.answer(
+                    503, {"error": {"code": "not_ready", "message": "no model is loaded yet"}}, ("retry-after", "0")
+                )
+            elif self.path.endswith("remix"):
                 self.answer(409, {"error": {"code": "x", "message": "not now"}})
             elif len(seen) == 1:
                 self.answer(429, {}, ("retry-after", "0"))
@@ -170,6 +180,12 @@ def test_a_busy_server_is_asked_again_and_a_lost_answer_makes_nothing_twice() ->
             with pytest.raises(ServerError, match="not now") as caught:
                 client.remix("video_1", "x")
             assert caught.value.status == 409 and len(seen) == 4
+            assert client.finish("video_1")["id"] == "video_1" and len(seen) == 4 + LOADING + 1
+            monkeypatch.setattr("runtime.client.STARTING", 0.0)
+            seen.clear()
+            with pytest.raises(ServerError, match="no model is loaded yet"):
+                client.finish("video_1")
+            assert len(seen) == 3
     finally:
         server.shutdown()
         server.server_close()
