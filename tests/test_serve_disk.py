@@ -10,9 +10,11 @@ import shutil
 import sqlite3
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -20,7 +22,7 @@ from PIL import Image
 
 pytest.importorskip("fastapi")
 
-from runtime.serve import folders, leases, opening
+from runtime.serve import folders, leases, maker, opening
 from runtime.serve.errors import disk_full
 from runtime.serve.jobs import Store
 from runtime.serve.settings import Settings
@@ -94,6 +96,31 @@ def test_a_disk_that_fills_while_a_job_runs(small: Server, place: str) -> None:
     assert found["attempt"] == 1 and small.content(job)[4:8] == b"ftyp"
     left = sorted(file.name for file in (small.files / "jobs" / job).iterdir())
     assert left == ["output-1.jpg", "output-1.mp4", "output-1.webp"]
+
+
+@pytest.mark.fault(32)
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EIO])
+def test_a_look_at_what_is_coming_is_left_out_on_a_full_disk(
+    number: int, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    def save(path: Path) -> None:
+        raise OSError(number, "x")
+
+    models = maker.Loaded({}, device="cpu", dtype="float32", engine="eager", precision="full")
+    models["demo"] = SimpleNamespace()  # type: ignore[assignment]
+    store = SimpleNamespace(pressing=lambda *_: False, beat=lambda *_: False)
+    making = SimpleNamespace(
+        store=store, models=models, moderator=maker.Moderator([]), stopping=threading.Event(), full_wait=0.0,
+        with_space=lambda act, seconds: act(),
+    )  # fmt: skip
+    monkeypatch.setattr(maker, "preview", lambda *_, **__: SimpleNamespace(save=save))
+    job = SimpleNamespace(step=0, total=2, model="demo", request={"fps": 8, "height": 64, "width": 64})
+    report = maker.Report(making, job, tmp_path, checkpoints=None)
+    if number == errno.EIO:
+        with pytest.raises(OSError, match="x"):
+            report.step(1, 2, None, None)
+    else:
+        report.step(1, 2, None, None)
 
 
 @pytest.mark.fault(32)

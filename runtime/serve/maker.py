@@ -169,7 +169,11 @@ class Report:
         if told and not self.maker.moderator.checks("frames"):  # nobody has looked at these
             model, asked = self.maker.models[self.job.model], self.job.request
             frame = {name: asked[name] for name in ("fps", "height", "width")}
-            preview(model, estimate, **frame).save(self.folder / "preview.gif")
+            try:
+                preview(model, estimate, **frame).save(self.folder / "preview.gif")
+            except OSError as error:
+                if not disk_full(error):  # a look less is no reason to fail: what the job needs waits for space
+                    raise
 
     def frame(self, done: int, total: int) -> None:
         """Report a frame that is written."""
