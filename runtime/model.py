@@ -43,9 +43,8 @@ class Model:
     precision: str = "full"  # "fp8": the weights of all layers that may be are there in 8 bits alone
     tile: tuple[int, int] | None = None  # (height, width) in pixels decoded at once; None: the whole frame
     _other_vae: tuple[torch.device, torch.dtype, Autoencoder] | None = field(default=None, repr=False)
-    _fp8: tuple[dict[str, torch.nn.Module], ...] = field(
-        default=(), repr=False
-    )  # per expert, the layers quantised so far
+    # Per expert, the layers quantised so far.
+    _fp8: tuple[dict[str, torch.nn.Module], ...] = field(default=(), repr=False)
     _narrowed: dict[frozenset[str], tuple[Transformer, ...]] = field(default_factory=dict, repr=False)
 
     @property

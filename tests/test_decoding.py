@@ -21,6 +21,7 @@ from hypothesis import strategies as st
 import runtime
 from runtime.decoding import Rung, ahead, decode_chunks, fitting, ladder
 from runtime.receipt import Receipt
+from tests.failing import Failing
 from tests.published import Tiny, write
 
 LATENTS = torch.randn(4, 3, 30, 48, generator=torch.Generator().manual_seed(0))
@@ -36,30 +37,6 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> runtime.Model:
 @pytest.fixture(scope="module")
 def whole(model: runtime.Model) -> np.ndarray:
     return runtime.decode(model, LATENTS).frames
-
-
-class Failing:
-    """An autoencoder that runs out of memory at a given chunk of each of its first decodes."""
-
-    def __init__(self, network: object, failures: list[int]) -> None:
-        self.network, self.failures, self.tiles = network, failures, []
-
-    def __getattr__(self, name: str) -> object:
-        return getattr(self.network, name)
-
-    def decode_stream(
-        self, latents: torch.Tensor, tile: tuple[int, int] | None = None, start: int = 0
-    ) -> Iterator[torch.Tensor]:
-        self.tiles.append(tile)
-        fails = self.failures.pop(0) if self.failures else None
-
-        def stream() -> Iterator[torch.Tensor]:
-            for index, chunk in enumerate(self.network.decode_stream(latents, tile, start), start):
-                if index == fails:
-                    raise torch.OutOfMemoryError("CUDA out of memory")
-                yield chunk
-
-        return stream()
 
 
 @pytest.mark.parametrize("failures", [[0], [1], [2], [0, 0], [1, 2], [2, 2]])

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -14,6 +13,7 @@ from hypothesis import strategies as st
 
 import runtime
 from runtime.decoding import Rung, fitting, ladder, out_of_memory
+from tests.failing import Failing
 from tests.published import Tiny, relative, write
 
 FRAMES = np.random.default_rng(0).integers(0, 256, (9, 240, 384, 3), dtype=np.uint8)
@@ -29,26 +29,6 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> runtime.Model:
 @pytest.fixture(scope="module")
 def whole(model: runtime.Model) -> torch.Tensor:
     return runtime.encode(model, FRAMES)
-
-
-class Failing:
-    """An autoencoder that runs out of memory at a given chunk of each of its first encodes."""
-
-    def __init__(self, network: Any, failures: list[int]) -> None:
-        self.network, self.failures, self.tiles = network, failures, []
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self.network, name)
-
-    def encode_stream(
-        self, chunks: Iterable[torch.Tensor], tile: tuple[int, int] | None = None
-    ) -> Iterator[torch.Tensor]:
-        self.tiles.append(tile)
-        fails = self.failures.pop(0) if self.failures else None
-        for index, latent in enumerate(self.network.encode_stream(chunks, tile)):
-            if index == fails:
-                raise torch.OutOfMemoryError("CUDA out of memory")
-            yield latent
 
 
 @settings(deadline=None, max_examples=6, suppress_health_check=[HealthCheck.function_scoped_fixture])
