@@ -26,6 +26,13 @@ class TooLong(ValueError):
         )
 
 
+def check_seconds(foreseen: float, model: str, limit: float, store: Store) -> None:
+    """TooLong for what takes more than `limit` seconds (0: none) at the pace that a model's jobs have kept to."""
+    seconds = foreseen * pace(store.paces(), model, foreseen)
+    if 0 < limit < seconds:
+        raise TooLong(seconds, limit)
+
+
 class Admission:
     """Refuses jobs beyond `limit` seconds (0: none), by what a worker foresees of them.
 
@@ -48,10 +55,10 @@ class Admission:
             return  # nobody can tell yet; the worker looks again before it makes the job
         if "reason" in found:
             raise bad(found["reason"], code="does_not_fit")
-        seconds = found["seconds"]["total"]
-        seconds *= pace(self.store.paces(), asked.model, seconds)
-        if seconds > self.limit:
-            raise bad(str(TooLong(seconds, self.limit)), code="too_long")
+        try:
+            check_seconds(found["seconds"]["total"], asked.model, self.limit, self.store)
+        except TooLong as error:
+            raise bad(str(error), code="too_long") from error
         if extent is not None:
             self.admitted[asked.model] = [each for each in known if not within(each, extent)] + [extent]
 

@@ -33,11 +33,10 @@ from runtime.model import Model, choose_device
 from runtime.offload import give_back_memory
 from runtime.planner import foresee
 from runtime.prediction import Prediction
-from runtime.serve.admission import TooLong
+from runtime.serve.admission import TooLong, check_seconds
 from runtime.serve.answers import answer, planned
 from runtime.serve.database import Job
 from runtime.serve.errors import disk_full
-from runtime.serve.forecast import pace
 from runtime.serve.jobs import Store
 from runtime.serve.leases import LostLease
 from runtime.serve.loaded import Loaded
@@ -163,10 +162,8 @@ class Worker:
         if found is None:
             return
         say(f"first {until_first_step(found, model):.3f}")
-        seconds = found.seconds["total"]
-        seconds *= pace(self.store.paces(), job.model, seconds)
-        if 0 < self.max_seconds < seconds and not job.step:
-            raise TooLong(seconds, self.max_seconds)
+        if not job.step:
+            check_seconds(found.seconds["total"], job.model, self.max_seconds, self.store)
 
     def run(self, job: Job) -> None:
         """Make one job, and say what became of it."""
